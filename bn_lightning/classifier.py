@@ -1,0 +1,156 @@
+"""The LightningModule: a network with its loss, metrics, optimizer and learning-rate schedule."""
+
+import importlib
+import inspect
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from bn_lightning.errors import UserError
+from bn_lightning.lenet import Activation, LeNet, Pooling
+
+NUM_CLASSES = 10
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(pl.LightningModule):
+    """LeNet trained by cross-entropy. Batches are images (B, 1, 28, 28) and labels (B,).
+
+    All arguments are plain data, so a checkpoint that holds them loads with `weights_only=True`.
+
+    Args:
+        norm: the normalization layer: `custom` (from scratch), `builtin` (torch's), `article` (the tutorial's), `none`,
+            or an import path, `package.module.Name`, called as `norm(num_features=..., num_dims=2|4, **norm_args)`.
+        norm_args: further arguments of the norm, such as `--model.norm_args.eps 1e-3`.
+        activation: the activation function behind each norm.
+        pooling: the mean or the maximum of each 2x2 square.
+        lr: learning rate; of OneCycleLR the peak.
+        optimizer: a class of `torch.optim`, or an import path.
+        optimizer_args: further arguments of the optimizer, such as `--model.optimizer_args.momentum 0.9`.
+        scheduler: a class of `torch.optim.lr_scheduler`, or an import path; None keeps the learning rate. One that
+            needs the length of the run (OneCycleLR, CosineAnnealingLR) is told the number of steps and moves at each;
+            others move at the end of each epoch.
+        scheduler_args: further arguments of the scheduler, such as `--model.scheduler_args.pct_start 0.2`.
+
+    Raises:
+        UserError: an unknown norm, optimizer or scheduler, or arguments that it does not take.
+    """
+
+    def __init__(
+        self,
+        norm: str = "custom",
+        norm_args: dict[str, Any] | None = None,
+        activation: Activation = "sigmoid",
+        pooling: Pooling = "avg",
+        lr: float = 1.0,
+        optimizer: str = "SGD",
+        optimizer_args: dict[str, Any] | None = None,
+        scheduler: str | None = None,
+        scheduler_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # the logger gets them with the results, at the end of the run
+        self.network = LeNet(norm, norm_args, activation, pooling)
+        self.lr = lr
+        self.optimizer_class = _find_class(optimizer, "torch.optim", "optimizer")
+        self.optimizer_args = dict(optimizer_args or {})
+        self.scheduler_class = _find_class(scheduler, "torch.optim.lr_scheduler", "scheduler") if scheduler else None
+        self.scheduler_args = dict(scheduler_args or {})
+        _check_arguments(self.optimizer_class, ([], lr), self.optimizer_args, "optimizer_args")
+        for stage in ("train", "val", "test"):
+            setattr(self, f"{stage}_loss", MeanMetric())
+            # Labels are checked once, when the data are read; to check each batch again costs more than to count.
+            setattr(self, f"{stage}_acc", MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False))
+        self.test_class_acc = MulticlassAccuracy(NUM_CLASSES, average=None, validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28)."""
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch, counted in the stage's metrics."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        mean_loss, accuracy = getattr(self, f"{stage}_loss"), getattr(self, f"{stage}_acc")
+        mean_loss.update(loss.detach(), len(labels))
+        accuracy.update(logits.detach(), labels)
+        suffix = "_epoch" if stage == "train" else ""  # train_loss itself is the curve over steps
+        self.log(f"{stage}_loss{suffix}", mean_loss, on_step=False, on_epoch=True)
+        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=stage != "test")
+        return loss, logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, _ = self._step(batch, "train")
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        _, logits = self._step(batch, "test")
+        self.test_class_acc.update(logits, batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        names = getattr(self.trainer.datamodule, "classes", range(NUM_CLASSES))  # type: ignore[attr-defined]
+        for name, accuracy in zip(names, self.test_class_acc.compute(), strict=True):
+            self.log(f"test_acc_of/{name}", accuracy)
+        self.test_class_acc.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities (B, 10)."""
+        return self(batch[0]).float().softmax(1)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_class(self.parameters(), lr=self.lr, **self.optimizer_args)
+        if self.scheduler_class is None:
+            return optimizer
+        wants = inspect.signature(self.scheduler_class).parameters
+        args = self.scheduler_args
+        # The arguments that state the length of the run in steps, where the user has not given it.
+        lengths = [name for name in ("total_steps", "T_max") if name in wants and not args.keys() & {name, "epochs"}]
+        filled: dict[str, Any] = {name: int(self.trainer.estimated_stepping_batches) for name in lengths}
+        if "max_lr" in wants:
+            filled["max_lr"] = self.lr
+        args = {**filled, **args}
+        _check_arguments(self.scheduler_class, (optimizer,), args, "scheduler_args")
+        config: dict[str, Any] = {"scheduler": self.scheduler_class(optimizer, **args)}
+        # What counts steps moves at every step: it was told so here, or has no other unit (OneCycleLR, CyclicLR).
+        config["interval"] = "step" if lengths or "max_lr" in wants else "epoch"
+        if isinstance(config["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = "val_loss"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def _find_class(name: str, home: str, kind: str) -> Any:
+    """The class of that name in the module `home`, or at that import path."""
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name or home), attribute)
+    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(home)
+        known = [n for n, value in vars(module).items() if inspect.isclass(value) and value.__module__.startswith(home)]
+        known = sorted(n for n in known if not n.startswith("_") and n not in ("Optimizer", "LRScheduler"))
+        raise UserError(
+            f"There is no {kind} {name!r}: {error}.\nThere are {', '.join(known)}, or an import path."
+        ) from error
+    if not inspect.isclass(found):
+        raise UserError(f"The {kind} {name!r} is not a class.")
+    return found
+
+
+def _check_arguments(kind: Any, positional: tuple[Any, ...], keywords: dict[str, Any], setting: str) -> None:
+    try:
+        inspect.signature(kind).bind(*positional, **keywords)
+    except TypeError as error:
+        raise UserError(
+            f"{kind.__name__} cannot be called with {setting} {keywords}: {error}.\n"
+            f"It is {kind.__name__}{inspect.signature(kind)}"
+        ) from error

@@ -1,0 +1,68 @@
+"""Every command, in one table. Light to import: --help and --version need no torch."""
+
+import importlib
+import os
+import sys
+
+from bn_lightning import __version__
+from bn_lightning.errors import UserError
+
+# Command: the module whose main() runs it, and what --help says. To take a command out, delete its row and its module.
+COMMANDS = {
+    "fit": ("bn_lightning.run", "train LeNet, then test what was kept"),
+    "validate": ("bn_lightning.run", "accuracy of a checkpoint on the validation images"),
+    "test": ("bn_lightning.run", "accuracy of a checkpoint on the test images, in all and by class"),
+    "predict": ("bn_lightning.run", "the class that a checkpoint gives each test image, as CSV"),
+}
+
+USAGE = """\
+usage: python -m bn_lightning COMMAND [--help | settings]
+
+LeNet on Fashion-MNIST with a batch normalization that can be swapped.
+
+{commands}
+
+    python -m bn_lightning fit                               the article's recipe, custom batch norm, 10 epochs
+    python -m bn_lightning fit --model.norm builtin          the same with PyTorch's layer
+    python -m bn_lightning fit --config configs/smoke.yaml   a named experiment
+    python -m bn_lightning test --ckpt_path runs/lenet/0/checkpoints/best.ckpt
+"""
+
+
+def usage() -> str:
+    """What --help prints."""
+    return USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()))
+
+
+def main() -> None:
+    """Run the command in sys.argv. A user's mistake ends with its message and exit code 2."""
+    arguments = sys.argv[1:]
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(usage(), end="")
+    elif command == "--version":
+        print(f"bn_lightning {__version__}")
+    elif command in COMMANDS:
+        # A norm of the user's lies in the current folder; a console script does not look there by itself.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        _run(COMMANDS[command][0])
+    else:
+        _fail(f"There is no command {command!r}. There are {', '.join(COMMANDS)}.\nAll of them: --help")
+
+
+def _run(module: str) -> None:
+    try:
+        importlib.import_module(module).main()
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:
+        # Lightning's word for a wrong combination of settings; looked up only now, since its import takes seconds.
+        if type(error).__name__ != "MisconfigurationException":
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,96 @@
+"""The choice of a normalization layer, by name or by import path."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from bn_lightning import article
+from bn_lightning.batch_norm import BatchNorm
+from bn_lightning.errors import UserError
+
+
+def builtin(num_features: int, num_dims: int, **kwargs: Any) -> nn.Module:
+    """torch's own layer: BatchNorm1d behind a linear layer, BatchNorm2d behind a convolution."""
+    layers = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    return layers[num_dims](num_features=num_features, **kwargs)
+
+
+def none(num_features: int, num_dims: int) -> nn.Module:
+    """No normalization."""
+    return nn.Identity()
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "custom": BatchNorm,
+    "builtin": builtin,
+    "article": article.BatchNorm,
+    "none": none,
+}
+
+
+def find(name: str) -> Callable[..., nn.Module]:
+    """The norm of that name: one of `NORMS`, or a class or function by its import path, `package.module.Name`.
+
+    Raises:
+        UserError: no such name, or something that cannot be called as `norm(num_features=..., num_dims=...)`.
+    """
+    if name in NORMS:
+        return NORMS[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise UserError(f"There is no norm {name!r}. There are {', '.join(NORMS)}, or an import path: my_norms.MyNorm")
+    try:
+        norm = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"The norm {name!r} cannot be imported: {error}.\n"
+            f"It is read as the name {attribute!r} in the module {module_name!r}, looked for in the current folder and "
+            f"among the installed packages. The norms that need no import are {', '.join(NORMS)}."
+        ) from error
+    if not callable(norm) or not _accepts(norm, num_features=6, num_dims=4):
+        raise UserError(_adapter_advice(name, norm))
+    return norm  # type: ignore[no-any-return]  # an import path can name anything; `make` checks what it builds
+
+
+def make(name: str, num_features: int, num_dims: int, **norm_args: Any) -> nn.Module:
+    """Build the norm of that name for `num_features` channels of input with `num_dims` (2 or 4) dimensions.
+
+    Always called by keyword: `nn.BatchNorm2d(6, 4)` would take the 4 for eps.
+
+    Raises:
+        UserError: an unknown name, or arguments that the norm does not take.
+    """
+    norm = find(name)
+    if not _accepts(norm, num_features=num_features, num_dims=num_dims, **norm_args):
+        raise UserError(
+            f"The norm {name!r} does not take norm_args {norm_args}. Its arguments are {inspect.signature(norm)}."
+        )
+    layer = norm(num_features=num_features, num_dims=num_dims, **norm_args)
+    if not isinstance(layer, nn.Module):
+        raise UserError(f"The norm {name!r} gave a {type(layer).__name__}; it must give a torch.nn.Module.")
+    return layer
+
+
+def _accepts(norm: Callable[..., Any], **arguments: Any) -> bool:
+    try:
+        inspect.signature(norm).bind(**arguments)
+    except (TypeError, ValueError):  # ValueError: something built in, which shows no signature
+        return False
+    return True
+
+
+def _adapter_advice(name: str, norm: Any) -> str:
+    try:
+        takes = f"it is {norm.__name__}{inspect.signature(norm)}"
+    except (TypeError, ValueError, AttributeError):
+        takes = f"it is a {type(norm).__name__}"
+    return (
+        f"The norm {name!r} cannot be called as norm(num_features=..., num_dims=...): {takes}.\n"
+        "Wrap it in a function of yours, say in my_norms.py, and name that: --model.norm my_norms.group_norm\n\n"
+        "    from torch import nn\n\n"
+        "    def group_norm(num_features, num_dims, num_groups=2):\n"
+        "        return nn.GroupNorm(num_groups, num_features)\n"
+    )

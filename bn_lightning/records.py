@@ -1,0 +1,205 @@
+"""What a run leaves behind: its folder, TensorBoard's events, result.json, and the lines at the terminal."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from bn_lightning.fashion_mnist import FashionMNIST
+
+
+def new_folder(parent: Path) -> Path:
+    """Make `parent/N` with the next free number N from 0 on. Two runs at once get two folders."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1)
+    while True:
+        try:
+            folder = parent / str(number)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+class TensorBoard(TensorBoardLogger):
+    """Events of `fit` and of the test that ends it in one file, and no hparams.yaml beside config.yaml."""
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    def save(self) -> None:
+        pass
+
+
+def _norm_parameters(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of the parameters of the first layer that has nothing but scales and shifts."""
+    for layer in network.modules():
+        parameters = dict(layer.named_parameters(recurse=False))
+        if parameters and all(p.squeeze().dim() <= 1 for p in parameters.values()):
+            for name, parameter in parameters.items():
+                yield {"weight": "gamma", "bias": "beta"}.get(name, name), parameter.detach().flatten()
+            return
+
+
+class Records(pl.Callback):
+    """Times the training, keeps each epoch's figures, prints a line for each, and writes result.json.
+
+    Attributes:
+        history: one dict an epoch, with the train and validation figures.
+        seconds: wall time of the training epochs, logging and checkpoints included, validation excluded.
+        images: images trained on, over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.images = 0
+        self._batch_images = 0  # of this process, since the last count over all processes
+        self._clock = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "seconds": self.seconds, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+        self.seconds = state_dict["seconds"]
+        self.images = state_dict["images"]
+
+    def _stop_clock(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_clock()
+        self._at_epoch_start = (self.images, self.seconds)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_images += len(batch[1])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.training or trainer.validating:
+            self._stop_clock()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        local = torch.tensor(self._batch_images, device=pl_module.device)
+        self.images += int(trainer.strategy.reduce(local, reduce_op="sum"))
+        self._batch_images = 0
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = {"train_loss": metrics["train_loss_epoch"], "train_acc": metrics["train_acc"]}
+        figures |= {name: metrics[name] for name in ("val_loss", "val_acc") if name in metrics}
+        self._stop_clock()
+        images, seconds = self._at_epoch_start
+        speed = (self.images - images) / (self.seconds - seconds)
+        pl_module.log("images_per_second", speed, rank_zero_only=True)
+        self.history.append(figures)
+        line = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+        last_epoch = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        pl_module.print(f"epoch {trainer.current_epoch + 1:2}{last_epoch}  {line}  {speed:,.0f} images/s")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_clock()
+
+    def result(self, trainer: pl.Trainer, data: FashionMNIST, norm: str, kept: str) -> dict[str, Any]:
+        """The flat object of result.json at the end of training; `test_loss` and `test_acc` are still to come.
+
+        `kept` names the weights that will be tested. Train figures are running averages over the last epoch. `val_loss` and `val_acc` are those of the weights that
+        were tested: of the best epoch when a checkpoint was selected, else of the last.
+        """
+        assert data.images is not None
+        last = self.history[-1] if self.history else {}
+        accuracies = [figures["val_acc"] for figures in self.history if "val_acc" in figures]
+        best = max(self.history, key=lambda figures: figures.get("val_acc", -1.0), default={})
+        at_kept = best if kept == "best.ckpt" else last
+        device = trainer.strategy.root_device
+        return {
+            "train_loss": last.get("train_loss"),
+            "train_acc": last.get("train_acc"),
+            "val_loss": at_kept.get("val_loss"),
+            "val_acc": at_kept.get("val_acc"),
+            "test_loss": None,
+            "test_acc": None,
+            "images_per_second": self.images / self.seconds if self.images else None,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "seed": data.seed,
+            "norm": norm,
+            "data_source": data.images.source,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": trainer.precision,
+            "processes": trainer.world_size,
+            "tested": kept,
+            "val_acc_final": last.get("val_acc"),
+            "val_acc_best": max(accuracies, default=None),
+            "val_acc_mean_of_last_3": sum(accuracies[-3:]) / len(accuracies[-3:]) if accuracies else None,
+            "val_images_from": "test set" if data.validates_on_test_set else "training set",
+            "train_seconds": self.seconds,
+            **{f"sha256_{name}": digest for name, digest in data.images.sha256.items()},
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "lightning", "torchmetrics")},
+            **_commit(),
+        }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def closing_lines(result: dict[str, Any], network: nn.Module) -> str:
+    """The lines with which the article ends, for people."""
+
+    def figure(name: str) -> str:
+        value = result[name]
+        return "none" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"train loss {figure('train_loss')}, train acc {figure('train_acc')}, test acc {figure('test_acc')}",
+        f"{result['images_per_second'] or 0:,.1f} images/sec on {result['device']}",
+    ]
+    if result["val_images_from"] == "test set" and result["val_acc_best"] is not None:
+        lines.insert(
+            1,
+            f"test acc after each epoch: final {figure('val_acc_final')}, best {figure('val_acc_best')}, "
+            f"mean of the last three {figure('val_acc_mean_of_last_3')}",
+        )
+    parameters = list(_norm_parameters(network))
+    lines += [f"{name} of the first norm layer: {_numbers(values)}" for name, values in parameters]
+    if not parameters:
+        lines.append("no norm layer")
+    return "\n".join(lines)
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in values.tolist()) + "]"
+
+
+def _commit() -> dict[str, str]:
+    """The commit of the checkout that this code lies in, `-dirty` when it was changed; nothing elsewhere."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a folder where it hangs
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}

@@ -1,0 +1,254 @@
+"""One run: LightningCLI for fit, validate, test and predict, and what surrounds it."""
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fsspec
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from bn_lightning import records
+from bn_lightning.classifier import Classifier
+from bn_lightning.errors import UserError
+from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 10,
+    "default_root_dir": "runs",
+    "log_every_n_steps": 10,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Ends with the mistake and the nearest settings, where the usage of `fit` alone is longer than a screen."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [option for action in parser._actions for option in action.option_strings]
+        wrong = re.findall(r"--?([\w.]+)|[Kk]ey ['\"]([\w.]+)", message)
+        near = {f"--{n}": None for a, b in wrong for n in _nearest(a or b, known)}
+        hint = f"Did you mean {' or '.join(near)}?\n" if near else ""
+        program = parser.prog.replace(" [options]", "")
+        raise UserError(f"{message}\n{hint}All settings: {program} --help") from ex
+
+
+def _nearest(name: str, options: list[str]) -> list[str]:
+    known = [option.removeprefix("--") for option in options if option.startswith("--")]
+    return [] if name in known else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+
+
+class CLI(LightningCLI):
+    """Lightning's command line for `Classifier` and `FashionMNIST`.
+
+    What counts, from weak to strong: defaults in the code, what the checkpoint of --ckpt_path remembers, --config,
+    flags.
+    """
+
+    records: records.Records
+    folder: Path | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # A checkpoint is never loaded in any other way than with weights_only=True.
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="Of weights, split and order: decides the whole run."
+        )
+        parser.add_argument("--name", type=str, default="lenet", help="A run's folder is <default_root_dir>/<name>/N.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        subcommand = self.config.subcommand
+        ckpt_path = self.config[subcommand].ckpt_path
+        if ckpt_path is None:
+            if subcommand != "fit":
+                raise UserError(
+                    f"{subcommand} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt\n"
+                    "A run prints where its checkpoints lie when it ends."
+                )
+            return
+        # The first parse found the checkpoint; the second has what it remembers as defaults.
+        self.ckpt_path, checkpoint = load_checkpoint(ckpt_path)
+        self._subcommand_parsers[subcommand].set_defaults(_remembered(checkpoint))
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would put what the checkpoint remembers over what was typed; `parse_arguments` has done it rightly.
+        pass
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        self.records = records.Records()
+        callbacks: list[Any] = [self.records]
+        if self.subcommand == "fit" and settings["enable_checkpointing"] is not False:
+            callbacks.append(self._checkpoint_callback(settings))
+        self._wants_tensorboard = settings["logger"] in (None, True)
+        if self._wants_tensorboard or settings["logger"]:
+            callbacks.append(LearningRateMonitor("step"))
+        if self._wants_tensorboard:
+            kwargs["logger"] = False  # until there is a folder for it, see `before_fit`
+        if settings["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()  # in a file each refresh would be a line
+        if settings["enable_model_summary"] is None:
+            kwargs["enable_model_summary"] = False  # `inspect` and the README say it; one line of ours stands for it
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _checkpoint_callback(self, settings: Any) -> ModelCheckpoint:
+        validates = settings["limit_val_batches"] != 0 and not self.datamodule.validates_on_test_set
+        if not validates:  # nothing to select by: the test set must not choose
+            return ModelCheckpoint(save_last=True, save_top_k=0)
+        return ModelCheckpoint(
+            filename="best", monitor="val_acc", mode="max", save_last=True, enable_version_counter=False
+        )
+
+    def before_fit(self) -> None:
+        """Everything that can be refused has been when the run's folder is made."""
+        self.datamodule.prepare_data()
+        if rank_zero_only.rank == 0:
+            settings = self.config["fit"]
+            root = Path(settings.trainer.default_root_dir)
+            self.folder = records.new_folder(root / settings.name)
+            self._parser("fit").save(settings, self.folder / "config.yaml", skip_none=False)
+        folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
+        if self._wants_tensorboard and not self.trainer.fast_dev_run:
+            self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)
+        if isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
+            self.trainer.checkpoint_callback.dirpath = str((folder / "checkpoints").absolute())
+        self._say_what_runs()
+
+    def _say_what_runs(self) -> None:
+        images, data = self.datamodule.images, self.datamodule
+        validation = "the test set" if data.validates_on_test_set else "held-out training images"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self._print(
+            f"LeNet, norm {self.model.hparams['norm']}, {parameters:,} parameters, "
+            f"on {self.trainer.strategy.root_device}, precision {self.trainer.precision}, seed {data.seed}\n"
+            f"Fashion-MNIST from {images.place} ({images.source}), validated on {validation}\n"
+            f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
+        )
+        if data.validates_on_test_set:
+            self._print("val_images is 0: val_acc below is test accuracy, and no checkpoint is selected by it")
+
+    def fit(self, **kwargs: Any) -> None:
+        self.trainer.fit(**self._from_checkpoint(kwargs))
+        if self.trainer.interrupted:
+            return
+        kept = self._kept_checkpoint()
+        name = Path(kept).name if kept else "the weights in memory"
+        # Before the test, which restores the callbacks to what they were when the checkpoint was written.
+        result = self.records.result(self.trainer, self.datamodule, self.model.hparams["norm"], name)
+        for figures in self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path=kept, weights_only=True, verbose=False
+        ):
+            result |= {name: figures[name] for name in ("test_loss", "test_acc")}
+        if self.folder is not None:
+            self._finish(result)
+
+    def _kept_checkpoint(self) -> str | None:
+        checkpoint = self.trainer.checkpoint_callback
+        if not isinstance(checkpoint, ModelCheckpoint):
+            return None
+        return checkpoint.best_model_path or checkpoint.last_model_path or None
+
+    def _finish(self, result: dict[str, Any]) -> None:
+        assert self.folder is not None
+        records.write_json(self.folder / "result.json", result)
+        logger = self.trainer.logger
+        if isinstance(logger, records.TensorBoard):
+            figures = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "images_per_second")
+            metrics = {f"result/{name}": result[name] for name in figures if result[name] is not None}
+            trained = {"max_epochs": self.trainer.max_epochs, "precision": self.trainer.precision}
+            hyperparameters = {**self.model.hparams, **self.datamodule.hparams, **trained}
+            logger.log_hyperparams(hyperparameters, metrics, self.trainer.global_step)
+            logger.experiment.close()
+        self._print(f"\ntested {result['tested']} of {self.folder}")
+        self._print(records.closing_lines(result, self.model.network))
+
+    def validate(self, **kwargs: Any) -> None:
+        self.trainer.validate(**self._from_checkpoint(kwargs))
+
+    def test(self, **kwargs: Any) -> None:
+        self.trainer.test(**self._from_checkpoint(kwargs))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Print the class and its probability for each test image, as CSV."""
+        batches = self.trainer.predict(**self._from_checkpoint(kwargs)) or []
+        probabilities, classes = torch.cat([torch.as_tensor(batch) for batch in batches]).max(1)
+        print("index,class,probability")
+        for index, (i, p) in enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True)):
+            print(f"{index},{CLASSES[i]},{p:.4f}")
+
+    def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # What was loaded for its settings, and not the address that was typed: that could give another file now.
+        ckpt_path = self.ckpt_path if kwargs["ckpt_path"] else None
+        return kwargs | {"ckpt_path": ckpt_path, "weights_only": True}
+
+    def _print(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            print(text, flush=True)
+
+
+def load_checkpoint(path: str) -> tuple[str, dict[str, Any]]:
+    """Load a checkpoint, from a file or an address, without executing anything in it.
+
+    Returns:
+        The path of the file, downloaded where an address was given, and what it holds.
+
+    Raises:
+        UserError: no such file, or not a checkpoint of this project.
+    """
+    try:
+        local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
+        checkpoint = torch.load(local, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/") from None
+    except Exception as error:  # torch.load has no exception of its own, and what it raises hangs on the file's bytes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path!r} is not a checkpoint that can be loaded safely, and nothing in it was executed.\n    {reason}\n"
+            "Give a file that fit wrote: runs/NAME/N/checkpoints/last.ckpt"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote.")
+    return str(local), checkpoint
+
+
+def _remembered(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint, as defaults for the parser."""
+    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
+    defaults |= {f"data.{name}": value for name, value in data.items()}
+    return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
+
+
+def main() -> None:
+    """Run the sub-command that stands in sys.argv."""
+    # Lightning's tips and advertisements; what a newcomer should see are our lines.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Ours counts each image once on any number of processes.
+    warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # lightning 2.6.6, torch 2.15
+    CLI(
+        Classifier,
+        FashionMNIST,
+        save_config_callback=None,
+        trainer_defaults=dict(TRAINER_DEFAULTS),
+        parser_class=Parser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
