@@ -79,6 +79,8 @@ class BatchNorm(nn.Module):
         num_dims: when given, the rank that the input must have (2 behind a linear layer, 4 behind a convolution).
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None

@@ -60,9 +60,11 @@ class Classifier(pl.LightningModule):
         self.lr = lr
         self.optimizer_class = _find_class(optimizer, "torch.optim", "optimizer")
         self.optimizer_args = dict(optimizer_args or {})
-        self.scheduler_class = _find_class(scheduler, "torch.optim.lr_scheduler", "scheduler") if scheduler else None
+        self.scheduler_class: Any = None
+        if scheduler is not None:
+            self.scheduler_class = _find_class(scheduler, "torch.optim.lr_scheduler", "scheduler")
         self.scheduler_args = dict(scheduler_args or {})
-        _check_arguments(self.optimizer_class, ([], lr), self.optimizer_args, "optimizer_args")
+        self._try_optimizer()
         for stage in ("train", "val", "test"):
             setattr(self, f"{stage}_loss", MeanMetric())
             # Labels are checked once, when the data are read; to check each batch again costs more than to count.
@@ -101,32 +103,50 @@ class Classifier(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         names = getattr(self.trainer.datamodule, "classes", range(NUM_CLASSES))  # type: ignore[attr-defined]
         for name, accuracy in zip(names, self.test_class_acc.compute(), strict=True):
-            self.log(f"test_acc_of/{name}", accuracy)
+            self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)  # the same on all processes already
         self.test_class_acc.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities (B, 10)."""
         return self(batch[0]).float().softmax(1)  # type: ignore[no-any-return]
 
+    def _try_optimizer(self) -> None:
+        """Build optimizer and scheduler once for nothing, so that a wrong argument shows before anything is begun."""
+        try:
+            tried = self.optimizer_class([nn.Parameter(torch.zeros(2, 2))], lr=self.lr, **self.optimizer_args)
+        except (TypeError, ValueError) as error:
+            raise _cannot_build(self.optimizer_class, {"lr": self.lr, **self.optimizer_args}, error) from error
+        if self.scheduler_class is not None:
+            arguments = self._scheduler_arguments(steps=1_000)
+            try:
+                self.scheduler_class(tried, **arguments)
+            except (TypeError, ValueError) as error:
+                raise _cannot_build(self.scheduler_class, arguments, error) from error
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_class(self.parameters(), lr=self.lr, **self.optimizer_args)
         if self.scheduler_class is None:
             return optimizer
+        lengths = self._lengths_wanted()
+        steps = int(self.trainer.estimated_stepping_batches) if lengths else 0
+        scheduler = self.scheduler_class(optimizer, **self._scheduler_arguments(steps))
         wants = inspect.signature(self.scheduler_class).parameters
-        args = self.scheduler_args
-        # The arguments that state the length of the run in steps, where the user has not given it.
-        lengths = [name for name in ("total_steps", "T_max") if name in wants and not args.keys() & {name, "epochs"}]
-        filled: dict[str, Any] = {name: int(self.trainer.estimated_stepping_batches) for name in lengths}
-        if "max_lr" in wants:
-            filled["max_lr"] = self.lr
-        args = {**filled, **args}
-        _check_arguments(self.scheduler_class, (optimizer,), args, "scheduler_args")
-        config: dict[str, Any] = {"scheduler": self.scheduler_class(optimizer, **args)}
         # What counts steps moves at every step: it was told so here, or has no other unit (OneCycleLR, CyclicLR).
-        config["interval"] = "step" if lengths or "max_lr" in wants else "epoch"
-        if isinstance(config["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+        config = {"scheduler": scheduler, "interval": "step" if lengths or "max_lr" in wants else "epoch"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = "val_loss"
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _lengths_wanted(self) -> list[str]:
+        """The scheduler's arguments that state the length of the run, where the user has not stated it."""
+        wants, given = inspect.signature(self.scheduler_class).parameters, self.scheduler_args.keys()
+        return [name for name in ("total_steps", "T_max") if name in wants and not given & {name, "epochs"}]
+
+    def _scheduler_arguments(self, steps: int) -> dict[str, Any]:
+        arguments: dict[str, Any] = dict.fromkeys(self._lengths_wanted(), steps)
+        if "max_lr" in inspect.signature(self.scheduler_class).parameters:
+            arguments["max_lr"] = self.lr
+        return arguments | self.scheduler_args
 
 
 def _find_class(name: str, home: str, kind: str) -> Any:
@@ -146,11 +166,7 @@ def _find_class(name: str, home: str, kind: str) -> Any:
     return found
 
 
-def _check_arguments(kind: Any, positional: tuple[Any, ...], keywords: dict[str, Any], setting: str) -> None:
-    try:
-        inspect.signature(kind).bind(*positional, **keywords)
-    except TypeError as error:
-        raise UserError(
-            f"{kind.__name__} cannot be called with {setting} {keywords}: {error}.\n"
-            f"It is {kind.__name__}{inspect.signature(kind)}"
-        ) from error
+def _cannot_build(kind: Any, arguments: dict[str, Any], error: Exception) -> UserError:
+    return UserError(
+        f"{kind.__name__} cannot be built with {arguments}: {error}.\nIt is {kind.__name__}{inspect.signature(kind)}"
+    )

@@ -1,8 +1,8 @@
 """Every command, in one table. Light to import: --help and --version need no torch."""
 
 import importlib
-import os
 import sys
+from pathlib import Path
 
 from bn_lightning import __version__
 from bn_lightning.errors import UserError
@@ -44,23 +44,14 @@ def main() -> None:
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
         # A norm of the user's lies in the current folder; a console script does not look there by itself.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        _run(COMMANDS[command][0])
+        sys.path.insert(0, str(Path.cwd()))
+        module, _ = COMMANDS[command]
+        try:
+            importlib.import_module(module).main()
+        except UserError as error:
+            _fail(str(error))
     else:
         _fail(f"There is no command {command!r}. There are {', '.join(COMMANDS)}.\nAll of them: --help")
-
-
-def _run(module: str) -> None:
-    try:
-        importlib.import_module(module).main()
-    except UserError as error:
-        _fail(str(error))
-    except Exception as error:
-        # Lightning's word for a wrong combination of settings; looked up only now, since its import takes seconds.
-        if type(error).__name__ != "MisconfigurationException":
-            raise
-        _fail(str(error))
 
 
 def _fail(message: str) -> None:

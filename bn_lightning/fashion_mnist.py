@@ -75,7 +75,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         # Lightning calls iter() more than once before it takes a batch; the body runs when the first one is taken.
         order = self.order() if self.order else torch.arange(len(self.labels))
-        for batch in order.to(self.images.device).split(self.batch_size):
+        for batch in order.to(self.images.device).split(self.batch_size):  # type: ignore[no-untyped-call]
             yield self[batch.tensor_split(self.world_size)[self.rank]]
 
     def __getitem__(self, indices: Tensor) -> Batch:
@@ -158,7 +158,7 @@ class FashionMNIST(pl.LightningDataModule):
         indices = self.train_indices
 
         def order() -> Tensor:
-            if self.trainer is not None and self.trainer.overfit_batches:
+            if getattr(self.trainer, "overfit_batches", 0):
                 return torch.arange(len(indices))  # the same few batches again and again
             return epoch_order(len(indices), self.seed, self.trainer.current_epoch if self.trainer else 0)
 
@@ -186,6 +186,4 @@ class FashionMNIST(pl.LightningDataModule):
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         mean, std = (MEAN, STD) if self.normalize else (0.0, 1.0)
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return Batches(
-            images.to(device), labels.to(device), self.batch_size, order, rank, world_size, mean, std
-        )
+        return Batches(images.to(device), labels.to(device), self.batch_size, order, rank, world_size, mean, std)

@@ -1,8 +1,8 @@
 """What a run leaves behind: its folder, TensorBoard's events, result.json, and the lines at the terminal."""
 
 import json
-import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -56,25 +56,26 @@ class Records(pl.Callback):
     """Times the training, keeps each epoch's figures, prints a line for each, and writes result.json.
 
     Attributes:
-        history: one dict an epoch, with the train and validation figures.
+        epochs: the train figures of each epoch, running averages over it.
+        validations: the figures of each validation.
         seconds: wall time of the training epochs, logging and checkpoints included, validation excluded.
         images: images trained on, over all processes.
     """
 
     def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
         self.seconds = 0.0
         self.images = 0
         self._batch_images = 0  # of this process, since the last count over all processes
         self._clock = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self.seconds, "images": self.images}
+        names = ("epochs", "validations", "seconds", "images")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
-        self.seconds = state_dict["seconds"]
-        self.images = state_dict["images"]
+        vars(self).update(state_dict)
 
     def _stop_clock(self) -> None:
         now = time.perf_counter()
@@ -87,6 +88,7 @@ class Records(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_clock()
         self._at_epoch_start = (self.images, self.seconds)
+        self._validated = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,27 +96,30 @@ class Records(pl.Callback):
         self._batch_images += len(batch[1])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.training or trainer.validating:
+        if not trainer.sanity_checking:
             self._stop_clock()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validations.append({name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_acc")})
+            self._validated = True
         self._clock = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         local = torch.tensor(self._batch_images, device=pl_module.device)
         self.images += int(trainer.strategy.reduce(local, reduce_op="sum"))
         self._batch_images = 0
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        figures = {"train_loss": metrics["train_loss_epoch"], "train_acc": metrics["train_acc"]}
-        figures |= {name: metrics[name] for name in ("val_loss", "val_acc") if name in metrics}
+        metrics = trainer.callback_metrics
+        figures = {"train_loss": float(metrics["train_loss_epoch"]), "train_acc": float(metrics["train_acc"])}
+        self.epochs.append(figures)
         self._stop_clock()
         images, seconds = self._at_epoch_start
         speed = (self.images - images) / (self.seconds - seconds)
-        pl_module.log("images_per_second", speed, rank_zero_only=True)
-        self.history.append(figures)
-        line = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
-        last_epoch = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        pl_module.print(f"epoch {trainer.current_epoch + 1:2}{last_epoch}  {line}  {speed:,.0f} images/s")
+        pl_module.log("images_per_second", speed, sync_dist=True)
+        shown = {**figures, **self.validations[-1]} if self._validated else figures
+        line = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())
+        of_epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        pl_module.print(f"epoch {trainer.current_epoch + 1:2}{of_epochs}  {line}  {speed:,.0f} images/s")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_clock()
@@ -122,18 +127,20 @@ class Records(pl.Callback):
     def result(self, trainer: pl.Trainer, data: FashionMNIST, norm: str, kept: str) -> dict[str, Any]:
         """The flat object of result.json at the end of training; `test_loss` and `test_acc` are still to come.
 
-        `kept` names the weights that will be tested. Train figures are running averages over the last epoch. `val_loss` and `val_acc` are those of the weights that
-        were tested: of the best epoch when a checkpoint was selected, else of the last.
+        `kept` names the weights that will be tested. Train figures are running averages over the last epoch. `val_loss`
+        and `val_acc` are those of the kept weights: of the best validation when a checkpoint was selected, else of the
+        last.
         """
         assert data.images is not None
-        last = self.history[-1] if self.history else {}
-        accuracies = [figures["val_acc"] for figures in self.history if "val_acc" in figures]
-        best = max(self.history, key=lambda figures: figures.get("val_acc", -1.0), default={})
+        last_epoch = self.epochs[-1] if self.epochs else {}
+        last = self.validations[-1] if self.validations else {}
+        best = max(self.validations, key=lambda figures: figures["val_acc"], default={})
         at_kept = best if kept == "best.ckpt" else last
+        last_accuracies = [figures["val_acc"] for figures in self.validations[-3:]]
         device = trainer.strategy.root_device
         return {
-            "train_loss": last.get("train_loss"),
-            "train_acc": last.get("train_acc"),
+            "train_loss": last_epoch.get("train_loss"),
+            "train_acc": last_epoch.get("train_acc"),
             "val_loss": at_kept.get("val_loss"),
             "val_acc": at_kept.get("val_acc"),
             "test_loss": None,
@@ -149,8 +156,8 @@ class Records(pl.Callback):
             "processes": trainer.world_size,
             "tested": kept,
             "val_acc_final": last.get("val_acc"),
-            "val_acc_best": max(accuracies, default=None),
-            "val_acc_mean_of_last_3": sum(accuracies[-3:]) / len(accuracies[-3:]) if accuracies else None,
+            "val_acc_best": best.get("val_acc"),
+            "val_acc_mean_of_last_3": statistics.mean(last_accuracies) if last_accuracies else None,
             "val_images_from": "test set" if data.validates_on_test_set else "training set",
             "train_seconds": self.seconds,
             **{f"sha256_{name}": digest for name, digest in data.images.sha256.items()},
@@ -164,7 +171,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def closing_lines(result: dict[str, Any], network: nn.Module) -> str:

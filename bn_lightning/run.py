@@ -3,17 +3,20 @@
 import difflib
 import logging
 import re
+import shutil
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fsspec
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from bn_lightning import records
 from bn_lightning.classifier import Classifier
@@ -58,7 +61,9 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         # A checkpoint is never loaded in any other way than with weights_only=True.
-        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        # Figures are printed here, so Lightning's table is not.
+        skipped = {"weights_only", "verbose", "return_predictions"}
+        return {name: also | skipped for name, also in LightningCLI.subcommands().items()}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -93,10 +98,11 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         self.records = records.Records()
         callbacks: list[Any] = [self.records]
-        if self.subcommand == "fit" and settings["enable_checkpointing"] is not False:
+        dry = bool(settings["fast_dev_run"])
+        if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not dry:
             callbacks.append(self._checkpoint_callback(settings))
         self._wants_tensorboard = settings["logger"] in (None, True)
-        if self._wants_tensorboard or settings["logger"]:
+        if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
         if self._wants_tensorboard:
             kwargs["logger"] = False  # until there is a folder for it, see `before_fit`
@@ -105,7 +111,14 @@ class CLI(LightningCLI):
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `inspect` and the README say it; one line of ours stands for it
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            given = " ".join(
+                f"--trainer.{n} {settings[n]}" for n in ("accelerator", "devices", "strategy", "precision")
+            )
+            here = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
+            raise UserError(f"{error}\nGiven: {given}\nAccelerators of this machine: {', '.join(here)}") from error
 
     def _checkpoint_callback(self, settings: Any) -> ModelCheckpoint:
         validates = settings["limit_val_batches"] != 0 and not self.datamodule.validates_on_test_set
@@ -118,13 +131,13 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Everything that can be refused has been when the run's folder is made."""
         self.datamodule.prepare_data()
-        if rank_zero_only.rank == 0:
+        if self.trainer.is_global_zero:
             settings = self.config["fit"]
             root = Path(settings.trainer.default_root_dir)
             self.folder = records.new_folder(root / settings.name)
             self._parser("fit").save(settings, self.folder / "config.yaml", skip_none=False)
         folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
-        if self._wants_tensorboard and not self.trainer.fast_dev_run:
+        if self._wants_tensorboard and not self.config.fit.trainer.fast_dev_run:
             self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)
         if isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
             self.trainer.checkpoint_callback.dirpath = str((folder / "checkpoints").absolute())
@@ -144,7 +157,12 @@ class CLI(LightningCLI):
             self._print("val_images is 0: val_acc below is test accuracy, and no checkpoint is selected by it")
 
     def fit(self, **kwargs: Any) -> None:
-        self.trainer.fit(**self._from_checkpoint(kwargs))
+        try:
+            self.trainer.fit(**self._from_checkpoint(kwargs))
+        except Exception:
+            if self.folder is not None and self.trainer.global_step == 0:
+                shutil.rmtree(self.folder)  # refused before it did anything
+            raise
         if self.trainer.interrupted:
             return
         kept = self._kept_checkpoint()
@@ -179,10 +197,14 @@ class CLI(LightningCLI):
         self._print(records.closing_lines(result, self.model.network))
 
     def validate(self, **kwargs: Any) -> None:
-        self.trainer.validate(**self._from_checkpoint(kwargs))
+        self._print_figures(self.trainer.validate(**self._from_checkpoint(kwargs), verbose=False))
 
     def test(self, **kwargs: Any) -> None:
-        self.trainer.test(**self._from_checkpoint(kwargs))
+        self._print_figures(self.trainer.test(**self._from_checkpoint(kwargs), verbose=False))
+
+    def _print_figures(self, results: Sequence[Mapping[str, float]]) -> None:
+        for figures in results:
+            self._print("\n".join(f"{name:24} {value:.4f}" for name, value in figures.items()))
 
     def predict(self, **kwargs: Any) -> None:
         """Print the class and its probability for each test image, as CSV."""
@@ -238,17 +260,30 @@ def _remembered(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run the sub-command that stands in sys.argv."""
     # Lightning's tips and advertisements; what a newcomer should see are our lines.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for quiet in (
+        "pytorch.utilities.rank_zero",
+        "fabric.utilities.rank_zero",
+        "fabric.utilities.seed",
+        "fabric.utilities.distributed",
+    ):
+        logging.getLogger(f"lightning.{quiet}").setLevel(logging.WARNING)
     # Ours counts each image once on any number of processes.
     warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")  # lightning 2.6.6, torch 2.15
-    CLI(
-        Classifier,
-        FashionMNIST,
-        save_config_callback=None,
-        trainer_defaults=dict(TRAINER_DEFAULTS),
-        parser_class=Parser,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    # Of a checkpoint that is only tested the callbacks of its training are not wanted.
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+    warnings.filterwarnings(
+        "ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated"
+    )  # lightning 2.6.6, torch 2.15
+    try:
+        CLI(
+            Classifier,
+            FashionMNIST,
+            save_config_callback=None,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m bn_lightning"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise UserError(str(error)) from error

@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import logging
 import math
-import os
 import struct
 import sys
 import tempfile
@@ -149,7 +148,7 @@ def _first_of(root: Path, mirrors: Sequence[str], may_download: bool) -> Images:
         except DataError as error:
             _shout(
                 f"{error}\n\nFashion-MNIST was found neither in {root} nor in {SYSTEM}, and cannot be downloaded.\n"
-                "THIS RUN USES THE PACKAGED SAMPLE: 6,000 training and 1,000 test images instead of 60,000 and 10,000.\n"
+                "THIS RUN USES THE PACKAGED SAMPLE: 6,000 training and 1,000 test images, not 60,000 and 10,000.\n"
                 "Its accuracy is several points lower and cannot be compared with published figures. result.json says\n"
                 '"data_source": "sample". For the whole data set give a folder that has it: --data.source FOLDER'
             )
@@ -179,9 +178,7 @@ def _locate(folder: Path, file: File) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise NotThere(
-        f"{file.name} is missing: none of\n" + "".join(f"    {path}\n" for path in candidates) + "is there."
-    )
+    raise NotThere(f"{file.name} is missing: none of\n" + "".join(f"    {path}\n" for path in candidates) + "is there.")
 
 
 def _read(path: Path, file: File) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -267,7 +264,7 @@ def _fetch(file: File, target: Path, mirrors: Sequence[str]) -> None:
                 faults.append(f"{url}: {error}")
                 continue
             (target / file.name).unlink(missing_ok=True)  # a broken raw file would be found before the good .gz
-            os.replace(path, target / path.name)
+            path.replace(target / path.name)
             return
     raise NotThere(f"{file.name}.gz could not be downloaded:\n" + "\n".join(faults))
 
