@@ -1,4 +1,4 @@
-"""Batch normalization by the tutorial's conventions, kept for comparison with the layer in `batch_norm.py`.
+"""Batch normalization by the tutorial's conventions, kept for comparison with the layer in `batchnorm.py`.
 
 The tutorial follows section 8.5, "Batch Normalization", of "Dive into Deep Learning", https://d2l.ai. It differs from
 torch's layer in three ways, each kept here on purpose:

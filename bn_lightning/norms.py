@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bn_lightning import article
-from bn_lightning.batch_norm import BatchNorm
+from bn_lightning.batchnorm import BatchNorm
 from bn_lightning.errors import UserError
 
 
