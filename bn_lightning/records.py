@@ -162,7 +162,8 @@ class Records(pl.Callback):
             "train_seconds": self.seconds,
             **{f"sha256_{name}": digest for name, digest in data.images.sha256.items()},
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "lightning", "torchmetrics")},
+            "torch": str(torch.__version__),
+            **{name: version(name) for name in ("lightning", "torchmetrics")},
             **_commit(),
         }
 

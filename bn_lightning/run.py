@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import fsspec
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -67,7 +68,10 @@ class CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--seed_everything", type=int, default=0, help="Of weights, split and order: decides the whole run."
+            "--seed_everything",
+            type=NonNegativeInt,
+            default=0,
+            help="Of weights, split and order: decides the whole run.",
         )
         parser.add_argument("--name", type=str, default="lenet", help="A run's folder is <default_root_dir>/<name>/N.")
 
@@ -113,7 +117,7 @@ class CLI(LightningCLI):
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, ImportError) as error:
             given = " ".join(
                 f"--trainer.{n} {settings[n]}" for n in ("accelerator", "devices", "strategy", "precision")
             )
@@ -135,7 +139,7 @@ class CLI(LightningCLI):
             settings = self.config["fit"]
             root = Path(settings.trainer.default_root_dir)
             self.folder = records.new_folder(root / settings.name)
-            self._parser("fit").save(settings, self.folder / "config.yaml", skip_none=False)
+            self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
         folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
         if self._wants_tensorboard and not self.config.fit.trainer.fast_dev_run:
             self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)

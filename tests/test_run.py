@@ -1,0 +1,283 @@
+"""Each command from the outside: what people type, what they see, what is left."""
+
+import csv
+import http.server
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+from bn_lightning import sources
+from bn_lightning.fashion_mnist import CLASSES
+
+from .conftest import QUICK, assert_same_weights, command, weights
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_config_reruns_the_run_bit_for_bit(trained, tmp_path):
+    folder, _ = trained
+    command("fit", "--config", folder / "config.yaml", cwd=tmp_path)
+    again = tmp_path / "runs" / "lenet" / "0"
+    assert_same_weights(folder / "checkpoints" / "last.ckpt", again / "checkpoints" / "last.ckpt")
+    measured = ("images_per_second", "train_seconds", "commit")
+    one, other = ({k: v for k, v in result(f).items() if k not in measured} for f in (folder, again))
+    assert one == other
+
+
+def test_resume_at_an_epochs_end_is_the_uninterrupted_run(trained, main, tmp_path):
+    folder, _ = trained
+    assert main("fit", *QUICK, "--trainer.max_epochs", 1)[0] == 0
+    halfway = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "last.ckpt"
+    assert main("fit", "--ckpt_path", halfway, "--trainer.max_epochs", 2)[0] == 0
+    resumed = tmp_path / "runs" / "lenet" / "1"
+    assert_same_weights(folder / "checkpoints" / "last.ckpt", resumed / "checkpoints" / "last.ckpt")
+    assert result(resumed)["steps"] == 44
+    assert result(resumed)["train_loss"] == result(folder)["train_loss"]
+
+
+def test_test_needs_nothing_but_the_checkpoint(trained, main):
+    folder, _ = trained
+    code, out, _ = main("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", "--trainer.accelerator", "cpu")
+    figures = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
+    assert code == 0
+    assert figures["test_acc"] == f"{result(folder)['test_acc']:.4f}"
+    assert {f"test_acc_of/{name}" for name in CLASSES} <= figures.keys()
+
+
+def test_validate(trained, main):
+    folder, _ = trained
+    code, out, _ = main("validate", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
+    assert code == 0
+    assert f"{result(folder)['val_acc']:.4f}" in out
+
+
+def test_predict(trained, main):
+    folder, _ = trained
+    code, out, _ = main("predict", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert len(rows) == 1_000
+    labels = sources.load("sample").test_labels.tolist()
+    right = sum(row["class"] == CLASSES[label] for row, label in zip(rows, labels, strict=True))
+    assert right / 1_000 == pytest.approx(result(folder)["test_acc"])
+
+
+def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
+    """Order of strength: defaults, the checkpoint, --config, flags."""
+    remembered = ("--model.norm", "builtin", "--model.norm_args.eps", "1e-3", "--model.activation", "relu",
+                  "--data.batch_size", "128", "--seed_everything", "7")  # fmt: skip
+    assert main("fit", *QUICK, *remembered, "--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1)[0] == 0
+    checkpoint = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "last.ckpt"
+    (tmp_path / "own.yaml").write_text("data:\n  batch_size: 64\nmodel:\n  lr: 0.5\n")
+    own = (
+        "--config",
+        "own.yaml",
+        "--model.lr",
+        "0.25",
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.limit_train_batches",
+        2,
+    )
+    assert main("fit", "--ckpt_path", checkpoint, *own)[0] == 0
+    settings = torch.load(tmp_path / "runs/lenet/1/checkpoints/last.ckpt", weights_only=True)
+    model, data = settings["hyper_parameters"], settings["datamodule_hyper_parameters"]
+    assert (model["norm"], model["norm_args"], model["activation"]) == ("builtin", {"eps": 1e-3}, "relu")
+    assert (data["source"], data["seed"]) == ("sample", 7)
+    assert (data["batch_size"], model["lr"]) == (64, 0.25)
+
+
+def test_without_validation_images_nothing_is_selected(main, tmp_path):
+    code, out, _ = main("fit", *QUICK, "--data.val_images", 0)
+    assert code == 0
+    assert "no checkpoint is selected" in out
+    assert "test acc after each epoch: final" in out
+    folder = tmp_path / "runs" / "lenet" / "0"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert result(folder)["val_acc"] == result(folder)["test_acc"] == result(folder)["val_acc_final"]
+    assert result(folder)["val_images_from"] == "test set"
+
+
+def test_a_norm_of_the_users_own(main, tmp_path):
+    (tmp_path / "my_norms.py").write_text(
+        "from torch import nn\n\n\ndef group_norm(num_features, num_dims, num_groups=2):\n"
+        "    return nn.GroupNorm(num_groups, num_features)\n"
+    )
+    chosen = ("--model.norm", "my_norms.group_norm", "--model.norm_args.num_groups", "1")
+    assert main("fit", *QUICK, *chosen, "--trainer.max_epochs", 1)[0] == 0
+    assert result(tmp_path / "runs" / "lenet" / "0")["norm"] == "my_norms.group_norm"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.fast_dev_run", "true"],
+        ["--trainer.logger", "false"],
+        ["--trainer.enable_checkpointing", "false"],
+        ["--trainer.limit_val_batches", "0"],
+        ["--trainer.overfit_batches", "2"],
+        ["--trainer.max_epochs", "-1", "--trainer.max_steps", "3"],
+        ["--trainer.check_val_every_n_epoch", "2"],
+        ["--trainer.val_check_interval", "7"],
+        ["--trainer.accumulate_grad_batches", "4"],
+        ["--trainer.profiler", "simple"],
+        ["--trainer.precision", "64-true"],
+        ["--trainer.enable_progress_bar", "true"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_trainer_flags_break_neither_the_closing_test_nor_the_records(main, tmp_path, flags):
+    code, out, err = main("fit", *QUICK, *flags)
+    assert code == 0, err
+    assert "gamma of the first norm layer" in out
+    found = result(tmp_path / "runs" / "lenet" / "0")
+    assert 0 <= found["test_acc"] <= 1
+    assert found["images_per_second"] > 0
+    if "fast_dev_run" in flags[0] or "enable_checkpointing" in flags[0]:
+        assert found["tested"] == "the weights in memory"
+        assert not (tmp_path / "runs" / "lenet" / "0" / "checkpoints").exists()
+
+
+def test_precision_that_was_really_used_is_recorded(main, tmp_path):
+    assert main("fit", *QUICK, "--trainer.precision", "16-mixed", "--trainer.max_epochs", 1)[0] == 0
+    assert result(tmp_path / "runs" / "lenet" / "0")["precision"] == "bf16-mixed"
+
+
+def test_two_processes(tmp_path):
+    done = command("fit", *QUICK, "--trainer.devices", "2", cwd=tmp_path)
+    folder = tmp_path / "runs" / "lenet" / "0"
+    assert [path.name for path in folder.parent.iterdir()] == ["0"]
+    found = result(folder)
+    assert (found["processes"], found["steps"]) == (2, 44)
+    assert round(found["test_acc"] * 1_000, 3) == int(found["test_acc"] * 1_000 + 0.5)  # each of 1,000 counted once
+    assert found["train_loss"] < 1.5
+    assert done.stdout.count("epoch  ") == 2
+    alone = command("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", cwd=tmp_path)
+    assert f"{found['test_acc']:.4f}" in alone.stdout
+
+
+WRONG = {
+    "norm": (["--model.norm", "batch"], ["'batch'", "custom, builtin, article, none"]),
+    "norm argument": (["--model.norm_args.epsilon", "1"], ["epsilon", "eps"]),
+    "flag": (["--model.nrom", "custom"], ["--model.nrom", "Did you mean --model.norm"]),
+    "choice": (["--model.activation", "rleu"], ["rleu", "'relu'"]),
+    "type": (["--data.batch_size", "many"], ["data.batch_size", "many"]),
+    "value": (["--data.batch_size", "0"], ["batch_size is 0", "at least 1"]),
+    "seed": (["--seed_everything", "-1"], ["-1"]),
+    "folder": (["--data.source", "nowhere"], ["'nowhere'", "auto, system, download, sample"]),
+    "half a file": (["--data.source", "half"], ["train-labels-idx1-ubyte", "60,008 bytes"]),
+    "config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    "key in a config": (["--config", "wrong.yaml"], ["nrom"]),
+    "checkpoint": (["--ckpt_path", "nowhere.ckpt"], ["'nowhere.ckpt'", "runs/NAME/N/checkpoints"]),
+    "no checkpoint": (["--ckpt_path", "wrong.yaml"], ["'wrong.yaml' is not a checkpoint"]),
+    "half a checkpoint": (["--ckpt_path", "half.ckpt"], ["'half.ckpt' is not a checkpoint"]),
+    "not a run": (["--ckpt_path", "tensor.ckpt"], ["'tensor.ckpt' holds no run"]),
+    "optimizer": (["--model.optimizer", "Adan"], ["'Adan'", "AdamW"]),
+    "accelerator": (["--trainer.accelerator", "tpu"], ["tpu", "Accelerators of this machine: cpu"]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_mistakes_give_one_screen_and_leave_nothing(main, trained, tmp_path, what):
+    (tmp_path / "wrong.yaml").write_text("model:\n  nrom: custom\n")
+    (tmp_path / "half.ckpt").write_bytes((trained[0] / "checkpoints" / "last.ckpt").read_bytes()[:100_000])
+    torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
+    (tmp_path / "half").mkdir()
+    for file in sources.WHOLE:
+        (tmp_path / "half" / file.name).write_bytes(b"\0\0\x08" + bytes([len(file.shape)]) + b"\0" * 1_000)
+    if (first := tmp_path / "half" / sources.TRAIN_IMAGES).exists() and sources.SYSTEM.is_dir():
+        first.unlink()  # this one whole, so that the next is what is found
+        (tmp_path / "half" / f"{first.name}.gz").symlink_to(sources.SYSTEM / f"{first.name}.gz")
+    elif what == "half a file":
+        pytest.skip(f"needs all of Fashion-MNIST in {sources.SYSTEM}")
+    before = sorted(tmp_path.rglob("*"))
+    flags, said = WRONG[what]
+    code, _, err = main("fit", *flags)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 24
+    for words in said:
+        assert words in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["test", "validate", "predict"])
+def test_a_command_that_needs_a_checkpoint_says_so(main, name):
+    code, _, err = main(name)
+    assert code == 2
+    assert f"{name} needs a checkpoint: --ckpt_path" in err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder, and its address on loopback."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["fit", "test"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_bomb_is_refused_without_running(main, served, tmp_path, name, writer):
+    folder, address = served
+    content = {"state_dict": {}, "hyper_parameters": Bomb()}
+    if writer == "torch":
+        torch.save(content, folder / "bomb.ckpt")
+    else:
+        (folder / "bomb.ckpt").write_bytes(pickle.dumps(content))
+    for path in (folder / "bomb.ckpt", f"{address}/bomb.ckpt"):
+        code, _, err = main(name, "--ckpt_path", path)
+        assert code == 2
+        assert "nothing in it was executed" in err
+    assert not (tmp_path / "exploded").exists()
+    assert os.system(f"cd {tmp_path} && touch exploded") == 0  # the bomb itself works
+
+
+def test_a_checkpoint_by_address(main, trained, served):
+    folder, address = served
+    shutil.copy(trained[0] / "checkpoints" / "best.ckpt", folder)
+    code, out, err = main("test", "--ckpt_path", f"{address}/best.ckpt")
+    assert code == 0, err
+    assert f"{result(trained[0])['test_acc']:.4f}" in out
+
+
+def test_without_a_network_and_without_data_the_sample_is_used(tmp_path):
+    """A process with no network but a dead loopback, and no system copy: the main job still has real data."""
+    hide = f"mount -t tmpfs none {sources.SYSTEM.parent} && " if sources.SYSTEM.is_dir() else ""
+    isolated = ["unshare", "--net", "--mount", "sh", "-c"]
+    try:
+        possible = subprocess.run([*isolated, hide + "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("needs network and mount namespaces (Linux, root)")
+    job = f"{sys.executable} -m bn_lightning fit --trainer.max_epochs 1"
+    done = subprocess.run([*isolated, hide + job], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "THIS RUN USES THE PACKAGED SAMPLE" in done.stderr
+    found = result(tmp_path / "runs" / "lenet" / "0")
+    assert found["data_source"] == "sample"
+    assert found["test_acc"] > 0.2
+    assert weights(tmp_path / "runs/lenet/0/checkpoints/last.ckpt")
