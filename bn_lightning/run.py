@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import fsspec
 import torch
-from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -69,7 +68,7 @@ class CLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--seed_everything",
-            type=NonNegativeInt,
+            type=int,
             default=0,
             help="Of weights, split and order: decides the whole run.",
         )
@@ -81,6 +80,8 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
+        if self.config[subcommand].seed_everything < 0:  # Lightning would warn, and take another one
+            raise UserError(f"The seed is {self.config[subcommand].seed_everything}; it must not be negative.")
         ckpt_path = self.config[subcommand].ckpt_path
         if ckpt_path is None:
             if subcommand != "fit":
