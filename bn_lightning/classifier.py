@@ -69,6 +69,7 @@ class Classifier(pl.LightningModule):
             setattr(self, f"{stage}_loss", MeanMetric())
             # Labels are checked once, when the data are read; to check each batch again costs more than to count.
             setattr(self, f"{stage}_acc", MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False))
+        self._means_are_logged = False  # of the train epoch that runs
         self.test_class_acc = MulticlassAccuracy(NUM_CLASSES, average=None, validate_args=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,27 +81,43 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits.float(), labels)
-        mean_loss, accuracy = getattr(self, f"{stage}_loss"), getattr(self, f"{stage}_acc")
-        mean_loss.update(loss.detach(), len(labels))
-        accuracy.update(logits.detach(), labels)
-        suffix = "_epoch" if stage == "train" else ""  # train_loss itself is the curve over steps
-        self.log(f"{stage}_loss{suffix}", mean_loss, on_step=False, on_epoch=True)
-        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=stage != "test")
+        getattr(self, f"{stage}_loss").update(loss.detach(), len(labels))
+        getattr(self, f"{stage}_acc").update(logits.detach(), labels)
         return loss, logits
+
+    def _log_means(self, stage: str) -> None:
+        """Log the means over the epoch's images; Lightning computes and resets the metrics, on all processes."""
+        suffix = "_epoch" if stage == "train" else ""  # train_loss itself is the curve over steps
+        self.log(f"{stage}_loss{suffix}", getattr(self, f"{stage}_loss"), on_step=False, on_epoch=True)
+        self.log(f"{stage}_acc", getattr(self, f"{stage}_acc"), on_step=False, on_epoch=True, prog_bar=stage != "test")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._step(batch, "train")
-        self.log("train_loss", loss, prog_bar=True)
+        # self.log costs as much as a small layer, so it is called only where something comes of it: for the means once
+        # an epoch, since Lightning keeps the metrics themselves, and for the loss where the logger will take it.
+        if not self._means_are_logged:
+            self._log_means("train")
+            self._means_are_logged = True
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        self._means_are_logged = False
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         _, logits = self._step(batch, "test")
         self.test_class_acc.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
+        self._log_means("test")
         names = getattr(self.trainer.datamodule, "classes", range(NUM_CLASSES))  # type: ignore[attr-defined]
         for name, accuracy in zip(names, self.test_class_acc.compute(), strict=True):
             self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)  # the same on all processes already

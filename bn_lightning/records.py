@@ -117,7 +117,9 @@ class Records(pl.Callback):
         speed = (self.images - images) / (self.seconds - seconds)
         pl_module.log("images_per_second", speed, sync_dist=True)
         shown = {**figures, **self.validations[-1]} if self._validated else figures
-        line = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items())
+        on_test_set = getattr(trainer.datamodule, "validates_on_test_set", False)  # type: ignore[attr-defined]
+        names = {"val_loss": "test loss", "val_acc": "test acc"} if on_test_set else {}
+        line = "  ".join(f"{names.get(name, name.replace('_', ' '))} {value:.3f}" for name, value in shown.items())
         of_epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         pl_module.print(f"epoch {trainer.current_epoch + 1:2}{of_epochs}  {line}  {speed:,.0f} images/s")
 

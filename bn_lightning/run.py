@@ -1,5 +1,6 @@
 """One run: LightningCLI for fit, validate, test and predict, and what surrounds it."""
 
+import ctypes
 import difflib
 import logging
 import re
@@ -15,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from bn_lightning import records
@@ -80,8 +81,9 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
-        if self.config[subcommand].seed_everything < 0:  # Lightning would warn, and take another one
-            raise UserError(f"The seed is {self.config[subcommand].seed_everything}; it must not be negative.")
+        seed = self.config[subcommand].seed_everything
+        if not 0 <= seed < 2**32:  # Lightning would take another one
+            raise UserError(f"--seed_everything is {seed}; it must be from 0 to {2**32 - 1}.")
         ckpt_path = self.config[subcommand].ckpt_path
         if ckpt_path is None:
             if subcommand != "fit":
@@ -111,10 +113,16 @@ class CLI(LightningCLI):
             callbacks.append(LearningRateMonitor("step"))
         if self._wants_tensorboard:
             kwargs["logger"] = False  # until there is a folder for it, see `before_fit`
-        if settings["enable_progress_bar"] is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()  # in a file each refresh would be a line
+        shows_progress = settings["enable_progress_bar"]
+        if shows_progress is None:
+            shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
+        kwargs["enable_progress_bar"] = shows_progress
+        if shows_progress and not any(isinstance(own, ProgressBar) for own in settings["callbacks"] or []):
+            callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
-            kwargs["enable_model_summary"] = False  # `inspect` and the README say it; one line of ours stands for it
+            kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
+        if self.subcommand == "predict" and settings["devices"] == "auto":
+            kwargs["devices"] = 1  # the answers come in the order of the images
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
@@ -138,8 +146,14 @@ class CLI(LightningCLI):
         self.datamodule.prepare_data()
         if self.trainer.is_global_zero:
             settings = self.config["fit"]
-            root = Path(settings.trainer.default_root_dir)
-            self.folder = records.new_folder(root / settings.name)
+            parent = Path(settings.trainer.default_root_dir, settings.name)
+            try:
+                self.folder = records.new_folder(parent)
+            except OSError as error:
+                raise UserError(
+                    f"No folder for the run can be made in {str(parent)!r}: {error.strerror}.\n"
+                    "Another place: --trainer.default_root_dir FOLDER, another name: --name NAME"
+                ) from error
             self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
         folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
         if self._wants_tensorboard and not self.config.fit.trainer.fast_dev_run:
@@ -159,14 +173,16 @@ class CLI(LightningCLI):
             f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
         )
         if data.validates_on_test_set:
-            self._print("val_images is 0: val_acc below is test accuracy, and no checkpoint is selected by it")
+            self._print(
+                "val_images is 0: what is logged as val_loss and val_acc is of the test set, and selects nothing"
+            )
 
     def fit(self, **kwargs: Any) -> None:
         try:
             self.trainer.fit(**self._from_checkpoint(kwargs))
         except Exception:
             if self.folder is not None and self.trainer.global_step == 0:
-                shutil.rmtree(self.folder)  # refused before it did anything
+                shutil.rmtree(self.folder, ignore_errors=True)  # refused before it did anything
             raise
         if self.trainer.interrupted:
             return
@@ -262,8 +278,21 @@ def _remembered(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step.
+
+    By default it gives the activations of every step back to the system and takes them anew, zeroed page by page: on
+    2 cores 1.8 million page faults in two epochs instead of 0.2 million, and up to a third of the speed.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl has none
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: its largest value
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
 def main() -> None:
     """Run the sub-command that stands in sys.argv."""
+    _keep_freed_memory()
     # Lightning's tips and advertisements; what a newcomer should see are our lines.
     for quiet in (
         "pytorch.utilities.rank_zero",
@@ -292,3 +321,10 @@ def main() -> None:
         )
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise UserError(
+            f"The checkpoint does not fit the network that the settings ask for: {error}\n"
+            "Leave out the --model settings: the checkpoint remembers its own."
+        ) from error

@@ -101,7 +101,8 @@ def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
 def test_without_validation_images_nothing_is_selected(main, tmp_path):
     code, out, _ = main("fit", *QUICK, "--data.val_images", 0)
     assert code == 0
-    assert "no checkpoint is selected" in out
+    assert "of the test set, and selects nothing" in out
+    assert "val acc" not in out
     assert "test acc after each epoch: final" in out
     folder = tmp_path / "runs" / "lenet" / "0"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -157,7 +158,8 @@ def test_precision_that_was_really_used_is_recorded(main, tmp_path):
 def test_two_processes(tmp_path):
     done = command("fit", *QUICK, "--trainer.devices", "2", cwd=tmp_path)
     folder = tmp_path / "runs" / "lenet" / "0"
-    assert [path.name for path in folder.parent.iterdir()] == ["0"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("**/0")] == ["runs/lenet/0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # the second process writes nothing of its own
     found = result(folder)
     assert (found["processes"], found["steps"]) == (2, 44)
     assert round(found["test_acc"] * 1_000, 3) == int(found["test_acc"] * 1_000 + 0.5)  # each of 1,000 counted once
@@ -174,7 +176,7 @@ WRONG = {
     "choice": (["--model.activation", "rleu"], ["rleu", "'relu'"]),
     "type": (["--data.batch_size", "many"], ["data.batch_size", "many"]),
     "value": (["--data.batch_size", "0"], ["batch_size is 0", "at least 1"]),
-    "seed": (["--seed_everything", "-1"], ["-1"]),
+    "seed": (["--seed_everything", "-1"], ["--seed_everything is -1", "from 0 to 4294967295"]),
     "folder": (["--data.source", "nowhere"], ["'nowhere'", "auto, system, download, sample"]),
     "half a file": (["--data.source", "half"], ["train-labels-idx1-ubyte", "60,008 bytes"]),
     "config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -211,6 +213,21 @@ def test_mistakes_give_one_screen_and_leave_nothing(main, trained, tmp_path, wha
     for words in said:
         assert words in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_network_that_does_not_fit_the_checkpoint(main, trained):
+    code, _, err = main("test", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--model.norm", "none")
+    assert code == 2
+    assert "does not fit the network" in err
+    assert "Traceback" not in err
+
+
+def test_no_folder_for_the_run(main, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    code, _, err = main("fit", *QUICK)
+    assert code == 2
+    assert "runs" in err
+    assert "--trainer.default_root_dir" in err
 
 
 @pytest.mark.parametrize("name", ["test", "validate", "predict"])
