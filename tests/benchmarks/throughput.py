@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SIDES = ("bare", "dataloader", "fit", "custom")
+SIDES = ("dataloader", "bare", "fit", "custom")
 BATCH_SIZE = 256
 
 
