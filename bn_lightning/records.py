@@ -62,6 +62,8 @@ class Records(pl.Callback):
         images: images trained on, over all processes.
     """
 
+    _KEPT = ("epochs", "validations", "seconds", "images")  # in a checkpoint, for a run that goes on
+
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
@@ -71,11 +73,11 @@ class Records(pl.Callback):
         self._clock = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("epochs", "validations", "seconds", "images")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
+        for name in self._KEPT:
+            setattr(self, name, state_dict[name])
 
     def _stop_clock(self) -> None:
         now = time.perf_counter()

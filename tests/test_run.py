@@ -111,13 +111,13 @@ def test_without_validation_images_nothing_is_selected(main, tmp_path):
 
 
 def test_a_norm_of_the_users_own(main, tmp_path):
-    (tmp_path / "my_norms.py").write_text(
+    (tmp_path / "own_norms.py").write_text(
         "from torch import nn\n\n\ndef group_norm(num_features, num_dims, num_groups=2):\n"
         "    return nn.GroupNorm(num_groups, num_features)\n"
     )
-    chosen = ("--model.norm", "my_norms.group_norm", "--model.norm_args.num_groups", "1")
+    chosen = ("--model.norm", "own_norms.group_norm", "--model.norm_args.num_groups", "1")
     assert main("fit", *QUICK, *chosen, "--trainer.max_epochs", 1)[0] == 0
-    assert result(tmp_path / "runs" / "lenet" / "0")["norm"] == "my_norms.group_norm"
+    assert result(tmp_path / "runs" / "lenet" / "0")["norm"] == "own_norms.group_norm"
 
 
 @pytest.mark.parametrize(

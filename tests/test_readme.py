@@ -1,0 +1,55 @@
+"""What the README says is so: its commands run, its example works, its lists are whole."""
+
+import re
+import shlex
+
+import pytest
+import torch
+
+from bn_lightning import cli, norms
+
+from .conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+FIT = sorted(set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M)))
+
+
+@pytest.mark.parametrize("line", FIT)
+def test_fit_commands_run(main, trained, tmp_path, line):
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "runs" / "lenet").mkdir(parents=True)
+    (tmp_path / "runs" / "lenet" / "0").symlink_to(trained[0])
+    (tmp_path / "my_norms.py").write_text(example())
+    quick = ("--data.source", "sample", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu")
+    code, out, err = main(*shlex.split(line), *quick)
+    assert code == 0, err
+    assert "test acc" in out
+
+
+def example():
+    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    return code
+
+
+def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):
+    (tmp_path / "example_of_readme.py").write_text(example())
+    monkeypatch.syspath_prepend(tmp_path)
+    layer = norms.make("example_of_readme.RMSNorm", num_features=6, num_dims=4)
+    y = layer(5 * torch.randn(4, 6, 3, 3))
+    torch.testing.assert_close(y.square().mean(1), torch.ones(4, 3, 3), atol=1e-3, rtol=0)
+
+
+def test_lists_are_whole():
+    for path in (REPOSITORY / "bn_lightning").glob("[a-z]*.py"):
+        assert f"    {path.name} " in README
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        assert f"(configs/{path.name})" in README
+        assert f"fit --config configs/{path.name}" in path.read_text()
+    for command in cli.COMMANDS:
+        assert f"| `python -m bn_lightning {command}" in README
+
+
+def test_links_lead_somewhere():
+    for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md"):
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), link
