@@ -1,7 +1,15 @@
 """LeNet on Fashion-MNIST with a batch normalization that can be swapped, in PyTorch Lightning."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bn_lightning.batchnorm import BatchNorm as BatchNorm
+    from bn_lightning.batchnorm import batch_norm as batch_norm
+    from bn_lightning.classifier import Classifier as Classifier
+    from bn_lightning.errors import UserError as UserError
+    from bn_lightning.fashion_mnist import FashionMNIST as FashionMNIST
+    from bn_lightning.lenet import LeNet as LeNet
 
 __version__ = "0.1.0"
 

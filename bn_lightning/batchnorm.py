@@ -32,14 +32,17 @@ def batch_norm(
         A tensor of the input's shape and dtype.
 
     Raises:
-        ValueError: in training, when there is only one value per channel: its variance is 0 whatever it is.
+        ValueError: when the batch's own variance is asked for and there is one value per channel: it is 0 whatever
+            the value.
     """
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     per_channel = (1, -1) + (1,) * (x.dim() - 2)
     if training or running_mean is None or running_var is None:
         m = x.numel() // x.size(1)
-        if m == 1 and training:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+        if m == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel to take their variance, got input size {input.size()}"
+            )
         reduced = [d for d in range(x.dim()) if d != 1]
         mean = x.mean(reduced)
         centred = x - mean.view(per_channel)

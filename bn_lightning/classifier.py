@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -66,7 +66,7 @@ class Classifier(pl.LightningModule):
         self.scheduler_args = dict(scheduler_args or {})
         self._try_optimizer()
         for stage in ("train", "val", "test"):
-            setattr(self, f"{stage}_loss", MeanMetric())
+            setattr(self, f"{stage}_loss", MeanMetric(nan_strategy="disable"))  # a NaN must show
             # Labels are checked once, when the data are read; to check each batch again costs more than to count.
             setattr(self, f"{stage}_acc", MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False))
         self._means_are_logged = False  # of the train epoch that runs
@@ -81,7 +81,8 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits.float(), labels)
-        getattr(self, f"{stage}_loss").update(loss.detach(), len(labels))
+        # Once for each image, in the place of a weight: with nan_strategy="disable" torchmetrics 1.9 forgets weights.
+        getattr(self, f"{stage}_loss").update(loss.detach().expand(len(labels)))
         getattr(self, f"{stage}_acc").update(logits.detach(), labels)
         return loss, logits
 
@@ -102,6 +103,13 @@ class Classifier(pl.LightningModule):
         if every and (self.global_step + 1) % every == 0:
             self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_train_start(self) -> None:
+        # A resumed optimizer comes with the learning rate of its checkpoint; what was typed is stronger. With a
+        # scheduler the schedule goes on as it was.
+        if self.scheduler_class is None:
+            for group in self.trainer.optimizers[0].param_groups:
+                group.update(lr=self.lr, **self.optimizer_args)
 
     def on_train_epoch_start(self) -> None:
         self._means_are_logged = False
@@ -130,7 +138,7 @@ class Classifier(pl.LightningModule):
     def _try_optimizer(self) -> None:
         """Build optimizer and scheduler once for nothing, so that a wrong argument shows before anything is begun."""
         try:
-            tried = self.optimizer_class([nn.Parameter(torch.zeros(2, 2))], lr=self.lr, **self.optimizer_args)
+            tried = self.optimizer_class(self.network.parameters(), lr=self.lr, **self.optimizer_args)
         except (TypeError, ValueError) as error:
             raise _cannot_build(self.optimizer_class, {"lr": self.lr, **self.optimizer_args}, error) from error
         if self.scheduler_class is not None:
@@ -145,8 +153,13 @@ class Classifier(pl.LightningModule):
         if self.scheduler_class is None:
             return optimizer
         lengths = self._lengths_wanted()
-        steps = int(self.trainer.estimated_stepping_batches) if lengths else 0
-        scheduler = self.scheduler_class(optimizer, **self._scheduler_arguments(steps))
+        steps = self.trainer.estimated_stepping_batches if lengths else 0
+        if steps == float("inf"):
+            raise UserError(
+                f"{self.scheduler_class.__name__} needs to know how long the run is: give --trainer.max_epochs or "
+                f"--trainer.max_steps, or its own length: --model.scheduler_args.{lengths[0]}"
+            )
+        scheduler = self.scheduler_class(optimizer, **self._scheduler_arguments(int(steps)))
         wants = inspect.signature(self.scheduler_class).parameters
         # What counts steps moves at every step: it was told so here, or has no other unit (OneCycleLR, CyclicLR).
         config = {"scheduler": scheduler, "interval": "step" if lengths or "max_lr" in wants else "epoch"}

@@ -95,7 +95,7 @@ class FashionMNIST(pl.LightningDataModule):
             the first that can be had: what `root` holds, the system's copy, the download, the packaged sample.
         root: the folder that keeps downloads.
         mirrors: addresses to download from.
-        batch_size: images of one optimizer step, over all processes.
+        batch_size: images of one batch, over all processes together.
         val_images: how many of the 60,000 training images are held out for validation, the same share of each class,
             chosen by the seed (of the packaged sample, which is smaller, the same proportion). 0 trains on all of them
             and validates on the test set, as the article does; then no checkpoint is selected.
@@ -146,7 +146,9 @@ class FashionMNIST(pl.LightningDataModule):
         if self.images is None:  # a process beside the one that prepared the data
             self.images = sources.load(self.source, self.root, self.mirrors, may_download=False)
         num_train = len(self.images.train_labels)
-        num_val = self.val_images if num_train == 60_000 else self.val_images * num_train // 60_000
+        num_val = self.val_images
+        if num_train < 60_000 and num_val:
+            num_val = max(1, num_val * num_train // 60_000)
         self.train_indices, self.val_indices = stratified_split(self.images.train_labels, num_val, self.seed)
 
     @property

@@ -45,7 +45,7 @@ class LeNet(nn.Module):
         pooling: Pooling = "avg",
     ) -> None:
         super().__init__()
-        make_norm = partial(norms.make, norm, **norm_args or {})
+        make_norm = partial(norms.make, norm, norm_args=norm_args)
         self.phi = ACTIVATIONS[activation]()
         self.pool = POOLINGS[pooling](kernel_size=2, stride=2)
         self.conv1 = nn.Conv2d(1, 6, kernel_size=5)

@@ -12,10 +12,17 @@ from bn_lightning.batchnorm import BatchNorm
 from bn_lightning.errors import UserError
 
 
-def builtin(num_features: int, num_dims: int, **kwargs: Any) -> nn.Module:
+def builtin(
+    num_features: int,
+    num_dims: int,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    affine: bool = True,
+    track_running_stats: bool = True,
+) -> nn.Module:
     """torch's own layer: BatchNorm1d behind a linear layer, BatchNorm2d behind a convolution."""
-    layers = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
-    return layers[num_dims](num_features=num_features, **kwargs)
+    layer = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[num_dims]
+    return layer(num_features, eps, momentum, affine, track_running_stats)
 
 
 def none(num_features: int, num_dims: int) -> nn.Module:
@@ -50,12 +57,12 @@ def find(name: str) -> Callable[..., nn.Module]:
             f"It is read as the name {attribute!r} in the module {module_name!r}, looked for in the current folder and "
             f"among the installed packages. The norms that need no import are {', '.join(NORMS)}."
         ) from error
-    if not callable(norm) or not _accepts(norm, num_features=6, num_dims=4):
+    if not callable(norm) or not _accepts(norm, {"num_features": 6, "num_dims": 4}):
         raise UserError(_adapter_advice(name, norm))
     return norm  # type: ignore[no-any-return]  # an import path can name anything; `make` checks what it builds
 
 
-def make(name: str, num_features: int, num_dims: int, **norm_args: Any) -> nn.Module:
+def make(name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] | None = None) -> nn.Module:
     """Build the norm of that name for `num_features` channels of input with `num_dims` (2 or 4) dimensions.
 
     Always called by keyword: `nn.BatchNorm2d(6, 4)` would take the 4 for eps.
@@ -63,18 +70,19 @@ def make(name: str, num_features: int, num_dims: int, **norm_args: Any) -> nn.Mo
     Raises:
         UserError: an unknown name, or arguments that the norm does not take.
     """
-    norm = find(name)
-    if not _accepts(norm, num_features=num_features, num_dims=num_dims, **norm_args):
+    norm, norm_args = find(name), norm_args or {}
+    shape = {"num_features": num_features, "num_dims": num_dims}
+    if norm_args.keys() & shape.keys() or not _accepts(norm, shape | norm_args):
         raise UserError(
             f"The norm {name!r} does not take norm_args {norm_args}. Its arguments are {inspect.signature(norm)}."
         )
-    layer = norm(num_features=num_features, num_dims=num_dims, **norm_args)
+    layer = norm(**shape, **norm_args)
     if not isinstance(layer, nn.Module):
         raise UserError(f"The norm {name!r} gave a {type(layer).__name__}; it must give a torch.nn.Module.")
     return layer
 
 
-def _accepts(norm: Callable[..., Any], **arguments: Any) -> bool:
+def _accepts(norm: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     try:
         inspect.signature(norm).bind(**arguments)
     except (TypeError, ValueError):  # ValueError: something built in, which shows no signature

@@ -5,7 +5,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,6 @@ class TensorBoard(TensorBoardLogger):
         pass
 
 
-def _norm_parameters(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and values of the parameters of the first layer that has nothing but scales and shifts."""
-    for layer in network.modules():
-        parameters = dict(layer.named_parameters(recurse=False))
-        if parameters and all(p.squeeze().dim() <= 1 for p in parameters.values()):
-            for name, parameter in parameters.items():
-                yield {"weight": "gamma", "bias": "beta"}.get(name, name), parameter.detach().flatten()
-            return
-
-
 class Records(pl.Callback):
     """Times the training, keeps each epoch's figures, prints a line for each, and writes result.json.
 
@@ -71,6 +60,7 @@ class Records(pl.Callback):
         self.images = 0
         self._batch_images = 0  # of this process, since the last count over all processes
         self._clock = 0.0
+        self._validations_before = 0  # of the run that this one goes on from; best.ckpt is chosen among those after
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._KEPT}
@@ -78,6 +68,7 @@ class Records(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in self._KEPT:
             setattr(self, name, state_dict[name])
+        self._validations_before = len(self.validations)
 
     def _stop_clock(self) -> None:
         now = time.perf_counter()
@@ -138,7 +129,7 @@ class Records(pl.Callback):
         assert data.images is not None
         last_epoch = self.epochs[-1] if self.epochs else {}
         last = self.validations[-1] if self.validations else {}
-        best = max(self.validations, key=lambda figures: figures["val_acc"], default={})
+        best = max(self.validations[self._validations_before :], key=lambda figures: figures["val_acc"], default={})
         at_kept = best if kept == "best.ckpt" else last
         last_accuracies = [figures["val_acc"] for figures in self.validations[-3:]]
         device = trainer.strategy.root_device
@@ -179,8 +170,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def closing_lines(result: dict[str, Any], network: nn.Module) -> str:
-    """The lines with which the article ends, for people."""
+def closing_lines(result: dict[str, Any], first_norm: nn.Module) -> str:
+    """The lines with which the article ends, for people; the last are the parameters of the first norm layer."""
 
     def figure(name: str) -> str:
         value = result[name]
@@ -196,10 +187,9 @@ def closing_lines(result: dict[str, Any], network: nn.Module) -> str:
             f"test acc after each epoch: final {figure('val_acc_final')}, best {figure('val_acc_best')}, "
             f"mean of the last three {figure('val_acc_mean_of_last_3')}",
         )
-    parameters = list(_norm_parameters(network))
-    lines += [f"{name} of the first norm layer: {_numbers(values)}" for name, values in parameters]
-    if not parameters:
-        lines.append("no norm layer")
+    article_names = {"weight": "gamma", "bias": "beta"}
+    for name, values in first_norm.named_parameters():
+        lines.append(f"{article_names.get(name, name)} of the first norm layer: {_numbers(values.detach().flatten())}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import difflib
+import itertools
 import logging
 import re
 import shutil
@@ -57,6 +58,7 @@ class CLI(LightningCLI):
     """
 
     records: records.Records
+    checkpoint: ModelCheckpoint | None
     folder: Path | None = None
 
     @staticmethod
@@ -93,9 +95,22 @@ class CLI(LightningCLI):
                 )
             return
         # The first parse found the checkpoint; the second has what it remembers as defaults.
+        typed = self.config[subcommand].model
         self.ckpt_path, checkpoint = load_checkpoint(ckpt_path)
-        self._subcommand_parsers[subcommand].set_defaults(_remembered(checkpoint))
+        try:
+            self._subcommand_parsers[subcommand].set_defaults(_remembered(checkpoint))
+        except KeyError as error:
+            raise UserError(
+                f"{ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
+            ) from error
         super().parse_arguments(parser, args)
+        for name in ("norm", "optimizer", "scheduler"):
+            used = self.config[subcommand].model[name]
+            if used and "." in used and used != typed[name]:
+                raise UserError(
+                    f"{ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to run "
+                    f"code.\nIf you trust it, name it yourself: --model.{name} {used}"
+                )
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would put what the checkpoint remembers over what was typed; `parse_arguments` has done it rightly.
@@ -103,11 +118,12 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        self.records = records.Records()
+        self.records, self.checkpoint = records.Records(), None
         callbacks: list[Any] = [self.records]
         dry = bool(settings["fast_dev_run"])
         if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not dry:
-            callbacks.append(self._checkpoint_callback(settings))
+            self.checkpoint = self._checkpoint_callback(settings)
+            callbacks.append(self.checkpoint)
         self._wants_tensorboard = settings["logger"] in (None, True)
         if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
@@ -121,6 +137,11 @@ class CLI(LightningCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
+        if str(settings["strategy"]).endswith(("_spawn", "_fork", "_notebook")):
+            raise UserError(
+                f"--trainer.strategy {settings['strategy']} trains in processes that take their records with them.\n"
+                "--trainer.strategy ddp does the same with processes that stay to the end."
+            )
         if self.subcommand == "predict" and settings["devices"] == "auto":
             kwargs["devices"] = 1  # the answers come in the order of the images
         self.trainer_defaults["callbacks"] = callbacks
@@ -143,8 +164,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Everything that can be refused has been when the run's folder is made."""
-        self.datamodule.prepare_data()
         if self.trainer.is_global_zero:
+            self.datamodule.prepare_data()
             settings = self.config["fit"]
             parent = Path(settings.trainer.default_root_dir, settings.name)
             try:
@@ -158,9 +179,10 @@ class CLI(LightningCLI):
         folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
         if self._wants_tensorboard and not self.config.fit.trainer.fast_dev_run:
             self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)
-        if isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
-            self.trainer.checkpoint_callback.dirpath = str((folder / "checkpoints").absolute())
-        self._say_what_runs()
+        if self.checkpoint is not None:
+            self.checkpoint.dirpath = str((folder / "checkpoints").absolute())
+        if self.trainer.is_global_zero:
+            self._say_what_runs()
 
     def _say_what_runs(self) -> None:
         images, data = self.datamodule.images, self.datamodule
@@ -187,7 +209,10 @@ class CLI(LightningCLI):
         if self.trainer.interrupted:
             return
         kept = self._kept_checkpoint()
-        name = Path(kept).name if kept else "the weights in memory"
+        name = "the weights in memory"
+        if kept:  # resumed with nothing left to do, the one that was kept is another run's
+            is_own = self.checkpoint is not None and Path(kept).parent == Path(str(self.checkpoint.dirpath))
+            name = Path(kept).name if is_own else kept
         # Before the test, which restores the callbacks to what they were when the checkpoint was written.
         result = self.records.result(self.trainer, self.datamodule, self.model.hparams["norm"], name)
         for figures in self.trainer.test(
@@ -198,10 +223,9 @@ class CLI(LightningCLI):
             self._finish(result)
 
     def _kept_checkpoint(self) -> str | None:
-        checkpoint = self.trainer.checkpoint_callback
-        if not isinstance(checkpoint, ModelCheckpoint):
+        if self.checkpoint is None:
             return None
-        return checkpoint.best_model_path or checkpoint.last_model_path or None
+        return self.checkpoint.best_model_path or self.checkpoint.last_model_path or None
 
     def _finish(self, result: dict[str, Any]) -> None:
         assert self.folder is not None
@@ -211,11 +235,12 @@ class CLI(LightningCLI):
             figures = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "images_per_second")
             metrics = {f"result/{name}": result[name] for name in figures if result[name] is not None}
             trained = {"max_epochs": self.trainer.max_epochs, "precision": self.trainer.precision}
-            hyperparameters = {**self.model.hparams, **self.datamodule.hparams, **trained}
+            data = {name: value for name, value in self.datamodule.hparams.items() if name not in ("root", "mirrors")}
+            hyperparameters = {**self.model.hparams, **data, **trained}
             logger.log_hyperparams(hyperparameters, metrics, self.trainer.global_step)
             logger.experiment.close()
         self._print(f"\ntested {result['tested']} of {self.folder}")
-        self._print(records.closing_lines(result, self.model.network))
+        self._print(records.closing_lines(result, self.model.network.norm1))
 
     def validate(self, **kwargs: Any) -> None:
         self._print_figures(self.trainer.validate(**self._from_checkpoint(kwargs), verbose=False))
@@ -229,11 +254,14 @@ class CLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Print the class and its probability for each test image, as CSV."""
-        batches = self.trainer.predict(**self._from_checkpoint(kwargs)) or []
-        probabilities, classes = torch.cat([torch.as_tensor(batch) for batch in batches]).max(1)
+        if self.trainer.world_size > 1:
+            raise UserError("predict gives the images in their order, in one process: --trainer.devices 1")
         print("index,class,probability")
-        for index, (i, p) in enumerate(zip(classes.tolist(), probabilities.tolist(), strict=True)):
-            print(f"{index},{CLASSES[i]},{p:.4f}")
+        index = itertools.count()
+        for batch in self.trainer.predict(**self._from_checkpoint(kwargs)) or []:
+            probabilities, classes = torch.as_tensor(batch).max(1)
+            for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
+                print(f"{next(index)},{CLASSES[i]},{p:.4f}")
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # What was loaded for its settings, and not the address that was typed: that could give another file now.
@@ -273,6 +301,8 @@ def load_checkpoint(path: str) -> tuple[str, dict[str, Any]]:
 def _remembered(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The settings in a checkpoint, as defaults for the parser."""
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    for name in ("root", "mirrors"):  # of the machine that trained, and no checkpoint's to choose
+        data.pop(name, None)
     defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
     defaults |= {f"data.{name}": value for name, value in data.items()}
     return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}

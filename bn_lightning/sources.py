@@ -25,7 +25,7 @@ from bn_lightning.errors import UserError
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # Debian's and Ubuntu's package dataset-fashion-mnist
 SAMPLE = Path(__file__).parent / "sample"
-LAYOUTS = ("", "raw", "FashionMNIST/raw")  # within a folder; the last is torchvision's, and where downloads are kept
+LAYOUTS = ("FashionMNIST/raw", "raw", "")  # within a folder; the first is torchvision's, and where downloads are kept
 MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets",
@@ -230,7 +230,7 @@ def download(root: Path, mirrors: Sequence[str] = MIRRORS) -> None:
     if not missing:
         return
     mirrors = _reachable(mirrors)
-    target = root / LAYOUTS[-1]
+    target = root / LAYOUTS[0]
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in missing:
@@ -260,11 +260,14 @@ def _fetch(file: File, target: Path, mirrors: Sequence[str]) -> None:
                 fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=(REACH_SECONDS, STALL_SECONDS))
                 path = Path(pooch.retrieve(url, None, f"{file.name}.gz", folder, downloader=fetch))
                 _read(path, file)
+                path.chmod(0o644)  # a temporary file is for its owner alone
+                (target / file.name).unlink(missing_ok=True)  # a broken raw file would be found before the good .gz
+                path.replace(target / path.name)
             except (OSError, DataError) as error:  # requests' errors are OSErrors
-                faults.append(f"{url}: {error}")
-                continue
-            (target / file.name).unlink(missing_ok=True)  # a broken raw file would be found before the good .gz
-            path.replace(target / path.name)
+                # On Windows a file cannot be replaced while a faster process, which has put it there, reads it.
+                if not _is_good(target, file):
+                    faults.append(f"{url}: {error}")
+                    continue
             return
     raise NotThere(f"{file.name}.gz could not be downloaded:\n" + "\n".join(faults))
 

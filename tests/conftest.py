@@ -10,7 +10,7 @@ from bn_lightning import cli, sources
 REPOSITORY = Path(__file__).parent.parent
 
 # A run of seconds on the packaged sample: 2 epochs of 22 steps.
-QUICK = ("--data.source", "sample", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu")
+QUICK = ("--data.source", "sample", "--trainer.max_epochs", "2")
 
 needs_all_images = pytest.mark.skipif(
     not sources.SYSTEM.is_dir(),
@@ -18,10 +18,18 @@ needs_all_images = pytest.mark.skipif(
 )
 
 
+def on_cpu(arguments):
+    """The arguments, with the accelerator on which runs are compared bit by bit."""
+    trains = arguments and arguments[0] in ("fit", "validate", "test", "predict") and "--help" not in arguments
+    if trains and "--trainer.accelerator" not in arguments:
+        arguments = (*arguments, "--trainer.accelerator", "cpu")
+    return [str(argument) for argument in arguments]
+
+
 def command(*arguments, cwd, timeout=240, check=True):
     """Run `python -m bn_lightning` in a process of its own; fails the test unless it exits with 0."""
     done = subprocess.run(
-        [sys.executable, "-m", "bn_lightning", *map(str, arguments)],
+        [sys.executable, "-m", "bn_lightning", *on_cpu(arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -39,7 +47,7 @@ def main(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bn_lightning", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["bn_lightning", *on_cpu(arguments)])
         capsys.readouterr()
         code = 0
         try:

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, needs_all_images]
 
 
 def fit(cwd, config, *flags):
-    command("fit", "--config", REPOSITORY / "configs" / config, "--trainer.accelerator", "cpu", *flags, cwd=cwd)
+    command("fit", "--config", REPOSITORY / "configs" / config, *flags, cwd=cwd)
     [folder] = (cwd / "runs").glob("*/0")
     events = EventAccumulator(str(folder))
     events.Reload()

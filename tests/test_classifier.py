@@ -96,6 +96,7 @@ def test_any_optimizer_by_name_or_import_path():
         ({"optimizer": "torch.optim"}, "'torch.optim'"),
         ({"optimizer_args": {"speed": 1}}, "speed"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"optimizer": "Muon"}, "Muon cannot be built"),
         ({"scheduler": "Cosine"}, "CosineAnnealingLR"),
         ({"scheduler": "StepLR"}, "step_size"),
         ({"norm": "batch"}, "There are custom"),
@@ -105,6 +106,18 @@ def test_any_optimizer_by_name_or_import_path():
 def test_wrong_settings(settings, said):
     with pytest.raises(UserError, match=said):
         Classifier(**settings)
+
+
+def test_a_schedule_over_an_endless_run_is_refused():
+    with pytest.raises(UserError, match=r"--trainer.max_epochs"):
+        fit(Classifier(scheduler="OneCycleLR"), max_epochs=-1, max_time="00:00:10:00")
+
+
+def test_a_loss_that_is_not_a_number_shows():
+    model = Classifier()
+    with torch.no_grad():
+        model.network.fc3.bias[0] = torch.nan
+    assert fit(model).callback_metrics["train_loss_epoch"].isnan()
 
 
 def test_a_checkpoint_is_plain_data_and_rebuilds_the_model(tmp_path):

@@ -34,8 +34,8 @@ def test_names(name, num_dims, kind):
 
 def test_arguments_arrive_by_keyword():
     assert norms.make("builtin", 6, 4).eps == 1e-5  # nn.BatchNorm2d(6, 4) would have taken the 4 for eps
-    assert norms.make("custom", 6, 4, eps=1e-3).eps == 1e-3
-    assert norms.make("tests.test_norms.group_norm", 6, 4, num_groups=3).num_groups == 3
+    assert norms.make("custom", 6, 4, {"eps": 1e-3}).eps == 1e-3
+    assert norms.make("tests.test_norms.group_norm", 6, 4, {"num_groups": 3}).num_groups == 3
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,8 @@ def test_what_is_no_norm_is_refused(name, said):
         norms.make(name, num_features=6, num_dims=4)
 
 
-def test_unknown_arguments_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"\{'epsilon': 1\}.*eps: float"):
-        norms.make("custom", 6, 4, epsilon=1)
+@pytest.mark.parametrize("name", ["custom", "builtin", "article"])
+@pytest.mark.parametrize("argument", ["epsilon", "name", "num_features"])
+def test_unknown_arguments_are_refused_with_the_known_ones(name, argument):
+    with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}.*eps: float"):
+        norms.make(name, 6, 4, {argument: 1})

@@ -89,8 +89,8 @@ def test_closing_lines_of_other_norms():
     result = dict.fromkeys(
         ("train_loss", "train_acc", "test_acc", "images_per_second", "val_acc_best", "val_images_from", "device")
     )
-    assert "no norm layer" in records.closing_lines(result, LeNet("none"))
-    article = records.closing_lines(result, LeNet("article"))
+    assert "first norm layer" not in records.closing_lines(result, LeNet("none").norm1)
+    article = records.closing_lines(result, LeNet("article").norm1)
     assert "gamma of the first norm layer: [1.00, 1.00, 1.00, 1.00, 1.00, 1.00]" in article
     assert "beta of the first norm layer: [0.00, 0.00, 0.00, 0.00, 0.00, 0.00]" in article
 

@@ -196,11 +196,15 @@ def test_a_bad_mirror_leaves_nothing_and_the_second_one_serves(tmp_path, mirror,
     assert left(tmp_path) == sorted(f"{file.name}.gz" for file in sources.SAMPLED)
 
 
-def test_a_broken_file_in_root_is_replaced(tmp_path, mirror):
-    target = lay_out(tmp_path, sources.LAYOUTS[-1], raw=True)
+@pytest.mark.parametrize("layout", sources.LAYOUTS)
+def test_a_broken_file_in_root_is_made_good(tmp_path, mirror, layout):
+    target = lay_out(tmp_path, layout, raw=True)
     (target / LABELS.name).write_bytes(b"half")
-    sources.load("download", tmp_path, [mirror().url])
-    assert sources.load(str(tmp_path)).source == "folder"
+    server = mirror()
+    sources.load("download", tmp_path, [server.url])
+    asked = len(server.asked)
+    sources.load("download", tmp_path, [server.url])
+    assert len(server.asked) == asked  # the good file is found from now on
 
 
 def test_two_downloads_at_once(tmp_path, mirror):
@@ -223,7 +227,7 @@ def test_auto_takes_the_first_that_is_there(tmp_path, mirror, monkeypatch, capsy
     assert sources.load("auto", tmp_path / "new", dead).source == "system"
     assert sources.load("auto", root, dead).source == "download"
     assert capsys.readouterr().err.count("WARNING") == 0
-    (root / sources.LAYOUTS[-1] / f"{LABELS.name}.gz").write_bytes(b"broken")
+    (root / sources.LAYOUTS[0] / f"{LABELS.name}.gz").write_bytes(b"broken")
     assert sources.load("auto", root, dead).source == "system"
     assert "Passed over" in capsys.readouterr().err
 
