@@ -266,10 +266,16 @@ def _fetch(file: File, target: Path, mirrors: Sequence[str]) -> None:
             except (OSError, DataError) as error:  # requests' errors are OSErrors
                 # On Windows a file cannot be replaced while a faster process, which has put it there, reads it.
                 if not _is_good(target, file):
-                    faults.append(f"{url}: {error}")
+                    faults.append(f"    {url}: {_reason(error)}")
                     continue
             return
     raise NotThere(f"{file.name}.gz could not be downloaded:\n" + "\n".join(faults))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the connection pools that requests wraps around it."""
+    text, *cause = str(error).rsplit("Caused by ", 1)
+    return cause[0].rsplit(": ", 1)[-1].rstrip("\"')") if cause else text
 
 
 def _reachable(mirrors: Sequence[str]) -> list[str]:
@@ -290,7 +296,7 @@ def _reachable(mirrors: Sequence[str]) -> list[str]:
             answered.append(mirror)
             first.set()
         except OSError as error:
-            faults[mirror] = str(error)
+            faults[mirror] = _reason(error)
         if len(faults) == len(mirrors):
             first.set()
 
