@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import fsspec
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -20,7 +19,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from bn_lightning import records
+from bn_lightning import checkpoints, records
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
@@ -96,9 +95,9 @@ class CLI(LightningCLI):
             return
         # The first parse found the checkpoint; the second has what it remembers as defaults.
         typed = self.config[subcommand].model
-        self.ckpt_path, checkpoint = load_checkpoint(ckpt_path)
+        self.ckpt_path, checkpoint = checkpoints.load(ckpt_path)
         try:
-            self._subcommand_parsers[subcommand].set_defaults(_remembered(checkpoint))
+            self._subcommand_parsers[subcommand].set_defaults(checkpoints.settings(checkpoint))
         except KeyError as error:
             raise UserError(
                 f"{ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
@@ -271,41 +270,6 @@ class CLI(LightningCLI):
     def _print(self, text: str) -> None:
         if self.trainer.is_global_zero:
             print(text, flush=True)
-
-
-def load_checkpoint(path: str) -> tuple[str, dict[str, Any]]:
-    """Load a checkpoint, from a file or an address, without executing anything in it.
-
-    Returns:
-        The path of the file, downloaded where an address was given, and what it holds.
-
-    Raises:
-        UserError: no such file, or not a checkpoint of this project.
-    """
-    try:
-        local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
-        checkpoint = torch.load(local, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/") from None
-    except Exception as error:  # torch.load has no exception of its own, and what it raises hangs on the file's bytes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path!r} is not a checkpoint that can be loaded safely, and nothing in it was executed.\n    {reason}\n"
-            "Give a file that fit wrote: runs/NAME/N/checkpoints/last.ckpt"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote.")
-    return str(local), checkpoint
-
-
-def _remembered(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a checkpoint, as defaults for the parser."""
-    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    for name in ("root", "mirrors"):  # of the machine that trained, and no checkpoint's to choose
-        data.pop(name, None)
-    defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
-    defaults |= {f"data.{name}": value for name, value in data.items()}
-    return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
 
 
 def _keep_freed_memory() -> None:
