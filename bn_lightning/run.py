@@ -24,6 +24,7 @@ from bn_lightning.classifier import Classifier
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
 
+PROGRAM = "python -m bn_lightning"
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
     "default_root_dir": "runs",
@@ -136,6 +137,11 @@ class CLI(LightningCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
+        if settings["barebones"]:
+            raise UserError(
+                "--trainer.barebones true switches off the metrics, and with them all that a run leaves and prints.\n"
+                "What is costly by itself can be left out: --trainer.logger false --trainer.enable_checkpointing false"
+            )
         if str(settings["strategy"]).endswith(("_spawn", "_fork", "_notebook")):
             raise UserError(
                 f"--trainer.strategy {settings['strategy']} trains in processes that take their records with them.\n"
@@ -309,7 +315,8 @@ def main() -> None:
             save_config_callback=None,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m bn_lightning"},
+            parser_kwargs={"prog": PROGRAM}
+            | {name: {"usage": f"{PROGRAM} {name} [settings]"} for name in LightningCLI.subcommands()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

@@ -224,6 +224,7 @@ WRONG = {
     "not a run": (["--ckpt_path", "tensor.ckpt"], ["'tensor.ckpt' holds no run"]),
     "foreign checkpoint": (["--ckpt_path", "foreign.ckpt"], ["'foreign.ckpt'", "hidden"]),
     "strategy": (["--trainer.strategy", "ddp_spawn"], ["ddp_spawn", "--trainer.strategy ddp "]),
+    "barebones": (["--trainer.barebones", "true"], ["--trainer.barebones true", "--trainer.logger false"]),
     "optimizer": (["--model.optimizer", "Adan"], ["'Adan'", "AdamW"]),
     "accelerator": (["--trainer.accelerator", "tpu"], ["tpu", "Accelerators of this machine: cpu"]),
 }
