@@ -118,16 +118,18 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
+        self._refuse(settings)
         self.records, self.checkpoint = records.Records(), None
         callbacks: list[Any] = [self.records]
         dry = bool(settings["fast_dev_run"])
         if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not dry:
             self.checkpoint = self._checkpoint_callback(settings)
             callbacks.append(self.checkpoint)
-        self._wants_tensorboard = settings["logger"] in (None, True)
         if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
-        if self._wants_tensorboard:
+        by_default = settings["logger"] in (None, True)
+        self._wants_tensorboard = by_default and not dry
+        if by_default:
             kwargs["logger"] = False  # until there is a folder for it, see `before_fit`
         shows_progress = settings["enable_progress_bar"]
         if shows_progress is None:
@@ -137,16 +139,6 @@ class CLI(LightningCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
-        if settings["barebones"]:
-            raise UserError(
-                "--trainer.barebones true switches off the metrics, and with them all that a run leaves and prints.\n"
-                "What is costly by itself can be left out: --trainer.logger false --trainer.enable_checkpointing false"
-            )
-        if str(settings["strategy"]).endswith(("_spawn", "_fork", "_notebook")):
-            raise UserError(
-                f"--trainer.strategy {settings['strategy']} trains in processes that take their records with them.\n"
-                "--trainer.strategy ddp does the same with processes that stay to the end."
-            )
         if self.subcommand == "predict" and settings["devices"] == "auto":
             kwargs["devices"] = 1  # the answers come in the order of the images
         self.trainer_defaults["callbacks"] = callbacks
@@ -158,6 +150,20 @@ class CLI(LightningCLI):
             )
             here = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
             raise UserError(f"{error}\nGiven: {given}\nAccelerators of this machine: {', '.join(here)}") from error
+
+    @staticmethod
+    def _refuse(settings: Any) -> None:
+        """Trainer flags that take away what a run is to leave."""
+        if settings["barebones"]:
+            raise UserError(
+                "--trainer.barebones true switches off the metrics, and with them all that a run leaves and prints.\n"
+                "What is costly by itself can be left out: --trainer.logger false --trainer.enable_checkpointing false"
+            )
+        if str(settings["strategy"]).endswith(("_spawn", "_fork", "_notebook")):
+            raise UserError(
+                f"--trainer.strategy {settings['strategy']} trains in processes that take their records with them.\n"
+                "--trainer.strategy ddp does the same with processes that stay to the end."
+            )
 
     def _checkpoint_callback(self, settings: Any) -> ModelCheckpoint:
         validates = settings["limit_val_batches"] != 0 and not self.datamodule.validates_on_test_set
@@ -182,7 +188,7 @@ class CLI(LightningCLI):
                 ) from error
             self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
         folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
-        if self._wants_tensorboard and not self.config.fit.trainer.fast_dev_run:
+        if self._wants_tensorboard:
             self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)
         if self.checkpoint is not None:
             self.checkpoint.dirpath = str((folder / "checkpoints").absolute())
@@ -305,9 +311,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
     # Of a checkpoint that is only tested the callbacks of its training are not wanted.
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
-    warnings.filterwarnings(
-        "ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated"
-    )  # lightning 2.6.6, torch 2.15
+    # lightning 2.6.6 with torch 2.15
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     try:
         CLI(
             Classifier,
