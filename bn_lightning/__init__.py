@@ -7,9 +7,12 @@ if TYPE_CHECKING:
     from bn_lightning.batchnorm import BatchNorm as BatchNorm
     from bn_lightning.batchnorm import batch_norm as batch_norm
     from bn_lightning.classifier import Classifier as Classifier
+    from bn_lightning.convert import from_torch as from_torch
+    from bn_lightning.convert import to_torch as to_torch
     from bn_lightning.errors import UserError as UserError
     from bn_lightning.fashion_mnist import FashionMNIST as FashionMNIST
     from bn_lightning.lenet import LeNet as LeNet
+    from bn_lightning.sync import LayerSync as LayerSync
 
 __version__ = "0.1.0"
 
@@ -19,8 +22,11 @@ _HOMES = {
     "batch_norm": "batchnorm",
     "Classifier": "classifier",
     "FashionMNIST": "fashion_mnist",
+    "LayerSync": "sync",
     "LeNet": "lenet",
     "UserError": "errors",
+    "from_torch": "convert",
+    "to_torch": "convert",
 }
 
 __all__ = list(_HOMES)

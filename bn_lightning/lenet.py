@@ -28,7 +28,7 @@ class LeNet(nn.Module):
     equation 16), biases as torch sets them.
 
     Args:
-        norm: `custom`, `builtin`, `article`, `none`, or an import path (see `norms.py`).
+        norm: a name of `norms.NORMS`, `custom`, `builtin` or `none` among them, or an import path.
         norm_args: further arguments of the norm.
         activation: phi.
         pooling: the mean or the maximum of each 2x2 square.

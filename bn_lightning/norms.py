@@ -10,6 +10,7 @@ from torch import nn
 from bn_lightning import article
 from bn_lightning.batchnorm import BatchNorm
 from bn_lightning.errors import UserError
+from bn_lightning.renorm import BatchRenorm
 
 
 def builtin(
@@ -25,6 +26,25 @@ def builtin(
     return layer(num_features, eps, momentum, affine, track_running_stats)
 
 
+def group(num_features: int, num_dims: int, num_groups: int = 2, eps: float = 1e-5, affine: bool = True) -> nn.Module:
+    """torch's GroupNorm, which normalizes each image by itself, in training as in eval mode.
+
+    Wu and He, "Group Normalization", 2018, https://arxiv.org/abs/1803.08494.
+
+    Raises:
+        UserError: channels that cannot be split into `num_groups` of the same size; or, behind a linear layer, groups
+            of one channel: a value normalized by itself is always 0.
+    """
+    most = num_features if num_dims == 4 else num_features - 1
+    allowed = [groups for groups in range(1, most + 1) if num_features % groups == 0]
+    if num_groups not in allowed:
+        raise UserError(
+            f"num_groups is {num_groups}; for a layer of {num_features} channels it must be one of "
+            f"{', '.join(map(str, allowed))}: --model.norm_args.num_groups 2"
+        )
+    return nn.GroupNorm(num_groups, num_features, eps, affine)
+
+
 def none(num_features: int, num_dims: int) -> nn.Module:
     """No normalization."""
     return nn.Identity()
@@ -34,6 +54,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "custom": BatchNorm,
     "builtin": builtin,
     "article": article.BatchNorm,
+    "renorm": BatchRenorm,
+    "group": group,
     "none": none,
 }
 

@@ -23,6 +23,7 @@ from bn_lightning import checkpoints, records
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
+from bn_lightning.sync import LayerSync
 
 PROGRAM = "python -m bn_lightning"
 TRAINER_DEFAULTS = {
@@ -141,6 +142,8 @@ class CLI(LightningCLI):
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
         if self.subcommand == "predict" and settings["devices"] == "auto":
             kwargs["devices"] = 1  # the answers come in the order of the images
+        if settings["sync_batchnorm"]:
+            kwargs["plugins"] = [*(settings["plugins"] or []), LayerSync()]
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
@@ -205,6 +208,14 @@ class CLI(LightningCLI):
             f"Fashion-MNIST from {images.place} ({images.source}), validated on {validation}\n"
             f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
         )
+        processes = self.trainer.world_size
+        if processes > 1 and any("mean" in name for name, _ in self.model.network.named_buffers()):
+            self._print(
+                f"{processes} processes, norm statistics over the batches of all"
+                if self.config.fit.trainer.sync_batchnorm
+                else f"{processes} processes: each normalizes its own share of a batch, and the running statistics of "
+                "the first one are kept; over whole batches: --trainer.sync_batchnorm true"
+            )
         if data.validates_on_test_set:
             self._print(
                 "val_images is 0: what is logged as val_loss and val_acc is of the test set, and selects nothing"
@@ -328,6 +339,10 @@ def main() -> None:
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise UserError(str(error)) from error
     except RuntimeError as error:
+        if "InvalidCxxCompiler" in str(error):
+            raise UserError(
+                "--model.compile true needs a C++ compiler on a CPU: none was found (g++, or the one that CXX names)."
+            ) from error
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise
         raise UserError(

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from bn_lightning import BatchNorm, UserError, article, norms
+from bn_lightning.renorm import BatchRenorm
 
 
 def group_norm(num_features, num_dims, num_groups=1):
@@ -22,6 +23,8 @@ def not_a_module(num_features, num_dims):
         ("builtin", 4, nn.BatchNorm2d),
         ("article", 2, article.BatchNorm),
         ("article", 4, article.BatchNorm),
+        ("renorm", 4, BatchRenorm),
+        ("group", 2, nn.GroupNorm),
         ("none", 4, nn.Identity),
         ("tests.test_norms.group_norm", 4, nn.GroupNorm),
     ],
@@ -41,7 +44,7 @@ def test_arguments_arrive_by_keyword():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("batch", "There are custom, builtin, article, none"),
+        ("batch", "There are custom, builtin, article, renorm, group, none"),
         ("nowhere.Norm", "No module named 'nowhere'"),
         ("torch.nn.NoNorm", "'NoNorm'"),
         ("torch.nn.GroupNorm", r"GroupNorm\(num_groups: int.*\n.*Wrap it"),
@@ -59,3 +62,9 @@ def test_what_is_no_norm_is_refused(name, said):
 def test_unknown_arguments_are_refused_with_the_known_ones(name, argument):
     with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}.*eps: float"):
         norms.make(name, 6, 4, {argument: 1})
+
+
+@pytest.mark.parametrize(("num_dims", "num_groups"), [(4, 0), (4, 4), (2, 6)])
+def test_groups_that_cannot_be_are_refused_with_those_that_can(num_dims, num_groups):
+    with pytest.raises(UserError, match="must be one of 1, 2, 3"):
+        norms.make("group", 6, num_dims, {"num_groups": num_groups})

@@ -340,3 +340,33 @@ def test_without_a_network_and_without_data_the_sample_is_used(tmp_path):
     assert found["data_source"] == "sample"
     assert found["test_acc"] > 0.2
     assert weights(tmp_path / "runs/lenet/0/checkpoints/last.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_and_eager_runs_interchange_checkpoints(tmp_path):
+    command("fit", *QUICK, "--name", "eager", cwd=tmp_path)
+    command("fit", *QUICK, "--name", "compiled", "--model.compile", "true", cwd=tmp_path)
+    eager, compiled = (tmp_path / f"runs/{name}/0/checkpoints/last.ckpt" for name in ("eager", "compiled"))
+    assert weights(eager).keys() == weights(compiled).keys()
+    figures = [
+        command(
+            "test", "--data.source", "sample", "--ckpt_path", checkpoint, "--model.compile", compile, cwd=tmp_path
+        ).stdout
+        for checkpoint in (eager, compiled)
+        for compile in ("false", "true")
+    ]
+    assert figures[0] == figures[1] != ""
+    assert figures[2] == figures[3] != ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another compiler there")
+def test_without_a_compiler_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = command("fit", *QUICK, "--model.compile", "true", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs/lenet/0").exists()

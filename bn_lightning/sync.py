@@ -1,0 +1,55 @@
+"""Batch normalization in step across processes, for `Trainer(sync_batchnorm=True)`."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from torch import nn
+
+from bn_lightning.batchnorm import BatchNorm
+from bn_lightning.convert import TORCH
+from bn_lightning.errors import UserError
+
+
+class LayerSync(TorchSyncBatchNorm):
+    """Lightning's plugin for `sync_batchnorm`, for more layers: `Trainer(sync_batchnorm=True, plugins=[LayerSync()])`.
+
+    Lightning's own knows torch's layers on CUDA only. While `fit` runs, this one sets `sync_batchnorm` to True in each
+    layer that has such an attribute, `bn_lightning.BatchNorm` first of all, and gives torch's layers the class
+    `nn.SyncBatchNorm` on CUDA, which it is written for, and `bn_lightning.BatchNorm` elsewhere.
+
+    Raises:
+        UserError: from `fit`, for a layer with running statistics that is neither.
+    """
+
+    def __init__(self) -> None:
+        self._told: list[nn.Module] = []
+        self._classes: dict[nn.Module, type[nn.Module]] = {}
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        assert isinstance(model, pl.LightningModule)
+        its_class = nn.SyncBatchNorm if model.trainer.strategy.root_device.type == "cuda" else BatchNorm
+        for name, module in model.named_modules():
+            if type(module) in TORCH.values():
+                self._classes[module] = type(module)
+                # What the two classes have beyond torch's others; None is the group of all processes.
+                module.__dict__.update(process_group=None, num_dims=None, sync_batchnorm=True)
+                module.__class__ = its_class
+            elif isinstance(getattr(module, "sync_batchnorm", None), bool):
+                self._told.append(module)
+                module.__dict__["sync_batchnorm"] = True
+            elif any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in ("mean", "var")):
+                self.revert(model)
+                raise UserError(
+                    f"sync_batchnorm was asked for, and {name}, a {type(module).__name__}, cannot do it.\n"
+                    "What can: the norms custom and builtin, and a layer of yours with an attribute sync_batchnorm, "
+                    "False at first, that takes its statistics over all processes while it is True.\n"
+                    "Without, each process normalizes its own share: --trainer.sync_batchnorm false"
+                )
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        for module in self._told:
+            module.__dict__["sync_batchnorm"] = False
+        for module, its_class in self._classes.items():
+            module.__class__ = its_class
+        self._told, self._classes = [], {}
+        return model
