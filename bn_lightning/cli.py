@@ -13,6 +13,7 @@ COMMANDS = {
     "validate": ("bn_lightning.run", "accuracy of a checkpoint on the validation images"),
     "test": ("bn_lightning.run", "accuracy of a checkpoint on the test images, in all and by class"),
     "predict": ("bn_lightning.run", "the class that a checkpoint gives each test image, as CSV"),
+    "check": ("bn_lightning.conformance", "examine a normalization layer: a name, or an import path to yours"),
 }
 
 USAGE = """\

@@ -26,7 +26,11 @@ class LayerSync(TorchSyncBatchNorm):
 
     def apply(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, pl.LightningModule)
-        its_class = nn.SyncBatchNorm if model.trainer.strategy.root_device.type == "cuda" else BatchNorm
+        return self.put_in_step(model, model.trainer.strategy.root_device.type)
+
+    def put_in_step(self, model: nn.Module, device_type: str) -> nn.Module:
+        """What `apply` does, for any module that will run on that type of device."""
+        its_class = nn.SyncBatchNorm if device_type == "cuda" else BatchNorm
         for name, module in model.named_modules():
             if type(module) in TORCH.values():
                 self._classes[module] = type(module)
