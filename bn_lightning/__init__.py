@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bn_lightning.averaging import StochasticWeightAveraging as StochasticWeightAveraging
     from bn_lightning.batchnorm import BatchNorm as BatchNorm
     from bn_lightning.batchnorm import batch_norm as batch_norm
     from bn_lightning.classifier import Classifier as Classifier
@@ -24,6 +25,7 @@ _HOMES = {
     "FashionMNIST": "fashion_mnist",
     "LayerSync": "sync",
     "LeNet": "lenet",
+    "StochasticWeightAveraging": "averaging",
     "UserError": "errors",
     "from_torch": "convert",
     "to_torch": "convert",

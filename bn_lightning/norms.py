@@ -104,6 +104,15 @@ def make(name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] 
     return layer
 
 
+def with_statistics(network: nn.Module) -> dict[str, Any]:
+    """The layers of a network that keep running statistics, by name, whatever their class: told by their buffers."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in ("mean", "var", "std"))
+    }
+
+
 def _accepts(norm: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     try:
         inspect.signature(norm).bind(**arguments)

@@ -16,10 +16,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning import checkpoints, records
+from bn_lightning import averaging, checkpoints, norms, records
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
@@ -120,6 +127,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
         self._refuse(settings)
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]  # a config may name one without a list
+        self._refuse_averaging(given)
         self.records, self.checkpoint = records.Records(), None
         callbacks: list[Any] = [self.records]
         dry = bool(settings["fast_dev_run"])
@@ -136,7 +146,7 @@ class CLI(LightningCLI):
         if shows_progress is None:
             shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
         kwargs["enable_progress_bar"] = shows_progress
-        if shows_progress and not any(isinstance(own, ProgressBar) for own in settings["callbacks"] or []):
+        if shows_progress and not any(isinstance(own, ProgressBar) for own in given):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
@@ -166,6 +176,20 @@ class CLI(LightningCLI):
             raise UserError(
                 f"--trainer.strategy {settings['strategy']} trains in processes that take their records with them.\n"
                 "--trainer.strategy ddp does the same with processes that stay to the end."
+            )
+
+    def _refuse_averaging(self, callbacks: list[Any]) -> None:
+        """Lightning's callback where averaged weights would keep the running statistics of other weights."""
+        if self.subcommand != "fit" or StochasticWeightAveraging not in map(type, callbacks):
+            return
+        unseen = [norm for norm in norms.with_statistics(self.model).values() if not isinstance(norm, _BatchNorm)]
+        # What bn_lightning's own cannot do either, it refuses by itself.
+        if unseen and averaging.StochasticWeightAveraging.pl_module_contains_batch_norm(self.model):
+            raise UserError(
+                f"Lightning's StochasticWeightAveraging does not see the norm {self.model.hparams['norm']!r}: the "
+                "averaged weights would keep the running statistics of other weights.\n"
+                "With the same arguments, one that sees it: "
+                "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging"
             )
 
     def _checkpoint_callback(self, settings: Any) -> ModelCheckpoint:
@@ -209,7 +233,7 @@ class CLI(LightningCLI):
             f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
         )
         processes = self.trainer.world_size
-        if processes > 1 and any("mean" in name for name, _ in self.model.network.named_buffers()):
+        if processes > 1 and norms.with_statistics(self.model.network):
             self._print(
                 f"{processes} processes, norm statistics over the batches of all"
                 if self.config.fit.trainer.sync_batchnorm

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 
+from bn_lightning import norms
 from bn_lightning.batchnorm import BatchNorm
 from bn_lightning.convert import TORCH
 from bn_lightning.errors import UserError
@@ -30,6 +31,7 @@ class LayerSync(TorchSyncBatchNorm):
 
     def put_in_step(self, model: nn.Module, device_type: str) -> nn.Module:
         """What `apply` does, for any module that will run on that type of device."""
+        with_statistics = norms.with_statistics(model)
         its_class = nn.SyncBatchNorm if device_type == "cuda" else BatchNorm
         for name, module in model.named_modules():
             if type(module) in TORCH.values():
@@ -40,7 +42,7 @@ class LayerSync(TorchSyncBatchNorm):
             elif isinstance(getattr(module, "sync_batchnorm", None), bool):
                 self._told.append(module)
                 module.__dict__["sync_batchnorm"] = True
-            elif any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in ("mean", "var")):
+            elif name in with_statistics:
                 self.revert(model)
                 raise UserError(
                     f"sync_batchnorm was asked for, and {name}, a {type(module).__name__}, cannot do it.\n"

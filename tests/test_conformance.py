@@ -120,6 +120,14 @@ class RunningVarianceIsBiased(Plain):
         super().track(x, mean, var * (m - 1) / m)
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, num_features, num_dims):
+        super().__init__()
+
+    def forward(self, x):
+        return x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+
+
 BUGS = {
     WrongAxis: ("output in training", "statistics over images, height; batch normalization over images, height, width"),
     StatisticsAreNotBuffers: ("its state survives a checkpoint", "register the statistics as buffers"),
@@ -171,6 +179,12 @@ def test_a_norm_that_is_meant_to_differ_is_sound_and_not_the_same(name):
     assert "DIFFERS" in {f.verdict for f in findings if f.section == "identity"}
 
 
+def test_a_norm_that_does_not_centre_is_sound():
+    findings = [check(make(f"{__name__}.RMSNorm")) for check in QUICK]
+    assert {f.verdict for f in findings if f.section == "property"} == {"pass", "n/a"}
+    assert any("does not centre" in f.note for f in findings)
+
+
 def test_no_norm_at_all_is_no_norm():
     findings = [check(make("none")) for check in QUICK]
     assert {"the scale of the input does not matter"} <= {f.question for f in findings if f.verdict == "FAIL"}
@@ -187,7 +201,7 @@ def test_every_norm_of_the_table_is_examined_here():
         (("custom", "--identical"), 0),
         (("builtin", "--identical"), 0),
         (("article",), 1),
-        (("group", "--norm_args", '{"num_groups": 1}'), 0),
+        (("group", "--norm_args.num_groups", "1"), 0),
     ],
 )
 def test_the_command(arguments, code, tmp_path):

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
@@ -63,3 +64,24 @@ def test_replacement_for_vmap():
     network = to_torch(LeNet("custom"))
     torch.func.replace_all_batch_norm_modules_(network)
     assert network.norm1.running_mean is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_tracing_and_scripting():
+    """They trace through a layer that is not torch's, and stop at its Python; a converted network passes."""
+    network = LeNet("custom").eval()
+    for tool in (torch.fx.symbolic_trace, torch.jit.script):
+        with pytest.raises(Exception):  # noqa: B017  # each has an error of its own
+            tool(network)
+        converted = to_torch(copy.deepcopy(network))
+        torch.testing.assert_close(tool(converted)(images()), converted(images()))
+
+
+def test_freezing():
+    network = LeNet("custom")
+    BaseFinetuning.freeze(network, train_bn=True)
+    assert not network.norm1.weight.requires_grad
+    network = to_torch(LeNet("custom"))
+    BaseFinetuning.freeze(network, train_bn=True)
+    assert network.norm1.weight.requires_grad
+    assert not network.conv1.weight.requires_grad

@@ -207,7 +207,7 @@ def test_two_processes(tmp_path):
 
 
 WRONG = {
-    "norm": (["--model.norm", "batch"], ["'batch'", "custom, builtin, article, none"]),
+    "norm": (["--model.norm", "batch"], ["'batch'", "custom, builtin, article, renorm, group, none"]),
     "norm argument": (["--model.norm_args.epsilon", "1"], ["epsilon", "eps"]),
     "flag": (["--model.nrom", "custom"], ["--model.nrom", "Did you mean --model.norm"]),
     "choice": (["--model.activation", "rleu"], ["rleu", "'relu'"]),

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,15 +83,10 @@ def networks(args: argparse.Namespace) -> None:
     images = torch.rand(256, 1, 28, 28, device=args.device)
     labels = torch.randint(10, (256,), device=args.device)
 
-    def training(network: nn.Module) -> Step:
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-
-        return step
+    def training_step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
 
     sides: dict[Side, nn.Module] = {}
     for norm in ("builtin", "custom", "none", *(("builtin compiled", "custom compiled") if args.compile else ())):
@@ -100,25 +96,24 @@ def networks(args: argparse.Namespace) -> None:
             if norm.endswith("compiled"):
                 network.compile()
             sides[norm, layout] = network
-    report("training step", measure({side: training(n) for side, n in sides.items()}, args, args.steps))
-    for network in sides.values():
-        network.eval()
+    optimizers = {side: torch.optim.SGD(network.parameters(), lr=0.1) for side, network in sides.items()}
+    steps = {side: partial(training_step, network, optimizers[side]) for side, network in sides.items()}
+    report("training step", measure(steps, args, args.steps))
     with torch.inference_mode():
-        forwards = {side: lambda network=network: network(images) for side, network in sides.items()}
+        forwards = {side: partial(network.eval(), images) for side, network in sides.items()}
         report("evaluation", measure(forwards, args, 4 * args.steps))
 
 
 def make_layers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[Side, nn.Module]:
     builtin = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
-    custom = BatchNorm(shape[1], num_dims=len(shape), device=args.device)
-    return {("builtin",): builtin(shape[1], device=args.device), ("custom",): custom}
+    return {("builtin",): builtin(shape[1]).to(args.device), ("custom",): BatchNorm(shape[1]).to(args.device)}
 
 
 def layers(args: argparse.Namespace) -> None:
     def make_step(layer: nn.Module, x: torch.Tensor, training: bool) -> Step:
         layer.train(training)
         wanted, grad = (x, *layer.parameters()), torch.randn_like(x)
-        return (lambda: torch.autograd.grad(layer(x), wanted, grad)) if training else lambda: layer(x)
+        return (lambda: torch.autograd.grad(layer(x), wanted, grad)) if training else partial(layer, x)
 
     print(f"\n{'layer by layer':52} {'builtin ms':>10} {'custom ms':>10}    custom / builtin")
     for shape in SHAPES:
@@ -165,9 +160,8 @@ def main() -> None:
         _keep_freed_memory()
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # LeNet.forward is compiled once for each side and mode
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads[0])
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, threads: {torch.get_num_threads()}"
+    torch.set_num_threads(args.threads[0])
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, threads: {args.threads[0]}"
     allocator = "as it comes" if args.stock_allocator else "keeps freed memory"
     print(f"\n{where}; torch {torch.__version__}; allocator {allocator}; {args.rounds} rounds of {args.steps} steps")
     print("ms: median. Ratios, by round: median (5th to 95th percentile)")
