@@ -176,8 +176,10 @@ def test_eval_is_of_each_image_alone_and_changes_nothing(num_dims):
     assert torch.equal(norm(x), y)
     assert torch.equal(torch.cat([norm(image) for image in x.split(1)]), y)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    var = norm.running_std**2  # which has eps in it
-    torch.testing.assert_close(y, F.batch_norm(x, norm.running_mean, var, norm.weight, norm.bias, eps=0), **EXACT)
+    var = norm.running_std**2 - norm.eps  # S has it already
+    torch.testing.assert_close(
+        y, F.batch_norm(x, norm.running_mean, var, norm.weight, norm.bias, eps=norm.eps), **EXACT
+    )
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
