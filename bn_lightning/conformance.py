@@ -116,6 +116,15 @@ def each(make: Make) -> Iterator[tuple[int, nn.Module, Tensor]]:
         yield num_dims, make(num_dims).double().train(), batch(num_dims)
 
 
+def gradient_of(shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The gradient by an output of that shape with which all steps are taken."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def all_but_channels(num_dims: int) -> tuple[int, ...]:
+    return tuple(d for d in range(num_dims) if d != 1)
+
+
 def shares(x: Tensor) -> tuple[Tensor, ...]:
     return x[: SHARES[0]], x[SHARES[0] :]
 
@@ -125,9 +134,7 @@ def step(layer: nn.Module, x: Tensor, gradient: Tensor | None = None) -> list[Te
     layer.zero_grad()
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(leaf)
-    if gradient is None:
-        gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    y.backward(gradient.to(y.dtype))
+    y.backward((gradient_of(y.shape) if gradient is None else gradient).to(y.dtype))
     assert leaf.grad is not None
     return [y.detach(), leaf.grad, *(p.grad.flatten() for p in layer.parameters() if p.grad is not None)]
 
@@ -144,8 +151,13 @@ def in_eval(layer: nn.Module, x: Tensor) -> Tensor:
         return copy.deepcopy(layer).eval()(x)  # type: ignore[no-any-return]
 
 
+def eps_of(layer: nn.Module) -> float:
+    return float(getattr(layer, "eps", 1e-5))
+
+
 def torchs(layer: nn.Module, num_dims: int) -> nn.Module:
-    twin = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[num_dims](FEATURES, eps=float(getattr(layer, "eps", 1e-5)))
+    """torch's layer, with the eps and the dtype of this one."""
+    twin = norms.builtin(FEATURES, num_dims, eps_of(layer))
     return twin.to(next((p.dtype for p in layer.parameters()), torch.float64))
 
 
@@ -313,10 +325,10 @@ def _(make: Make) -> Answer:
 @asks("property", "its gradient is that of what it computes", 1e-5, "compare it with torch.autograd.gradcheck")
 def _(make: Make) -> Answer:
     worst, note = 0.0, ""
-    for num_dims, layer, x in each(make):
+    for _, layer, x in each(make):
         start = copy.deepcopy(layer)
         y, dx, *rest = step(layer, x)
-        gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        gradient = gradient_of(y.shape)
         parameters = [p for p in start.parameters() if p.requires_grad]
 
         def value(
@@ -339,20 +351,20 @@ def _(make: Make) -> Answer:
             own = sum((g.flatten() @ d.flatten()).item() for g, d in zip((dx, *rest), directions, strict=True))
             worst = max(worst, abs(slope - own) / max(1.0, abs(slope)))
         if worst > 1e-5 and not note:
-            note = _what_the_gradient_misses(x, gradient, dx, num_dims)
+            note = _what_the_gradient_misses(x, gradient, dx, eps_of(layer))
     return worst, note
 
 
-def _what_the_gradient_misses(x: Tensor, gradient: Tensor, dx: Tensor, num_dims: int) -> str:
+def _what_the_gradient_misses(x: Tensor, gradient: Tensor, dx: Tensor, eps: float) -> str:
     """By comparison with batch normalization whose mean, variance or both are held for constants."""
-    axes = tuple(d for d in range(num_dims) if d != 1)
+    axes = all_but_channels(x.dim())
     for held in (("variance",), ("mean",), ("mean", "variance")):
         leaf = x.clone().requires_grad_()
         mean = leaf.mean(axes, keepdim=True)
         mean = mean.detach() if "mean" in held else mean
         var = (leaf - mean).square().mean(axes, keepdim=True)
         var = var.detach() if "variance" in held else var
-        torch.autograd.backward((leaf - mean) / (var + 1e-5).sqrt(), gradient)
+        torch.autograd.backward((leaf - mean) / (var + eps).sqrt(), gradient)
         assert leaf.grad is not None
         if difference(dx, leaf.grad) < 1e-6:
             return f"no gradient flows through the {' and the '.join(held)}"
@@ -417,11 +429,11 @@ def _(make: Make) -> Answer:
     spawn(_one_share, (make, port, queue), nprocs=len(SHARES))  # type: ignore[no-untyped-call]
     y, dx, *gradients = (torch.from_numpy(part) for part in queue.get())
     found = difference([y, dx, *gradients], whole)
-    x, axes = shares(batch(4)), (0, 2, 3)
+    x, axes = shares(batch(4)), all_but_channels(4)
     of_means = torch.stack([part.mean(axes) for part in x]).mean(0).view(1, -1, 1, 1)
     of_vars = torch.stack([part.var(axes, correction=0) for part in x]).mean(0).view(1, -1, 1, 1)
-    averaged = (batch(4) - of_means) / (of_vars + float(getattr(layer, "eps", 1e-5))).sqrt()
-    apart = torch.cat([normalized(part, axes, float(getattr(layer, "eps", 1e-5))) for part in x])
+    averaged = (batch(4) - of_means) / (of_vars + eps_of(layer)).sqrt()
+    apart = torch.cat([normalized(part, axes, eps_of(layer)) for part in x])
     if found > 1e-9 and difference(y, averaged) < 1e-6:
         return found, "it takes the mean of the processes' means, where each counts alike whatever its share"
     if found > 1e-9 and difference(y, apart) < 1e-6:
@@ -433,7 +445,7 @@ def _one_share(rank: int, make: Make, port: int, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SHARES))
     layer = LayerSync().put_in_step(make(4).double().train(), "cpu")
-    gradient = torch.randn(SHAPES[4], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    gradient = gradient_of(SHAPES[4])
     parts: list[Any] = [None] * len(SHARES)
     dist.all_gather_object(parts, step(layer, shares(batch(4))[rank], shares(gradient)[rank]))
     if rank == 0:
@@ -456,8 +468,8 @@ def _(make: Make) -> Answer:
         worst = max(worst, found)
         subsets = (a for n in range(1, num_dims + 1) for a in itertools.combinations(range(num_dims), n))
         for axes in subsets if found > 1e-6 and not note else ():
-            if difference(y, normalized(x, axes, float(getattr(layer, "eps", 1e-5)))) < 1e-6:
-                its, batch_norms = ([AXES[num_dims][a] for a in set_] for set_ in (axes, {*range(num_dims)} - {1}))
+            if difference(y, normalized(x, axes, eps_of(layer))) < 1e-6:
+                its, batch_norms = ([AXES[num_dims][a] for a in set_] for set_ in (axes, all_but_channels(num_dims)))
                 note = f"it takes statistics over {', '.join(its)}; batch normalization over {', '.join(batch_norms)}"
     return worst, note
 
@@ -482,14 +494,14 @@ def _(make: Make) -> Answer:
     worst, note = 0.0, ""
     for num_dims, layer, _ in each(make):
         twin = torchs(layer, num_dims)
-        mean, var = torch.zeros(2, FEATURES, dtype=torch.float64), torch.ones(FEATURES, dtype=torch.float64)
-        axes = tuple(d for d in range(num_dims) if d != 1)
+        start = [torch.zeros(FEATURES, dtype=torch.float64), torch.ones(FEATURES, dtype=torch.float64)]
+        axes = all_but_channels(num_dims)
         hypotheses = {
             "the running variance is biased: divided by m and not by m - 1": (0.1, 0),
             "the momentum is the wrong way round: the newest batch counts 0.9 and not 0.1": (0.9, 1),
             "biased running variance, and the momentum the wrong way round": (0.9, 0),
         }
-        their: dict[str, list[Tensor]] = {name: [mean[0], var] for name in hypotheses}
+        their: dict[str, list[Tensor]] = dict.fromkeys(hypotheses, start)
         for seed in range(3):
             x = batch(num_dims, seed)
             layer(x)
@@ -511,7 +523,7 @@ def _(make: Make) -> Answer:
     for num_dims, layer, x in each(make):
         layer(x + 1)
         mean, var = (t.view(1, -1, *[1] * (num_dims - 2)) for t in running(layer))
-        expected = (x - mean) / (var + float(getattr(layer, "eps", 1e-5))).sqrt()
+        expected = (x - mean) / (var + eps_of(layer)).sqrt()
         worst = max(worst, difference(in_eval(layer, x), expected))
     return worst, ""
 
@@ -537,7 +549,7 @@ def _(make: Make) -> Answer:
 
 def _timed(num_dims: int, shape: tuple[int, ...]) -> Callable[[Make], Answer]:
     def answer(make: Make) -> Answer:
-        layers = [make(num_dims, shape[1]).train(), {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[num_dims](shape[1])]
+        layers = [make(num_dims, shape[1]).train(), norms.builtin(shape[1], num_dims)]
         x, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
         seconds: list[list[float]] = [[], []]
         for _ in range(30):
@@ -558,7 +570,7 @@ for _dims, _shape in ((4, (256, 6, 24, 24)), (2, (256, 120))):
 @asks("measured", "memory kept for the backward pass", float("inf"), "")
 def _(make: Make) -> Answer:
     kept = []
-    for layer in (make(4), nn.BatchNorm2d(FEATURES)):
+    for layer in (make(4), norms.builtin(FEATURES, 4)):
         storages: dict[int, int] = {}
 
         def pack(t: Tensor, storages: dict[int, int] = storages) -> Tensor:

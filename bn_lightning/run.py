@@ -58,6 +58,11 @@ def _nearest(name: str, options: list[str]) -> list[str]:
     return [] if name in known else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
 
 
+def _as_list(setting: Any) -> list[Any]:
+    """Several, none, or one that a config names without a list."""
+    return setting if isinstance(setting, list) else [setting] if setting else []
+
+
 class CLI(LightningCLI):
     """Lightning's command line for `Classifier` and `FashionMNIST`.
 
@@ -127,9 +132,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
         self._refuse(settings)
-        given = settings["callbacks"] or []
-        given = given if isinstance(given, list) else [given]  # a config may name one without a list
-        self._refuse_averaging(given)
+        own_callbacks = _as_list(settings["callbacks"])
+        self._refuse_averaging(own_callbacks)
         self.records, self.checkpoint = records.Records(), None
         callbacks: list[Any] = [self.records]
         dry = bool(settings["fast_dev_run"])
@@ -146,14 +150,14 @@ class CLI(LightningCLI):
         if shows_progress is None:
             shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
         kwargs["enable_progress_bar"] = shows_progress
-        if shows_progress and not any(isinstance(own, ProgressBar) for own in given):
+        if shows_progress and not any(isinstance(own, ProgressBar) for own in own_callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
         if self.subcommand == "predict" and settings["devices"] == "auto":
             kwargs["devices"] = 1  # the answers come in the order of the images
         if settings["sync_batchnorm"]:
-            kwargs["plugins"] = [*(settings["plugins"] or []), LayerSync()]
+            kwargs["plugins"] = [*_as_list(settings["plugins"]), LayerSync()]
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
