@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from bn_lightning.averaging import StochasticWeightAveraging as StochasticWeightAveraging
     from bn_lightning.batchnorm import BatchNorm as BatchNorm
     from bn_lightning.batchnorm import batch_norm as batch_norm
+    from bn_lightning.checkpoints import WholeCheckpointIO as WholeCheckpointIO
     from bn_lightning.classifier import Classifier as Classifier
     from bn_lightning.convert import from_torch as from_torch
     from bn_lightning.convert import to_torch as to_torch
     from bn_lightning.errors import UserError as UserError
     from bn_lightning.fashion_mnist import FashionMNIST as FashionMNIST
     from bn_lightning.lenet import LeNet as LeNet
+    from bn_lightning.resume import ExactResume as ExactResume
     from bn_lightning.sync import LayerSync as LayerSync
 
 __version__ = "0.1.0"
@@ -22,11 +24,13 @@ _HOMES = {
     "BatchNorm": "batchnorm",  # no module may bear a name of this list: it would hide what it holds
     "batch_norm": "batchnorm",
     "Classifier": "classifier",
+    "ExactResume": "resume",
     "FashionMNIST": "fashion_mnist",
     "LayerSync": "sync",
     "LeNet": "lenet",
     "StochasticWeightAveraging": "averaging",
     "UserError": "errors",
+    "WholeCheckpointIO": "checkpoints",
     "from_torch": "convert",
     "to_torch": "convert",
 }

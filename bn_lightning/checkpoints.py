@@ -1,11 +1,58 @@
-"""What a checkpoint holds, read without executing anything in it."""
+"""Checkpoints as files: written whole or not at all, read without executing anything in them."""
 
+import io
+import os
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from bn_lightning.errors import UserError
+from bn_lightning.errors import RunFailed, UserError
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's plugin that writes checkpoints: `Trainer(plugins=[WholeCheckpointIO()])`.
+
+    A file is written beside the one that it will replace, flushed to the disk with its folder, and only then renamed:
+    whatever happens, there is the old checkpoint or the new one. Lightning's own plugin writes into TMPDIR and moves,
+    which from one file system to another is a copy, and flushes nothing.
+
+    Raises:
+        RunFailed: from `save_checkpoint`, for a full disk or a folder that is gone; the old checkpoint is still there.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):  # an object store has its own way to be whole
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)  # not the run's own folder: where that is gone, something is wrong
+            with temporary.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            if os.name == "posix":  # Windows cannot open a folder
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        except OSError as error:
+            try:
+                temporary.unlink(missing_ok=True)
+                kept = f"The one before is whole: {path}" if path.exists() else "There is none from before."
+            except OSError:  # the disk itself is gone
+                kept = ""
+            raise RunFailed(
+                f"The checkpoint {path} cannot be written: {error.strerror or error}.\n{kept}\n"
+                "When there is room again, go on with what was saved: fit --ckpt_path last, and the same settings"
+            ) from error
 
 
 def load(path: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -74,6 +75,8 @@ class Classifier(pl.LightningModule):
             # Labels are checked once, when the data are read; to check each batch again costs more than to count.
             setattr(self, f"{stage}_acc", MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False))
         self._means_are_logged = False  # of the train epoch that runs
+        self._typed_over_checkpoint = False
+        self._restored_metrics: dict[str, Tensor] = {}
         self.test_class_acc = MulticlassAccuracy(NUM_CLASSES, average=None, validate_args=False)
 
     def setup(self, stage: str) -> None:
@@ -109,6 +112,9 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, _ = self._step(batch, "train")
+        if self.trainer.world_size > 1:
+            # What is taken is the mean of the gradients of all processes, and their slices may differ by an image.
+            loss = loss * (len(batch[1]) * self.trainer.world_size / self._global_size(batch, batch_idx))
         # self.log costs as much as a small layer, so it is called only where something comes of it: for the means once
         # an epoch, since Lightning keeps the metrics themselves, and for the loss where the logger will take it.
         if not self._means_are_logged:
@@ -116,18 +122,66 @@ class Classifier(pl.LightningModule):
             self._means_are_logged = True
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self.log("train_loss", loss, prog_bar=True)
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
+    def _global_size(self, batch: Batch, batch_idx: int) -> int:
+        """Images of a batch over all processes; of a loader that does not say, all slices are taken to be the same."""
+        size_of = getattr(self.trainer.train_dataloader, "size_of", None)
+        return size_of(batch_idx) if size_of else len(batch[1]) * self.trainer.world_size
+
     def on_train_start(self) -> None:
-        # A resumed optimizer comes with the learning rate of its checkpoint; what was typed is stronger. With a
-        # scheduler the schedule goes on as it was.
-        if self.scheduler_class is None:
+        if self._typed_over_checkpoint and self.scheduler_class is None:
             for group in self.trainer.optimizers[0].param_groups:
                 group.update(lr=self.lr, **self.optimizer_args)
+        self._refuse_another_schedule()
+        for name, by_process in self._restored_metrics.items():
+            metric, state = name.split(".")
+            if len(by_process) == self.trainer.world_size:
+                mine = by_process[self.global_rank]
+            else:  # sums, whoever has them
+                mine = by_process.sum(0) if self.global_rank == 0 else torch.zeros_like(by_process[0])
+            setattr(getattr(self, metric), state, mine.to(self.device))
+        self._restored_metrics = {}
 
-    def on_train_epoch_start(self) -> None:
+    def _refuse_another_schedule(self) -> None:
+        for name in self._lengths_wanted() if self.scheduler_class else []:
+            steps = self.trainer.estimated_stepping_batches
+            for config in self.trainer.lr_scheduler_configs:
+                planned = getattr(config.scheduler, name, steps)
+                if planned != steps:
+                    raise UserError(
+                        f"{self.scheduler_class.__name__} was planned for {planned:,} steps when the run began, and is now "
+                        f"to have {steps:,}: the steps that are done would have been others.\n"
+                        "Go on with the same --trainer.max_epochs or --trainer.max_steps, or begin a new run."
+                    )
+
+    def on_train_epoch_end(self) -> None:
         self._means_are_logged = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The train metrics of an epoch that is under way, of each process its own: in another order sums are others.
+        checkpoint["train_metrics"] = {
+            f"{metric}.{state}": self._of_all_processes(value)  # type: ignore[arg-type]
+            for metric in ("train_loss", "train_acc")
+            for state, value in getattr(self, metric).metric_state.items()
+        }
+
+    def _of_all_processes(self, value: Tensor) -> Tensor:
+        """(processes, ...): the value that each of them has."""
+        values = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
+        if self.trainer.world_size > 1:
+            dist.all_gather(values, value.contiguous())
+        else:
+            values = [value]
+        return torch.stack(values).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored_metrics = checkpoint.get("train_metrics", {})
+        # A resumed optimizer comes with the learning rate of its checkpoint; what was typed is stronger. With a
+        # scheduler the schedule goes on as it was.
+        before = checkpoint.get("hyper_parameters", {})
+        self._typed_over_checkpoint = any(before.get(n) != self.hparams[n] for n in ("lr", "optimizer_args"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch, "val")

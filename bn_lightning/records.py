@@ -17,19 +17,6 @@ from torch import nn
 from bn_lightning.fashion_mnist import FashionMNIST
 
 
-def new_folder(parent: Path) -> Path:
-    """Make `parent/N` with the next free number N from 0 on. Two runs at once get two folders."""
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1)
-    while True:
-        try:
-            folder = parent / str(number)
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
-
-
 class TensorBoard(TensorBoardLogger):
     """Events of `fit` and of the test that ends it in one file, and no hparams.yaml beside config.yaml."""
 
@@ -51,65 +38,72 @@ class Records(pl.Callback):
         images: images trained on, over all processes.
     """
 
-    _KEPT = ("epochs", "validations", "seconds", "images")  # in a checkpoint, for a run that goes on
+    _KEPT = ("epochs", "validations", "seconds", "images", "_of_epoch", "_validated")  # in a checkpoint
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
         self.seconds = 0.0
         self.images = 0
-        self._batch_images = 0  # of this process, since the last count over all processes
-        self._clock = 0.0
-        self._validations_before = 0  # of the run that this one goes on from; best.ckpt is chosen among those after
+        self._of_epoch = (0, 0.0)  # images and seconds when the epoch began
+        self._validated = False  # in this epoch
+        self._clock: float | None = None  # while it runs
+        self._best_since = 0  # the step; with a best checkpoint of before this run cannot compare its own
 
     def state_dict(self) -> dict[str, Any]:
+        self._stop_clock()
         return {name: getattr(self, name) for name in self._KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in self._KEPT:
             setattr(self, name, state_dict[name])
-        self._validations_before = len(self.validations)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if not any(state.get("best_model_score") for state in checkpoint["callbacks"].values()):
+            self._best_since = checkpoint["global_step"]
 
     def _stop_clock(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._clock
-        self._clock = now
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.seconds += now - self._clock
+            self._clock = now
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_clock()
-        self._at_epoch_start = (self.images, self.seconds)
-        self._validated = False
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_images += len(batch[1])
+        size_of = getattr(trainer.train_dataloader, "size_of", None)
+        self.images += size_of(batch_idx) if size_of else len(batch[1]) * trainer.world_size
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._stop_clock()
+            self._clock = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validations.append({name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_acc")})
+            figures = {name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_acc")}
+            self.validations.append({"step": trainer.global_step, **figures})
             self._validated = True
-        self._clock = time.perf_counter()
+            self._clock = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        local = torch.tensor(self._batch_images, device=pl_module.device)
-        self.images += int(trainer.strategy.reduce(local, reduce_op="sum"))
-        self._batch_images = 0
         metrics = trainer.callback_metrics
         figures = {"train_loss": float(metrics["train_loss_epoch"]), "train_acc": float(metrics["train_acc"])}
         self.epochs.append(figures)
         self._stop_clock()
-        images, seconds = self._at_epoch_start
+        images, seconds = self._of_epoch
         speed = (self.images - images) / (self.seconds - seconds)
+        self._of_epoch = (self.images, self.seconds)
         pl_module.log("images_per_second", speed, sync_dist=True)
-        shown = {**figures, **self.validations[-1]} if self._validated else figures
+        shown = figures
+        if self._validated:
+            shown = figures | {name: self.validations[-1][name] for name in ("val_loss", "val_acc")}
+            self._validated = False
         on_test_set = getattr(trainer.datamodule, "validates_on_test_set", False)  # type: ignore[attr-defined]
         names = {"val_loss": "test loss", "val_acc": "test acc"} if on_test_set else {}
         line = "  ".join(f"{names.get(name, name.replace('_', ' '))} {value:.3f}" for name, value in shown.items())
@@ -118,6 +112,7 @@ class Records(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_clock()
+        self._clock = None
 
     def result(self, trainer: pl.Trainer, data: FashionMNIST, norm: str, kept: str) -> dict[str, Any]:
         """The flat object of result.json at the end of training; `test_loss` and `test_acc` are still to come.
@@ -129,7 +124,8 @@ class Records(pl.Callback):
         assert data.images is not None
         last_epoch = self.epochs[-1] if self.epochs else {}
         last = self.validations[-1] if self.validations else {}
-        best = max(self.validations[self._validations_before :], key=lambda figures: figures["val_acc"], default={})
+        comparable = [figures for figures in self.validations if figures["step"] > self._best_since]
+        best = max(comparable, key=lambda figures: figures["val_acc"], default={})
         at_kept = best if kept == "best.ckpt" else last
         last_accuracies = [figures["val_acc"] for figures in self.validations[-3:]]
         device = trainer.strategy.root_device

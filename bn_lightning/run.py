@@ -4,6 +4,7 @@ import ctypes
 import difflib
 import itertools
 import logging
+import os
 import re
 import shutil
 import sys
@@ -12,7 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import filelock
 import torch
+import torch.distributed as dist
+import yaml
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -24,12 +29,15 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning import averaging, checkpoints, norms, records
+from bn_lightning import averaging, checkpoints, folder, norms, records
 from bn_lightning.classifier import Classifier
-from bn_lightning.errors import UserError
+from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
+from bn_lightning.processes import Processes
+from bn_lightning.resume import ExactResume, Stopped
 from bn_lightning.sync import LayerSync
 
 PROGRAM = "python -m bn_lightning"
@@ -71,8 +79,11 @@ class CLI(LightningCLI):
     """
 
     records: records.Records
-    checkpoint: ModelCheckpoint | None
-    folder: Path | None = None
+    resume: ExactResume | None = None
+    best: ModelCheckpoint | None = None
+    ckpt_path: str | None = None
+    folder: Path | None = None  # of the run, in its first process
+    goes_on: bool = False  # in a folder that is there already
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -94,36 +105,76 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self._parser("fit").add_argument(
+            "--checkpoint.every_n_train_steps",
+            type=NonNegativeInt,
+            default=0,
+            help="Write last.ckpt after so many steps too, not only before each epoch; 0 for never.",
+        )
+        self._parser("fit").add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="The folder of a run, runs/NAME/N, that goes on from its last.ckpt with the settings that it had.",
+        )
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
-        seed = self.config[subcommand].seed_everything
-        if not 0 <= seed < 2**32:  # Lightning would take another one
-            raise UserError(f"--seed_everything is {seed}; it must be from 0 to {2**32 - 1}.")
-        ckpt_path = self.config[subcommand].ckpt_path
-        if ckpt_path is None:
-            if subcommand != "fit":
-                raise UserError(
-                    f"{subcommand} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt\n"
-                    "A run prints where its checkpoints lie when it ends."
-                )
+        config = self.config[subcommand]
+        if not 0 <= config.seed_everything < 2**32:  # Lightning would take another one
+            raise UserError(f"--seed_everything is {config.seed_everything}; it must be from 0 to {2**32 - 1}.")
+        if config.ckpt_path is None and subcommand != "fit":
+            raise UserError(
+                f"{subcommand} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt\n"
+                "A run prints where its checkpoints lie when it ends."
+            )
+        is_first = rank_zero_only.rank == 0
+        runs = Path(config.trainer.default_root_dir, config.name)
+        if subcommand == "fit" and config.resume is not None:
+            if config.ckpt_path is not None:
+                raise UserError("--resume and --ckpt_path are both given; a run goes on from one checkpoint.")
+            self._goes_on_in(Path(config.resume), *folder.last_of(Path(config.resume), is_first))
+            # What the run had until now is weaker than what is typed.
+            self._parser("fit").default_config_files = list(map(str, folder.settings_files(Path(config.resume))))
+            super().parse_arguments(parser, args)
             return
+        if config.ckpt_path == "last":
+            found = folder.find_last(runs, is_first)
+            if found is None:
+                if subcommand != "fit":
+                    raise UserError(f"There is no checkpoint of a run in {str(runs)!r}. Another place: --name NAME")
+                if is_first:  # the same command is to begin a run and to go on with it
+                    print(f"There is no checkpoint in {str(runs)!r} yet: a new run begins.", flush=True)
+                return
+        elif config.ckpt_path is not None:
+            found = checkpoints.load(config.ckpt_path)
+        else:
+            return
+        self.ckpt_path, checkpoint = found
+        within = Path(self.ckpt_path).absolute().parents[1]
+        is_last = config.ckpt_path == "last" or Path(self.ckpt_path).name == "last.ckpt"
+        is_real = subcommand == "fit" and not config.trainer.fast_dev_run
+        if is_real and is_last and folder.is_run(within) and within.parent == runs.absolute():
+            self._goes_on_in(runs / within.name, *found)
         # The first parse found the checkpoint; the second has what it remembers as defaults.
-        typed = self.config[subcommand].model
-        self.ckpt_path, checkpoint = checkpoints.load(ckpt_path)
+        typed = config.model
         try:
-            self._subcommand_parsers[subcommand].set_defaults(checkpoints.settings(checkpoint))
+            self._parser(subcommand).set_defaults(checkpoints.settings(checkpoint))
         except KeyError as error:
             raise UserError(
-                f"{ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
+                f"{self.ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
             ) from error
         super().parse_arguments(parser, args)
         for name in ("norm", "optimizer", "scheduler"):
             used = self.config[subcommand].model[name]
             if used and "." in used and used != typed[name]:
                 raise UserError(
-                    f"{ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to run "
+                    f"{self.ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to run "
                     f"code.\nIf you trust it, name it yourself: --model.{name} {used}"
                 )
+
+    def _goes_on_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
+        self.goes_on, self.folder, self.ckpt_path = True, run, ckpt_path
+        self._goes_on_at = checkpoint["global_step"]
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would put what the checkpoint remembers over what was typed; `parse_arguments` has done it rightly.
@@ -134,12 +185,28 @@ class CLI(LightningCLI):
         self._refuse(settings)
         own_callbacks = _as_list(settings["callbacks"])
         self._refuse_averaging(own_callbacks)
-        self.records, self.checkpoint = records.Records(), None
+        self.records = records.Records()
         callbacks: list[Any] = [self.records]
         dry = bool(settings["fast_dev_run"])
         if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not dry:
-            self.checkpoint = self._checkpoint_callback(settings)
-            callbacks.append(self.checkpoint)
+            every = self._get(self.config_init, "checkpoint.every_n_train_steps")
+            seed = self._get(self.config_init, "seed_everything")
+            self.resume = ExactResume(every, seed=seed, max_time=settings["max_time"])
+            self.resume.goes_on = self.goes_on
+            kwargs["max_time"] = None  # Lightning's timer ends an epoch where it is
+            callbacks.append(self.resume)
+            if settings["limit_val_batches"] != 0 and not self.datamodule.validates_on_test_set:
+                self.best = ModelCheckpoint(
+                    filename="best",
+                    monitor="val_acc",
+                    mode="max",
+                    save_last=False,
+                    save_on_train_epoch_end=False,
+                    enable_version_counter=False,
+                )
+                callbacks.append(self.best)
+        if self.subcommand == "fit":
+            callbacks.append(Processes())
         if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
         by_default = settings["logger"] in (None, True)
@@ -156,8 +223,13 @@ class CLI(LightningCLI):
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
         if self.subcommand == "predict" and settings["devices"] == "auto":
             kwargs["devices"] = 1  # the answers come in the order of the images
-        if settings["sync_batchnorm"]:
-            kwargs["plugins"] = [*_as_list(settings["plugins"]), LayerSync()]
+        plugins = [*_as_list(settings["plugins"]), checkpoints.WholeCheckpointIO()]
+        kwargs["plugins"] = [*plugins, LayerSync()] if settings["sync_batchnorm"] else plugins
+        if dist.is_torchelastic_launched():  # torchrun says how many processes there are
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
+            kwargs["num_nodes"] = int(os.environ["WORLD_SIZE"]) // local
+            if settings["devices"] == "auto":
+                kwargs["devices"] = local
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
@@ -196,35 +268,56 @@ class CLI(LightningCLI):
                 "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging"
             )
 
-    def _checkpoint_callback(self, settings: Any) -> ModelCheckpoint:
-        validates = settings["limit_val_batches"] != 0 and not self.datamodule.validates_on_test_set
-        if not validates:  # nothing to select by: the test set must not choose
-            return ModelCheckpoint(save_last=True, save_top_k=0)
-        return ModelCheckpoint(
-            filename="best", monitor="val_acc", mode="max", save_last=True, enable_version_counter=False
-        )
-
     def before_fit(self) -> None:
         """Everything that can be refused has been when the run's folder is made."""
+        run = self.folder or Path("elsewhere")
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data()
-            settings = self.config["fit"]
-            parent = Path(settings.trainer.default_root_dir, settings.name)
-            try:
-                self.folder = records.new_folder(parent)
-            except OSError as error:
-                raise UserError(
-                    f"No folder for the run can be made in {str(parent)!r}: {error.strerror}.\n"
-                    "Another place: --trainer.default_root_dir FOLDER, another name: --name NAME"
-                ) from error
-            self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
-        folder = self.folder or Path("elsewhere")  # other processes are told by Lightning, which asks the first one
+            run = self._open_folder()
+        else:
+            self.folder = None  # other processes are told by Lightning, which asks the first one
         if self._wants_tensorboard:
-            self.trainer.logger = records.TensorBoard(folder.parent.parent, folder.parent.name, folder.name)
-        if self.checkpoint is not None:
-            self.checkpoint.dirpath = str((folder / "checkpoints").absolute())
+            purged = {"purge_step": self._goes_on_at} if self.goes_on else {}
+            self.trainer.logger = records.TensorBoard(run.parent.parent, run.parent.name, run.name, **purged)
+        if self.resume is not None:
+            self.resume.dirpath = str((run / "checkpoints").absolute()) if self.folder else None
+        if self.best is not None:
+            self.best.dirpath = str((run / "checkpoints").absolute())
         if self.trainer.is_global_zero:
             self._say_what_runs()
+
+    def _open_folder(self) -> Path:
+        """The folder of the run, new or gone on with, with its settings in it; no other process may write there."""
+        settings = self.config["fit"]
+        parent = Path(settings.trainer.default_root_dir, settings.name)
+        run = self.folder
+        try:
+            if run is None:
+                run = folder.new_folder(parent)
+                self.folder = run
+            self._lock = filelock.FileLock(run / ".lock")
+            self._lock.acquire(timeout=0)
+            if self.goes_on:
+                now = yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False))
+                self._changed = folder.changes(run, now)
+                if self._changed:
+                    folder.record_changes(run, self._changed)
+            else:
+                self._parser("fit").save(settings, run / "config.yaml", skip_unset=False)
+        except filelock.Timeout:
+            raise UserError(f"The run in {str(run)!r} is under way in another process.") from None
+        except OSError as error:
+            self._leave_nothing()
+            raise UserError(
+                f"No folder for the run can be made in {str(parent)!r}: {error.strerror}.\n"
+                "Another place: --trainer.default_root_dir FOLDER, another name: --name NAME"
+            ) from error
+        return run
+
+    def _leave_nothing(self) -> None:
+        """Remove the folder of a run that has done nothing."""
+        if self.folder is not None and not self.goes_on and self.trainer.global_step == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _say_what_runs(self) -> None:
         images, data = self.datamodule.images, self.datamodule
@@ -236,6 +329,10 @@ class CLI(LightningCLI):
             f"Fashion-MNIST from {images.place} ({images.source}), validated on {validation}\n"
             f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
         )
+        if self.goes_on:
+            self._print(f"goes on after step {self._goes_on_at:,}, from {self.ckpt_path}")
+            for setting, (before, now) in self._changed.items():
+                self._print(f"changed: --{setting} {now}, which was {before}")
         processes = self.trainer.world_size
         if processes > 1 and norms.with_statistics(self.model.network):
             self._print(
@@ -252,30 +349,41 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         try:
             self.trainer.fit(**self._from_checkpoint(kwargs))
-        except Exception:
-            if self.folder is not None and self.trainer.global_step == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)  # refused before it did anything
+        except Stopped:
+            assert self.resume is not None
+            if not self.resume.is_out_of_time:
+                if self.folder is not None:
+                    records.write_json(self.folder / "result.json", self._result("nothing yet", finished=False))
+                raise
+        except OSError as error:
+            raise RunFailed(
+                f"The run in {self.folder} cannot go on: {error}.\nWhen the cause is mended: fit --resume {self.folder}"
+            ) from error
+        except BaseException:
+            self._leave_nothing()
             raise
-        if self.trainer.interrupted:
-            return
         kept = self._kept_checkpoint()
         name = "the weights in memory"
         if kept:  # resumed with nothing left to do, the one that was kept is another run's
-            is_own = self.checkpoint is not None and Path(kept).parent == Path(str(self.checkpoint.dirpath))
+            # Not by the trainer, which would restore the callbacks too; some put weights of theirs over these.
+            self.model.load_state_dict(checkpoints.load(kept)[1]["state_dict"])
+            is_own = self.resume is not None and Path(kept).parent == self.resume.path.parent
             name = Path(kept).name if is_own else kept
-        # Before the test, which restores the callbacks to what they were when the checkpoint was written.
-        result = self.records.result(self.trainer, self.datamodule, self.model.hparams["norm"], name)
-        for figures in self.trainer.test(
-            self.model, datamodule=self.datamodule, ckpt_path=kept, weights_only=True, verbose=False
-        ):
+        result = self._result(name)
+        for figures in self.trainer.test(self.model, datamodule=self.datamodule, verbose=False):
             result |= {name: figures[name] for name in ("test_loss", "test_acc")}
         if self.folder is not None:
             self._finish(result)
 
     def _kept_checkpoint(self) -> str | None:
-        if self.checkpoint is None:
-            return None
-        return self.checkpoint.best_model_path or self.checkpoint.last_model_path or None
+        if self.best is not None and self.best.best_model_path:
+            return self.best.best_model_path
+        return str(self.resume.path) if self.resume is not None and self.resume.path.exists() else None
+
+    def _result(self, kept: str, finished: bool = True) -> dict[str, Any]:
+        result = self.records.result(self.trainer, self.datamodule, self.model.hparams["norm"], kept)
+        resumed_at = self.resume.resumed_at if self.resume else []
+        return result | {"finished": finished, "resumed_at_steps": ", ".join(map(str, resumed_at))}
 
     def _finish(self, result: dict[str, Any]) -> None:
         assert self.folder is not None
@@ -350,6 +458,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
     # Of a checkpoint that is only tested the callbacks of its training are not wanted.
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+    # A run that goes on in its folder, and one that begins with another's checkpoint.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The dirpath has changed from None")
     # lightning 2.6.6 with torch 2.15
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     try:
@@ -377,3 +488,6 @@ def main() -> None:
             f"The checkpoint does not fit the network that the settings ask for: {error}\n"
             "Leave out the --model settings: the checkpoint remembers its own."
         ) from error
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # else its threads are torn down in any order when the process ends

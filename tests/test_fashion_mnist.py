@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bn_lightning import FashionMNIST, UserError, sources
-from bn_lightning.fashion_mnist import MEAN, STD, Batches, epoch_order, stratified_split
+from bn_lightning.fashion_mnist import MEAN, STD, Augmentation, Batches, Epoch, epoch_order, stratified_split
 
 from .conftest import needs_all_images
 
@@ -63,14 +63,57 @@ def test_batches_show_each_image_once_with_its_label():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_slices_of_all_processes_are_the_batch(world_size):
-    images, labels = torch.arange(50, dtype=torch.uint8).view(50, 1, 1), torch.arange(50)
-    whole = [batch for _, batch in Batches(images, labels, 16, lambda: epoch_order(50, 0, 0))]
-    shares = [
-        [batch for _, batch in Batches(images, labels, 16, lambda: epoch_order(50, 0, 0), rank, world_size)]
-        for rank in range(world_size)
-    ]
+    images, labels, indices = torch.arange(50, dtype=torch.uint8).view(50, 1, 1), torch.arange(50), torch.arange(50)
+
+    def batches(rank=0, world_size=1):
+        return Batches(images, labels, indices, 16, lambda: Epoch(epoch_order(50, 0, 0)), rank, world_size)
+
+    whole = [batch for _, batch in batches()]
+    shares = [[batch for _, batch in batches(rank, world_size)] for rank in range(world_size)]
     for number, batch in enumerate(whole):
         assert torch.equal(torch.cat([share[number] for share in shares]), batch)
+        assert len(batch) == batches().size_of(number)
+
+
+def test_an_epoch_can_begin_at_any_batch():
+    data = ready(batch_size=256, seed=1, flip=True, shift=2)
+    batches = data.train_dataloader()
+    whole = list(batches)
+    epoch = batches.epoch()
+    batches.epoch = lambda: Epoch(epoch.order, 20, epoch.augmentation)
+    rest = list(batches)
+    assert len(rest) == 2
+    for ours, truth in zip(rest, whole[20:], strict=True):
+        assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image():
+    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmentation = Augmentation(50, seed=1, epoch=2, flip=True, shift=3)
+    whole = augmentation(images, torch.arange(50))
+    some = torch.tensor([7, 3, 49])
+    assert torch.equal(Augmentation(50, 1, 2, True, 3)(images[some], some), whole[some])
+    for other in ((2, 2), (1, 3)):
+        assert not torch.equal(Augmentation(50, *other, True, 3)(images, torch.arange(50)), whole)
+    # By hand: mirrored first, then moved, with black behind it.
+    shifts, flips = augmentation.shifts.squeeze(-1).tolist(), augmentation.flips.tolist()
+    assert {dy for dy, _ in shifts} == set(range(-3, 4)) and 10 < sum(flips) < 40
+    for image, (dy, dx), flip, result in zip(images, shifts, flips, whole, strict=True):
+        moved = torch.zeros_like(image)
+        source = image.flip(1) if flip else image
+        moved[max(dy, 0) : 28 + min(dy, 0), max(dx, 0) : 28 + min(dx, 0)] = source[
+            max(-dy, 0) : 28 + min(-dy, 0), max(-dx, 0) : 28 + min(-dx, 0)
+        ]
+        assert torch.equal(result, moved)
+    assert torch.equal(Augmentation(50, 1, 2, False, 0)(images, torch.arange(50)), images)
+
+
+def test_evaluation_sees_the_images_as_they_are():
+    plain, augmented = ready(), ready(flip=True, shift=3)
+    for name in ("val_dataloader", "test_dataloader"):
+        [one, _], *_ = getattr(plain, name)()
+        [other, _], *_ = getattr(augmented, name)()
+        assert torch.equal(one, other)
 
 
 def test_pixels_are_in_0_to_1_or_standardized():
@@ -98,7 +141,9 @@ def test_without_validation_images_the_test_set_validates():
     assert data.validates_on_test_set
 
 
-@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"val_images": 60_000}, {"val_images": -1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 0}, {"val_images": 60_000}, {"val_images": -1}, {"seed": -1}, {"shift": 28}]
+)
 def test_wrong_settings(setting):
     with pytest.raises(UserError):
         FashionMNIST(**setting)

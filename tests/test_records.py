@@ -1,5 +1,4 @@
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,22 +9,13 @@ from bn_lightning import LeNet, records
 from bn_lightning.fashion_mnist import CLASSES
 
 
-def test_numbers_go_up_and_no_two_runs_share_a_folder(tmp_path):
-    assert records.new_folder(tmp_path / "runs" / "a").name == "0"
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: records.new_folder(tmp_path / "runs" / "a"), range(24)))
-    assert sorted(int(folder.name) for folder in folders) == list(range(1, 25))
-    (tmp_path / "runs" / "a" / "notes").mkdir()  # something of the user's
-    assert records.new_folder(tmp_path / "runs" / "a").name == "25"
-
-
 def test_a_run_leaves_these_files(trained):
     folder, _ = trained
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     events = [name for name in names if name.startswith("events.out.tfevents")]
     assert len(events) == 1
-    assert sorted(set(names) - set(events)) == ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml",
-                                                "result.json"]  # fmt: skip
+    assert sorted(set(names) - set(events)) == [".lock", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+                                                "config.yaml", "result.json"]  # fmt: skip
 
 
 def test_result_is_one_flat_object(trained):
@@ -39,6 +29,7 @@ def test_result_is_one_flat_object(trained):
     assert (result["norm"], result["data_source"], result["device"]) == ("custom", "sample", "cpu")
     assert (result["precision"], result["processes"], result["tested"]) == ("32-true", 1, "best.ckpt")
     assert result["torch"] == torch.__version__
+    assert (result["finished"], result["resumed_at_steps"]) == (True, "")
     assert len(result["sha256_train-images-idx3-ubyte"]) == 64
     assert 0.5 < result["test_acc"] < 1
     # Two epochs of 5,500 images in the time that was taken.

@@ -34,17 +34,6 @@ def test_config_reruns_the_run_bit_for_bit(trained, tmp_path):
     assert one == other
 
 
-def test_resume_at_an_epochs_end_is_the_uninterrupted_run(trained, main, tmp_path):
-    folder, _ = trained
-    assert main("fit", *QUICK, "--trainer.max_epochs", 1)[0] == 0
-    halfway = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "last.ckpt"
-    assert main("fit", "--ckpt_path", halfway, "--trainer.max_epochs", 2)[0] == 0
-    resumed = tmp_path / "runs" / "lenet" / "1"
-    assert_same_weights(folder / "checkpoints" / "last.ckpt", resumed / "checkpoints" / "last.ckpt")
-    assert result(resumed)["steps"] == 44
-    assert result(resumed)["train_loss"] == result(folder)["train_loss"]
-
-
 def test_test_needs_nothing_but_the_checkpoint(trained, main):
     folder, _ = trained
     code, out, _ = main("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", "--trainer.accelerator", "cpu")
@@ -90,7 +79,7 @@ def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
         2,
     )
     assert main("fit", "--ckpt_path", checkpoint, *own)[0] == 0
-    settings = torch.load(tmp_path / "runs/lenet/1/checkpoints/last.ckpt", weights_only=True)
+    settings = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
     model, data = settings["hyper_parameters"], settings["datamodule_hyper_parameters"]
     assert (model["norm"], model["norm_args"], model["activation"]) == ("builtin", {"eps": 1e-3}, "relu")
     assert (data["source"], data["seed"]) == ("sample", 7)

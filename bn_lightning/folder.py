@@ -1,0 +1,114 @@
+"""Where runs lie, `runs/NAME/NUMBER`: a new folder, the last run, and what was changed when a run went on."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bn_lightning import checkpoints
+from bn_lightning.errors import UserError
+
+# Says where to go on and in which place, not what is computed.
+NOT_RECORDED = ("config", "ckpt_path", "resume", "name", "trainer.default_root_dir")
+
+
+def new_folder(parent: Path) -> Path:
+    """Make `parent/N` with the next free number N from 0 on. Two runs at once get two folders."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1)
+    while True:
+        try:
+            folder = parent / str(number)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def find_last(parent: Path, speaks: bool = True) -> tuple[str, dict[str, Any]] | None:
+    """The newest whole checkpoint of the runs `parent/N`, and what it holds; None if there is none.
+
+    Of each run `last.ckpt` comes first, and another only where that is torn; with `speaks` a warning names what is passed
+    over.
+    """
+    files = [path for folder in parent.glob("*") if is_run(folder) for path in _checkpoints_of(folder)]
+    age = {
+        folder: max(p.stat().st_mtime for p in files if p.parents[1] == folder)
+        for folder in {p.parents[1] for p in files}
+    }
+    return _first_whole(iter(sorted(files, key=lambda path: -age[path.parents[1]])), speaks)
+
+
+def last_of(folder: Path, speaks: bool = True) -> tuple[str, dict[str, Any]]:
+    """The checkpoint with which the run in `folder` goes on, and what it holds.
+
+    Raises:
+        UserError: no folder of a run, or none of its checkpoints is whole.
+    """
+    if not is_run(folder):
+        raise UserError(f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/lenet/0")
+    found = _first_whole(_checkpoints_of(folder), speaks)
+    if found is None:
+        raise UserError(
+            f"The run in {str(folder)!r} cannot go on: there is no whole checkpoint in {folder / 'checkpoints'}.\n"
+            f"Begin it anew: fit --config {folder / 'config.yaml'}"
+        )
+    return found
+
+
+def _checkpoints_of(folder: Path) -> Iterator[Path]:
+    """`last.ckpt` first, then the others, from new to old."""
+    files = (folder / "checkpoints").glob("*.ckpt")
+    yield from sorted(files, key=lambda path: (path.name != "last.ckpt", -path.stat().st_mtime))
+
+
+def _first_whole(paths: Iterator[Path], speaks: bool) -> tuple[str, dict[str, Any]] | None:
+    for path in paths:
+        try:
+            return checkpoints.load(str(path))
+        except UserError as error:
+            if speaks:
+                reason = str(error).splitlines()[1].strip()
+                print(f"WARNING: {path} is passed over, it is torn: {reason}", file=sys.stderr, flush=True)
+    return None
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """What a run was begun with, and then what was changed each time it went on."""
+    return [folder / "config.yaml", *sorted(folder.glob("resumed-*.yaml"), key=lambda path: int(path.stem[8:]))]
+
+
+def changes(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Which settings are others than those that the run in `folder` had until now: name, (before, now)."""
+    before: dict[str, Any] = {}
+    for file in settings_files(folder):
+        before |= _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    now = _flat(settings)
+    return {n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED}
+
+
+def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Write `resumed-N.yaml`, which fit takes as a --config."""
+    nested: dict[str, Any] = {}
+    for name, (_, now) in changed.items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = now
+    file = folder / f"resumed-{len(settings_files(folder))}.yaml"
+    file.write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sections of settings, such as model and trainer, as names with a point."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,364 @@
+"""Exact resume: a run that was stopped, however and wherever, goes on as if it had not been.
+
+A checkpoint of Lightning's is written inside a hook, in the middle of a step: what the step has still to do (validate, log,
+move a schedule) is then done twice, or never. Here `last.ckpt` is written between two steps, where all of one step is
+over and nothing of the next has begun. And nothing hangs on what happened before: the random numbers of a step are a
+function of (seed, epoch, batch, process), its images of (seed, epoch, batch).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from bn_lightning import checkpoints
+from bn_lightning.errors import RunFailed, UserError
+
+# With several processes, or a loss on another device, looking costs: then it is done at each step of this number.
+LOOK_EVERY = 10
+OUT_OF_TIME = 1_000  # beside the numbers of signals
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, and has, with all of it in `last.ckpt`. The code is 128 + the signal's number."""
+
+
+class ExactResume(Checkpoint):
+    """Writes `last.ckpt` between two steps, and goes on from it exactly: `Trainer(callbacks=[ExactResume()])`.
+
+    It is written before each epoch, when training ends, and when the run is asked to stop, by SIGTERM, Ctrl-C, SLURM's
+    signal before it takes a job away, or `max_time`: then the step is finished first. A second signal stops at once.
+
+    Args:
+        every_n_train_steps: also write it after so many optimizer steps; 0 for never.
+        dirpath: its folder; by default `checkpoints` in the logger's folder, as of ModelCheckpoint.
+        seed: of the random numbers of each step (dropout).
+        max_time: stop after this time, as `Trainer(max_time=...)`, which stops an epoch where it is and goes on with the
+            next one. Counted from the start of this process.
+
+    Attributes:
+        goes_on: whether the run goes on where its checkpoint lies; False when that one begins another run.
+        resumed_at: the steps at which the run went on.
+
+    Raises:
+        Stopped: when asked to stop, with all saved. After `max_time` its code is 0.
+        RunFailed: a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 0,
+        dirpath: str | None = None,
+        seed: int = 0,
+        max_time: str | timedelta | dict[str, int] | None = None,
+    ) -> None:
+        self.every_n_train_steps = every_n_train_steps
+        self.dirpath = dirpath
+        self.seed = seed
+        self.goes_on = True
+        self.resumed_at: list[int] = []
+        self._timer = Timer(max_time, interval="step")
+        self._saved_at = -1  # the optimizer step of last.ckpt
+        self._is_saving = self._is_finished = False
+        self._position = (0, 0)  # epoch, and batches of it
+        self._requeue_signal: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._reason = 0  # to stop: a signal's number, or OUT_OF_TIME
+        self._losses: list[tuple[int, int, int, Tensor]] = []  # epoch, batch, step, loss; not looked at yet
+
+    @property
+    def path(self) -> Path:
+        """Of `last.ckpt`."""
+        assert self.dirpath is not None, "setup() comes first"
+        return Path(self.dirpath, "last.ckpt")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        by_default = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")  # log_dir asks the first process
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(by_default))
+        if stage == "fit":
+            # Between two steps is before the first hook of the next one, and the end behind the last.
+            others = [c for c in trainer.callbacks if c is not self and not isinstance(c, _End)]  # type: ignore[attr-defined]
+            trainer.callbacks[:] = [self, *others, _End(self)]  # type: ignore[attr-defined]
+
+    # Where a run stands, in its checkpoint
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if not self._is_saving:
+            return
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        checkpoint["between_steps"] = {
+            "batches_that_stepped": fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"],
+            # Schedules and callbacks may look at the figures of a validation long ago.
+            "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
+            "resumed_at": self.resumed_at,
+            "finished": self._limits(trainer) if self._is_finished else None,
+        }
+        epoch, batch = self._position
+        # As if the epoch were about to begin, with some batches behind it: then Lightning calls on_train_epoch_start, which
+        # prepares what is in no checkpoint (the schedule of StochasticWeightAveraging), and takes the next batch.
+        _set_counters(fit_loop["epoch_progress"], total=epoch, current=epoch)
+        for tracker in fit_loop["epoch_progress"].values():
+            tracker["ready"] += 1
+        batches = fit_loop["epoch_loop.batch_progress"]
+        _set_counters(batches, total=batches["total"]["completed"], current=batch)
+        batches["is_last_batch"] = False
+        if batch == 0:
+            _set_counters(fit_loop["epoch_loop.val_loop.batch_progress"], total=0, current=0)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._restored = checkpoint.get("between_steps")
+        if self._restored is not None:
+            self.resumed_at = [*self._restored["resumed_at"], checkpoint["global_step"]]
+            if self.goes_on:
+                self._saved_at = checkpoint["global_step"]
+        for state in checkpoint["callbacks"].values():
+            if "best_model_path" in state:
+                _bring_up_to_date(state, str(self.path.parent) if self.goes_on else None, checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._restored is not None and self._restored["finished"] == self._limits(trainer):
+            trainer.should_stop = True  # early stopping has ended it, and no checkpoint of Lightning's says so
+
+    @staticmethod
+    def _limits(trainer: pl.Trainer) -> list[int | None]:
+        return [trainer.max_epochs, trainer.max_steps]
+
+    # Between two steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._restored is not None:
+            trainer.callback_metrics.update(self._restored["callback_metrics"])
+        self._timer.on_train_start(trainer, pl_module)
+        self._listen(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fit_loop = trainer.fit_loop
+        self._between_steps(trainer, fit_loop.epoch_loop.batch_progress.current.ready if fit_loop.restarting else 0)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._restored is not None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["batches_that_stepped"]
+            # Else Lightning leaves out the schedules at the end of the epoch. The public name does not obey with max_steps.
+            trainer.fit_loop._restarting = False
+            self._restored = None
+        if batch_idx:
+            self._between_steps(trainer, batch_idx)
+        number = np.random.SeedSequence((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        (seed,) = number.generate_state(1).tolist()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes half a millisecond where CUDA sleeps
+        device = trainer.strategy.root_device
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._saved_at:  # nothing that would be lost
+            if self._should_look(trainer, batch_idx) and self._reason_to_stop(trainer):
+                self._stop(trainer)
+            return
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # the gradients of half a step are in no checkpoint
+        is_due = batch_idx == 0 or (self.every_n_train_steps and step % self.every_n_train_steps == 0)
+        stops = (is_due or self._should_look(trainer, batch_idx)) and self._reason_to_stop(trainer)
+        if is_due or stops:
+            self._look_at_losses(trainer)
+            self._save(trainer, trainer.current_epoch, batch_idx)
+        if stops:
+            self._stop(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append((trainer.current_epoch, batch_idx, trainer.global_step, loss.detach()))
+        if self._should_look(trainer, batch_idx + 1) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._look_at_losses(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if done < trainer.num_training_batches and trainer.global_step != self._saved_at:
+            # max_steps has ended the run within an epoch, and a longer one is to go on there.
+            self._save(trainer, trainer.current_epoch, done, finished=True)
+
+    def at_the_end(self, trainer: pl.Trainer) -> None:
+        """What is left to do when all callbacks have ended the training."""
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches:
+            self._save(trainer, trainer.current_epoch, 0, finished=True)
+        if self._reason_to_stop(trainer) not in (0, OUT_OF_TIME):
+            self._stop(trainer)
+
+    @staticmethod
+    def _should_look(trainer: pl.Trainer, batch_idx: int) -> bool:
+        is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
+        return is_cheap or batch_idx % LOOK_EVERY == 0
+
+    def _save(self, trainer: pl.Trainer, epoch: int, batch_idx: int, finished: bool = False) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()  # of what a checkpoint has behind it nothing may be missing
+        self._position = (epoch, batch_idx)
+        self._is_saving, self._is_finished = True, finished
+        try:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        finally:
+            self._is_saving = False
+        self._saved_at = trainer.global_step
+
+    # Reasons to stop
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        """Note signals from here on, in the place of Lightning's handlers, which it takes back itself at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = {signal.SIGINT, signal.SIGTERM}
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
+            numbers.add(signal.Signals(self._requeue_signal))
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._reason:
+                os._exit(128 + number)
+            self._reason = number
+
+        for number in numbers:
+            signal.signal(number, note)
+        # Lightning asks the first process before each step whether it has had a SIGTERM; here all are asked, less often.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def _reason_to_stop(self, trainer: pl.Trainer) -> int:
+        """The reason of any process, the same in all of them; 0 for none."""
+        left = self._timer.time_remaining()
+        reason = self._reason or (OUT_OF_TIME if left is not None and left <= 0 else 0)
+        if trainer.world_size > 1:
+            mine = torch.tensor(reason, device=trainer.strategy.root_device)
+            reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        self._reason = reason
+        return reason
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        reason = self._reason
+        why = "--trainer.max_time" if reason == OUT_OF_TIME else signal.Signals(reason).name
+        if trainer.is_global_zero:
+            print(f"\nstopped by {why} after step {trainer.global_step:,}; all of it is in {self.path}", flush=True)
+            if reason == self._requeue_signal:
+                _requeue()
+        _end_together(trainer, Stopped(0 if reason in (OUT_OF_TIME, self._requeue_signal) else 128 + reason))
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether it was `max_time` that ended the run."""
+        return self._reason == OUT_OF_TIME
+
+    def _look_at_losses(self, trainer: pl.Trainer) -> None:
+        """Stop where a loss is not finite: what is trained from there on is lost, and no checkpoint may be written."""
+        if not self._losses:
+            return
+        losses, self._losses = self._losses, []
+        is_bad = ~torch.stack([loss for *_, loss in losses]).isfinite()
+        if trainer.world_size > 1:
+            is_bad = trainer.strategy.reduce(is_bad.int(), reduce_op="max").bool()
+        if not is_bad.any():
+            return
+        epoch, batch_idx, step, loss = losses[int(is_bad.int().argmax())]
+        what = f"The loss is {float(loss)}" if not loss.isfinite() else "The loss of another process is not finite"
+        said = [f"{what} in step {step:,}: epoch {epoch + 1}, batch {batch_idx + 1} of it."]
+        order = getattr(trainer.datamodule, "train_order", None)  # type: ignore[attr-defined]
+        if order is not None:
+            size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            images = order(epoch)[batch_idx * size : (batch_idx + 1) * size].tolist()
+            said.append(f"Its images, by their numbers in the training set: {', '.join(map(str, images[:8]))}, ...")
+            if trainer.is_global_zero and self.path.parent.parent.is_dir():
+                file = self.path.parent.parent / "failure.json"
+                file.write_text(json.dumps({"step": step, "epoch": epoch, "batch": batch_idx, "images": images}) + "\n")
+                said.append(f"All {len(images)} of them are in {file}")
+        if self._saved_at >= 0:
+            said += [
+                f"The last good checkpoint is of step {self._saved_at:,}: {self.path}",
+                f"Go on from there with another setting: fit --resume {self.path.parent.parent} --model.lr 0.1",
+            ]
+        _end_together(trainer, RunFailed("\n".join(said)))
+
+
+class _End(pl.Callback):
+    """The last of all callbacks: some change the weights in their on_train_end."""
+
+    def __init__(self, resume: ExactResume) -> None:
+        self.resume = resume
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resume.at_the_end(trainer)
+
+
+def _end_together(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
+    """End each process of a run, where all of them know why: the first one says it."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.is_global_zero:
+        raise error
+    if environment is not None and not environment.creates_processes_externally:
+        raise Stopped(0)  # for any other code Lightning would kill the first process, which may still be writing
+    raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)
+
+
+def _set_counters(progress: dict[str, Any], total: int, current: int) -> None:
+    """Ready, started, processed and completed, all the same: nothing is under way."""
+    for name, value in (("total", total), ("current", current)):
+        progress[name] = dict.fromkeys(progress[name], value)
+
+
+def _bring_up_to_date(state: dict[str, Any], dirpath: str | None, step: int) -> None:
+    """Hold the state of a ModelCheckpoint against the folder where the run goes on now, None for that of another run.
+
+    The folder may have moved, and its best checkpoint may be of a later step than the one at which the run goes on.
+    """
+    before = str(state["dirpath"])
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(before):
+            return str(dirpath) + value.removeprefix(before)
+        return {moved(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    if dirpath is not None and Path(before).name == Path(dirpath).name:
+        state.update({name: moved(value) for name, value in state.items()})
+        best = Path(state["best_model_path"])
+        if best.is_file() and checkpoints.load(str(best))[1]["global_step"] <= step:
+            return
+    state.update(dirpath=dirpath, best_model_score=None, best_k_models={}, kth_best_model_path="")
+
+
+def _requeue() -> None:
+    """Ask SLURM to run the job once more, as Lightning's handler does, which saves in the middle of a step."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        fault = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        fault = str(error)
+    print(f"job {job} was not requeued: {fault}" if fault else f"job {job} is requeued", file=sys.stderr, flush=True)
