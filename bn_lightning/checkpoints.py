@@ -23,9 +23,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         RunFailed: from `save_checkpoint`, for a full disk or a folder that is gone; the old checkpoint is still there.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # an object store has its own way to be whole
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)

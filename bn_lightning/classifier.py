@@ -151,8 +151,8 @@ class Classifier(pl.LightningModule):
                 planned = getattr(config.scheduler, name, steps)
                 if planned != steps:
                     raise UserError(
-                        f"{self.scheduler_class.__name__} was planned for {planned:,} steps when the run began, and is now "
-                        f"to have {steps:,}: the steps that are done would have been others.\n"
+                        f"{self.scheduler_class.__name__} was planned for {planned:,} steps when the run began, and is "
+                        f"now to have {steps:,}: the steps that are done would have been others.\n"
                         "Go on with the same --trainer.max_epochs or --trainer.max_steps, or begin a new run."
                     )
 
@@ -162,7 +162,7 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The train metrics of an epoch that is under way, of each process its own: in another order sums are others.
         checkpoint["train_metrics"] = {
-            f"{metric}.{state}": self._of_all_processes(value)  # type: ignore[arg-type]
+            f"{metric}.{state}": self._of_all_processes(value)
             for metric in ("train_loss", "train_acc")
             for state, value in getattr(self, metric).metric_state.items()
         }

@@ -36,7 +36,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run the command in sys.argv. A user's mistake ends with its message and exit code 2."""
+    """Run the command in sys.argv. A user's mistake ends with its message and exit code 2, a run that fails with 1."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -50,11 +50,17 @@ def main() -> None:
         try:
             importlib.import_module(module).main()
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except SystemExit as exit:
+            if isinstance(exit.__context__, KeyboardInterrupt):  # for which Lightning exits with 1
+                sys.exit(130)
+            raise
     else:
         _fail(f"There is no command {command!r}. There are {', '.join(COMMANDS)}.\nAll of them: --help")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

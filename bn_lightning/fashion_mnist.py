@@ -42,8 +42,8 @@ def stratified_split(labels: Tensor, num_held_out: int, seed: int) -> tuple[Tens
 class Augmentation:
     """Mirrors and shifts of one epoch, for each image a function of (seed, epoch, image) and of nothing else.
 
-    So they are the same in whatever batch, on whichever process, and in whichever part of an interrupted run an image is
-    shown.
+    So they are the same in whatever batch, on whichever process, and in whichever part of an interrupted run an image
+    is shown.
 
     Args:
         num_images: N, of the whole data set.
@@ -71,7 +71,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch shows: `order`, int64 (M,), indices of images; the number of the batch to begin with; the changes."""
+    """What one epoch shows: indices of images, int64 (M,); the number of the batch to begin with; what changes them."""
 
     order: Tensor
     first: int = 0

@@ -1,5 +1,6 @@
 """Where runs lie, `runs/NAME/NUMBER`: a new folder, the last run, and what was changed when a run went on."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,15 +35,12 @@ def is_run(folder: Path) -> bool:
 def find_last(parent: Path, speaks: bool = True) -> tuple[str, dict[str, Any]] | None:
     """The newest whole checkpoint of the runs `parent/N`, and what it holds; None if there is none.
 
-    Of each run `last.ckpt` comes first, and another only where that is torn; with `speaks` a warning names what is passed
-    over.
+    Of each run `last.ckpt` comes first, and another only where that is torn; with `speaks` a warning names what is
+    passed over.
     """
-    files = [path for folder in parent.glob("*") if is_run(folder) for path in _checkpoints_of(folder)]
-    age = {
-        folder: max(p.stat().st_mtime for p in files if p.parents[1] == folder)
-        for folder in {p.parents[1] for p in files}
-    }
-    return _first_whole(iter(sorted(files, key=lambda path: -age[path.parents[1]])), speaks)
+    runs = [list(_checkpoints_of(run)) for run in parent.glob("*") if is_run(run)]
+    runs = sorted(filter(None, runs), key=lambda files: max(path.stat().st_mtime for path in files), reverse=True)
+    return _first_whole(itertools.chain.from_iterable(runs), speaks)
 
 
 def last_of(folder: Path, speaks: bool = True) -> tuple[str, dict[str, Any]]:
@@ -93,7 +91,7 @@ def changes(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]
     return {n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED}
 
 
-def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
     """Write `resumed-N.yaml`, which fit takes as a --config."""
     nested: dict[str, Any] = {}
     for name, (_, now) in changed.items():
@@ -101,6 +99,7 @@ def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
         (nested.setdefault(section, {}) if section else nested)[key] = now
     file = folder / f"resumed-{len(settings_files(folder))}.yaml"
     file.write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
+    return file
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,9 +60,10 @@ def _keep_to_own_cores(trainer: pl.Trainer) -> None:
 def _let_gloo_wait() -> None:
     """Have gloo's thread that listens to the other processes not push away the threads that it works for.
 
-    While another thread of its process holds a connection's lock, it does not sleep but asks again and again. Where it has
-    pushed that thread from the only core of the process, the lock is let go at the scheduler's next tick, 4 ms later: half
-    of all exchanges took that long, and 0.2 ms now. Under SCHED_BATCH a thread that wakes pushes none away.
+    While another thread of its process holds a connection's lock, it does not sleep but asks again and again. Where it
+    has pushed that thread from the only core of the process, the lock is let go at the scheduler's next tick, 4 ms
+    later: a third of all exchanges took that long, and 0.2 ms now. Under SCHED_BATCH a thread that wakes pushes none
+    away.
     """
     for thread in Path("/proc/self/task").iterdir():
         if (thread / "comm").read_text().strip() == "gloo_tcp_loop":

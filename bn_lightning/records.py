@@ -93,6 +93,8 @@ class Records(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
+        if "train_loss_epoch" not in metrics:  # resumed from best.ckpt, behind the last step of the epoch
+            return
         figures = {"train_loss": float(metrics["train_loss_epoch"]), "train_acc": float(metrics["train_acc"])}
         self.epochs.append(figures)
         self._stop_clock()

@@ -1,8 +1,8 @@
 """Exact resume: a run that was stopped, however and wherever, goes on as if it had not been.
 
-A checkpoint of Lightning's is written inside a hook, in the middle of a step: what the step has still to do (validate, log,
-move a schedule) is then done twice, or never. Here `last.ckpt` is written between two steps, where all of one step is
-over and nothing of the next has begun. And nothing hangs on what happened before: the random numbers of a step are a
+A checkpoint of Lightning's is written inside a hook, in the middle of a step: what the step has still to do (validate,
+log, move a schedule) is then done twice, or never. Here `last.ckpt` is written between two steps, where all of one step
+is over and nothing of the next has begun. And nothing hangs on what happened before: the random numbers of a step are a
 function of (seed, epoch, batch, process), its images of (seed, epoch, batch).
 """
 
@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -49,8 +50,8 @@ class ExactResume(Checkpoint):
         every_n_train_steps: also write it after so many optimizer steps; 0 for never.
         dirpath: its folder; by default `checkpoints` in the logger's folder, as of ModelCheckpoint.
         seed: of the random numbers of each step (dropout).
-        max_time: stop after this time, as `Trainer(max_time=...)`, which stops an epoch where it is and goes on with the
-            next one. Counted from the start of this process.
+        max_time: stop after this time; `Trainer(max_time=...)` would leave out the rest of the epoch. Counted from the
+            start of this process's training.
 
     Attributes:
         goes_on: whether the run goes on where its checkpoint lies; False when that one begins another run.
@@ -95,6 +96,8 @@ class ExactResume(Checkpoint):
             # Between two steps is before the first hook of the next one, and the end behind the last.
             others = [c for c in trainer.callbacks if c is not self and not isinstance(c, _End)]  # type: ignore[attr-defined]
             trainer.callbacks[:] = [self, *others, _End(self)]  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                Path(self.dirpath).mkdir(parents=True, exist_ok=True)
 
     # Where a run stands, in its checkpoint
 
@@ -110,10 +113,12 @@ class ExactResume(Checkpoint):
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "resumed_at": self.resumed_at,
             "finished": self._limits(trainer) if self._is_finished else None,
+            "batch": self._position[1],
+            "surroundings": _surroundings(trainer),
         }
         epoch, batch = self._position
-        # As if the epoch were about to begin, with some batches behind it: then Lightning calls on_train_epoch_start, which
-        # prepares what is in no checkpoint (the schedule of StochasticWeightAveraging), and takes the next batch.
+        # As if the epoch were about to begin, with some batches behind it: then Lightning calls on_train_epoch_start,
+        # which prepares what is in no checkpoint (the schedule of StochasticWeightAveraging), and takes the next batch.
         _set_counters(fit_loop["epoch_progress"], total=epoch, current=epoch)
         for tracker in fit_loop["epoch_progress"].values():
             tracker["ready"] += 1
@@ -127,13 +132,37 @@ class ExactResume(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._restored = checkpoint.get("between_steps")
+        self._refuse_other_batches(trainer, checkpoint)
         if self._restored is not None:
+            self._say_what_differs(trainer, self._restored["surroundings"])
             self.resumed_at = [*self._restored["resumed_at"], checkpoint["global_step"]]
             if self.goes_on:
                 self._saved_at = checkpoint["global_step"]
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:
                 _bring_up_to_date(state, str(self.path.parent) if self.goes_on else None, checkpoint["global_step"])
+
+    def _refuse_other_batches(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("datamodule_hyper_parameters", {})
+        now = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        reasons = dict.fromkeys(("seed", "val_images"), "images that were trained on would be validated on")
+        if self._restored is not None and self._restored["batch"]:
+            reasons["batch_size"] = (
+                "the run is within an epoch, whose batches would be others (between two it can change)"
+            )
+        for name, reason in reasons.items():
+            if before.get(name) != now.get(name):
+                flag = "--seed_everything" if name == "seed" else f"--data.{name}"
+                raise UserError(
+                    f"{flag} was {before.get(name)} when the run began and is now {now.get(name)}: {reason}.\n"
+                    f"Leave it out to go on, or begin a new run, without the checkpoint."
+                )
+
+    def _say_what_differs(self, trainer: pl.Trainer, before: dict[str, Any]) -> None:
+        now = _surroundings(trainer)
+        changed = [f"{name} {now[name]}, before {before.get(name)}" for name in now if now[name] != before.get(name)]
+        if changed and trainer.is_global_zero:
+            print(f"goes on with {'; '.join(changed)}: the same run up to rounding, not to the bit", flush=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is not None and self._restored["finished"] == self._limits(trainer):
@@ -160,7 +189,7 @@ class ExactResume(Checkpoint):
     ) -> None:
         if self._restored is not None:
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._restored["batches_that_stepped"]
-            # Else Lightning leaves out the schedules at the end of the epoch. The public name does not obey with max_steps.
+            # Else Lightning leaves out the schedules at the end of the epoch. The public name obeys only sometimes.
             trainer.fit_loop._restarting = False
             self._restored = None
         if batch_idx:
@@ -236,7 +265,7 @@ class ExactResume(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = {signal.SIGINT, signal.SIGTERM}
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        environment = trainer._accelerator_connector.cluster_environment  # that of Lightning's own handlers
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
             numbers.add(signal.Signals(self._requeue_signal))
@@ -248,8 +277,8 @@ class ExactResume(Checkpoint):
 
         for number in numbers:
             signal.signal(number, note)
-        # Lightning asks the first process before each step whether it has had a SIGTERM; here all are asked, less often.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        # Lightning asks the first process at each step whether it has had a SIGTERM; here all are asked, less often.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _reason_to_stop(self, trainer: pl.Trainer) -> int:
         """The reason of any process, the same in all of them; 0 for none."""
@@ -323,6 +352,14 @@ def _end_together(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
     if environment is not None and not environment.creates_processes_externally:
         raise Stopped(0)  # for any other code Lightning would kill the first process, which may still be writing
     raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)
+
+
+def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:
+    """What may change the rounding of a run, and no setting."""
+    versions = {name: version(name) for name in ("torch", "lightning")}
+    threads = torch.get_num_threads() * trainer.world_size
+    device = trainer.strategy.root_device.type
+    return {**versions, "device": device, "processes": trainer.world_size, "threads": threads}
 
 
 def _set_counters(progress: dict[str, Any], total: int, current: int) -> None:

@@ -1,5 +1,6 @@
 """One run: LightningCLI for fit, validate, test and predict, and what surrounds it."""
 
+import contextlib
 import ctypes
 import difflib
 import itertools
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch.distributed as dist
 import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
@@ -29,7 +32,6 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning import averaging, checkpoints, folder, norms, records
@@ -84,6 +86,7 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
     folder: Path | None = None  # of the run, in its first process
     goes_on: bool = False  # in a folder that is there already
+    _lock: filelock.BaseFileLock | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -127,7 +130,7 @@ class CLI(LightningCLI):
                 f"{subcommand} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt\n"
                 "A run prints where its checkpoints lie when it ends."
             )
-        is_first = rank_zero_only.rank == 0
+        is_first = getattr(rank_zero_only, "rank", 0) == 0
         runs = Path(config.trainer.default_root_dir, config.name)
         if subcommand == "fit" and config.resume is not None:
             if config.ckpt_path is not None:
@@ -168,8 +171,8 @@ class CLI(LightningCLI):
             used = self.config[subcommand].model[name]
             if used and "." in used and used != typed[name]:
                 raise UserError(
-                    f"{self.ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to run "
-                    f"code.\nIf you trust it, name it yourself: --model.{name} {used}"
+                    f"{self.ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to "
+                    f"run code.\nIf you trust it, name it yourself: --model.{name} {used}"
                 )
 
     def _goes_on_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
@@ -300,6 +303,7 @@ class CLI(LightningCLI):
             if self.goes_on:
                 now = yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False))
                 self._changed = folder.changes(run, now)
+                self._before = set(run.iterdir())
                 if self._changed:
                     folder.record_changes(run, self._changed)
             else:
@@ -315,9 +319,17 @@ class CLI(LightningCLI):
         return run
 
     def _leave_nothing(self) -> None:
-        """Remove the folder of a run that has done nothing."""
-        if self.folder is not None and not self.goes_on and self.trainer.global_step == 0:
+        """Of a run that has done nothing, remove its folder, or what it has put into the folder where it was to go on."""
+        if self.folder is None:
+            return
+        if not self.goes_on and self.trainer.global_step == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.goes_on and self.trainer.global_step in (0, self._goes_on_at):
+            if isinstance(self.trainer.logger, records.TensorBoard):
+                self.trainer.logger.experiment.close()
+            with contextlib.suppress(OSError):
+                for file in set(self.folder.iterdir()) - self._before:
+                    file.unlink()
 
     def _say_what_runs(self) -> None:
         images, data = self.datamodule.images, self.datamodule
@@ -352,16 +364,25 @@ class CLI(LightningCLI):
         except Stopped:
             assert self.resume is not None
             if not self.resume.is_out_of_time:
+                self._print(f"go on with: {PROGRAM} fit --resume {self.folder}")
                 if self.folder is not None:
                     records.write_json(self.folder / "result.json", self._result("nothing yet", finished=False))
                 raise
-        except OSError as error:
-            raise RunFailed(
-                f"The run in {self.folder} cannot go on: {error}.\nWhen the cause is mended: fit --resume {self.folder}"
-            ) from error
-        except BaseException:
+        except BaseException as error:
             self._leave_nothing()
-            raise
+            if isinstance(error, OSError):
+                said, then = f"The run in {self.folder} cannot go on: {error}.", "When the cause is mended"
+            elif isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
+                said, then = (
+                    f"Another process of this run has gone: {str(error).splitlines()[0]}",
+                    "From the last step saved",
+                )
+            else:
+                raise
+            raise RunFailed(f"{said}\n{then}: fit --resume {self.folder or 'FOLDER'}") from error
+        finally:
+            if self._lock is not None:
+                self._lock.release()
         kept = self._kept_checkpoint()
         name = "the weights in memory"
         if kept:  # resumed with nothing left to do, the one that was kept is another run's
@@ -423,8 +444,7 @@ class CLI(LightningCLI):
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # What was loaded for its settings, and not the address that was typed: that could give another file now.
-        ckpt_path = self.ckpt_path if kwargs["ckpt_path"] else None
-        return kwargs | {"ckpt_path": ckpt_path, "weights_only": True}
+        return kwargs | {"ckpt_path": self.ckpt_path, "weights_only": True}
 
     def _print(self, text: str) -> None:
         if self.trainer.is_global_zero:
@@ -463,6 +483,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "The dirpath has changed from None")
     # lightning 2.6.6 with torch 2.15
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    # TensorBoard writes in a thread of its own, and raises what goes wrong there once more in the main one.
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else threading.__excepthook__(args)
     try:
         CLI(
             Classifier,

@@ -3,13 +3,15 @@
     python -m tests.kills [--kills 50] [--processes 1] [--writing 0] [--seed 0]
 
 Each trial begins a run of 2 epochs on the sample, with everything on that has a state (augmentation, dropout, gradient
-accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16), kills it with SIGKILL after a random time, up to
-three times in a chain, lets it finish, and compares weights, optimizer, schedule, curves and result.json, bit for bit.
+accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16), kills it with SIGKILL after a random
+time, up to three times in a chain, lets it finish, and compares weights, optimizer, schedule, curves and result.json,
+bit for bit.
 With --writing N, N more trials are killed while a checkpoint is being written.
 """
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each purge
 
 NORM = """\
 from torch import nn
@@ -32,7 +36,8 @@ class Noisy(nn.Sequential):
 """
 SETTINGS = (
     "--data.source", "sample", "--data.batch_size", "32", "--data.flip", "true", "--data.shift", "2",
-    "--model.norm", "noisy.Noisy", "--model.optimizer", "AdamW", "--model.lr", "0.01", "--model.scheduler", "OneCycleLR",
+    "--model.norm", "noisy.Noisy", "--model.optimizer", "AdamW", "--model.lr", "0.01",
+    "--model.scheduler", "OneCycleLR",
     "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "0.4",
     "--trainer.precision", "bf16-mixed", "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu",
     "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.9",
@@ -173,7 +178,7 @@ def main():
     truth = outcome(alone / "runs/lenet/0")
     print(f"undisturbed: {duration:.1f} s from its folder to its end", flush=True)
 
-    kills = equal = trials = 0
+    kills = equal = trials = unequal = 0
     while kills < args.kills:
         trials += 1
         cwd = prepare(args.folder / f"kill-{trials}")
@@ -187,6 +192,7 @@ def main():
         finish(cwd, *settings)
         found = compare(cwd, truth)
         equal += not found
+        unequal += bool(found)
         resumed = json.loads((cwd / "runs/lenet/0/result.json").read_text())["resumed_at_steps"]
         print(f"trial {trials}: went on at steps {resumed or 'none'}: {found or 'equal'}", flush=True)
     print(
@@ -195,7 +201,7 @@ def main():
     )
 
     equal = 0
-    for number in range(1, args.writing + 1):
+    for number in range(2, args.writing + 2):  # killed in the first there is nothing to go on with: the run begins anew
         cwd = prepare(args.folder / f"writing-{number}")
         share = chance.random()
         code = start(cwd, *settings, code=KILL_WHILE_WRITING.format(number=number, share=share)).wait()
@@ -203,9 +209,11 @@ def main():
         finish(cwd, *settings)
         found = compare(cwd, truth)
         equal += not found
+        unequal += bool(found)
         print(f"killed {share:.0%} into checkpoint {number}: {found or 'equal'}", flush=True)
     if args.writing:
         print(f"{args.writing} kills within the writing of a checkpoint: {equal} of {args.writing} equal bit for bit")
+    sys.exit(unequal > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-import os
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-import torch
-
-from bn_lightning import UserError, folder
+from bn_lightning import folder
 
 
 def test_numbers_go_up_and_no_two_runs_share_a_folder(tmp_path):

@@ -4,8 +4,8 @@
 
 Images per second of `fit` on the 60,000 images, custom norm, the sides in turn: one process with all threads, and two
 processes that share them, without and with sync_batchnorm. Prints the ratio of each round: median, lowest, highest.
-With --hooks only the cost of resume: the share of the training time that `ExactResume` takes within one process, and that
-of its checkpoints, one every 100 steps.
+With --hooks only the cost of resume: the share of the training time that `ExactResume` takes within one process, and
+that of its checkpoints, one every 100 steps.
 """
 
 import argparse
