@@ -121,11 +121,17 @@ def outcome(folder):
     }
 
 
+def last_folder(cwd):
+    """Of the run; there are several where it was killed before it had anything to go on with."""
+    return max((cwd / "runs/lenet").iterdir(), key=lambda path: int(path.name))
+
+
 def compare(cwd, truth):
-    """What differs between the undisturbed run and the one in `cwd`; one folder for the whole run."""
-    folders = [path.name for path in (cwd / "runs" / "lenet").iterdir()]
-    found = list(differences(truth, outcome(cwd / "runs" / "lenet" / "0")))
-    return found + [f"folders {folders}"] * (folders != ["0"])
+    """What differs between the undisturbed run and the one in `cwd`."""
+    folder = last_folder(cwd)
+    found = list(differences(truth, outcome(folder)))
+    left = [path for path in (cwd / "runs/lenet").glob("*/checkpoints/last.ckpt") if path.parents[1] != folder]
+    return found + [f"it went on in another folder than {path}" for path in left]
 
 
 # Kills itself in the middle of the writing of the checkpoint with this number.
@@ -193,7 +199,7 @@ def main():
         found = compare(cwd, truth)
         equal += not found
         unequal += bool(found)
-        resumed = json.loads((cwd / "runs/lenet/0/result.json").read_text())["resumed_at_steps"]
+        resumed = json.loads((last_folder(cwd) / "result.json").read_text())["resumed_at_steps"]
         print(f"trial {trials}: went on at steps {resumed or 'none'}: {found or 'equal'}", flush=True)
     print(
         f"{kills} kills in {trials} runs of {args.processes} process(es): {equal} of {trials} equal bit for bit",
@@ -201,7 +207,7 @@ def main():
     )
 
     equal = 0
-    for number in range(2, args.writing + 2):  # killed in the first there is nothing to go on with: the run begins anew
+    for number in range(1, args.writing + 1):
         cwd = prepare(args.folder / f"writing-{number}")
         share = chance.random()
         code = start(cwd, *settings, code=KILL_WHILE_WRITING.format(number=number, share=share)).wait()
