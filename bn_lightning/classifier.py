@@ -98,7 +98,7 @@ class Classifier(pl.LightningModule):
         """Loss and logits of a batch, counted in the stage's metrics."""
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         # Once for each image, in the place of a weight: with nan_strategy="disable" torchmetrics 1.9 forgets weights.
         getattr(self, f"{stage}_loss").update(loss.detach().expand(len(labels)))
         getattr(self, f"{stage}_acc").update(logits.detach(), labels)
@@ -178,6 +178,9 @@ class Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored_metrics = checkpoint.get("train_metrics", {})
+        if self._trainer is not None:
+            # Lightning loads the weights before it gives them their precision: float64 would be rounded on its way.
+            self._trainer.precision_plugin.convert_module(self)
         # A resumed optimizer comes with the learning rate of its checkpoint; what was typed is stronger. With a
         # scheduler the schedule goes on as it was.
         before = checkpoint.get("hyper_parameters", {})

@@ -319,7 +319,7 @@ class CLI(LightningCLI):
         return run
 
     def _leave_nothing(self) -> None:
-        """Of a run that has done nothing, remove its folder, or what it has put into the folder where it was to go on."""
+        """Of a run that has done nothing, remove its folder, or what it has put into the one where it was to go on."""
         if self.folder is None:
             return
         if not self.goes_on and self.trainer.global_step == 0:

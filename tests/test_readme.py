@@ -20,7 +20,7 @@ def test_fit_commands_run(main, trained, tmp_path, line):
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(trained[0], tmp_path / "runs" / "lenet" / "0")
     (tmp_path / "my_norms.py").write_text(example())
-    quick = ("--data.source", "sample", *(() if "--ckpt_path" in line else ("--trainer.fast_dev_run", "true")))
+    quick = ("--data.source", "sample", *(() if "resume" in line else ("--trainer.fast_dev_run", "true")))
     code, out, err = main(*shlex.split(line), *quick)
     assert code == 0, err
     assert "test acc" in out

@@ -40,8 +40,11 @@ def fails_at(step):
     )
 
 
-@pytest.mark.parametrize("settings", [(), SWA, PLATEAU, COSINE], ids=["plain", "averaged", "plateau", "cosine"])
-@pytest.mark.parametrize("step", [30, 44, 45])  # in the second epoch, at its end, in the third
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [((), 30), ((), 44), ((), 45), (SWA, 30), (SWA, 45), (PLATEAU, 44), (COSINE, 30)],  # an epoch has 22 steps
+    ids=["plain", "last step", "first step", "averaged", "averaged, first step", "plateau, last step", "cosine"],
+)
 def test_what_fails_within_an_epoch_goes_on_exactly(main, tmp_path, monkeypatch, settings, step):
     settings = (*QUICK, "--trainer.max_epochs", 3, "--checkpoint.every_n_train_steps", 4, *settings)
     monkeypatch.syspath_prepend(tmp_path)
