@@ -86,3 +86,16 @@ def settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
     defaults |= {f"data.{name}": value for name, value in data.items()}
     return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
+
+
+def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:
+    """Refuse to train on with a checkpoint that lacks what a run needs for that.
+
+    Raises:
+        UserError: written by another version of this project, or with the weights alone.
+    """
+    if not {"train_metrics", "optimizer_states"} <= checkpoint.keys():
+        raise UserError(
+            f"{path!r} was written by another version of this project, or holds the weights alone: a run cannot go on "
+            "with it as it was.\nIt can be tested, validated and predicted with; for training, begin a new run."
+        )

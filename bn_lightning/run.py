@@ -135,7 +135,9 @@ class CLI(LightningCLI):
         if subcommand == "fit" and config.resume is not None:
             if config.ckpt_path is not None:
                 raise UserError("--resume and --ckpt_path are both given; a run goes on from one checkpoint.")
-            self._goes_on_in(Path(config.resume), *folder.last_of(Path(config.resume), is_first))
+            last = folder.last_of(Path(config.resume), is_first)
+            checkpoints.refuse_other_versions(*last)
+            self._goes_on_in(Path(config.resume), *last)
             # What the run had until now is weaker than what is typed.
             self._parser("fit").default_config_files = list(map(str, folder.settings_files(Path(config.resume))))
             super().parse_arguments(parser, args)
@@ -167,6 +169,8 @@ class CLI(LightningCLI):
                 f"{self.ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
             ) from error
         super().parse_arguments(parser, args)
+        if subcommand == "fit":
+            checkpoints.refuse_other_versions(*found)
         for name in ("norm", "optimizer", "scheduler"):
             used = self.config[subcommand].model[name]
             if used and "." in used and used != typed[name]:
@@ -228,7 +232,7 @@ class CLI(LightningCLI):
             kwargs["devices"] = 1  # the answers come in the order of the images
         plugins = [*_as_list(settings["plugins"]), checkpoints.WholeCheckpointIO()]
         kwargs["plugins"] = [*plugins, LayerSync()] if settings["sync_batchnorm"] else plugins
-        if dist.is_torchelastic_launched():  # torchrun says how many processes there are
+        if dist.is_available() and dist.is_torchelastic_launched():  # torchrun says how many processes there are
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             kwargs["num_nodes"] = int(os.environ["WORLD_SIZE"]) // local
             if settings["devices"] == "auto":

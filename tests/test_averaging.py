@@ -1,6 +1,7 @@
 """Averaged weights, and the running statistics that go with them."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -128,6 +129,10 @@ def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin
     for norm in ("custom", "builtin"):
         code, _, err = main("fit", *QUICK, *FEW, *flags, "--model.norm", norm, "--name", norm)
         assert code == 0, err
+    # What fit tests at its end are the averaged weights, as they stand in the checkpoint.
+    result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
+    _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
+    assert f"test_acc                 {result['test_acc']:.4f}" in out
     custom, builtin = (weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin"))
     assert custom.keys() == builtin.keys()
     for name, value in builtin.items():

@@ -9,7 +9,7 @@ import torch
 
 from bn_lightning import cli, norms
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FIT = sorted(set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M)))
@@ -20,8 +20,17 @@ def test_fit_commands_run(main, trained, tmp_path, line):
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(trained[0], tmp_path / "runs" / "lenet" / "0")
     (tmp_path / "my_norms.py").write_text(example())
-    quick = ("--data.source", "sample", *(() if "resume" in line else ("--trainer.fast_dev_run", "true")))
-    code, out, err = main(*shlex.split(line), *quick)
+    goes_on = "--resume" in line or "--ckpt_path" in line
+    arguments = (
+        *shlex.split(line),
+        "--data.source",
+        "sample",
+        *(() if goes_on else ("--trainer.fast_dev_run", "true")),
+    )
+    if "ddp" in line:  # its second process is begun with this one's command
+        assert "test acc" in command(*arguments, cwd=tmp_path).stdout
+        return
+    code, out, err = main(*arguments)
     assert code == 0, err
     assert "test acc" in out
 
@@ -45,8 +54,8 @@ def test_lists_are_whole():
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         assert f"(configs/{path.name})" in README
         assert f"fit --config configs/{path.name}" in path.read_text()
-    for command in cli.COMMANDS:
-        assert f"| `python -m bn_lightning {command}" in README
+    for name in cli.COMMANDS:
+        assert f"| `python -m bn_lightning {name}" in README
 
 
 def test_links_lead_somewhere():

@@ -191,6 +191,16 @@ def test_resume_of_what_is_no_run(main, tmp_path, folder, said):
     assert said in err
 
 
+def test_a_checkpoint_of_another_version_is_for_testing_only(main, stopped):
+    folder, _ = stopped
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    del checkpoint["train_metrics"]
+    torch.save(checkpoint, "old.ckpt")
+    code, _, err = main("fit", "--ckpt_path", "old.ckpt")
+    assert (code, "'old.ckpt' was written by another version" in err) == (2, True)
+    assert main("test", "--ckpt_path", "old.ckpt")[0] == 0
+
+
 def test_max_time_stops_within_an_epoch_and_tests_what_there_is(main, tmp_path):
     assert main("fit", *QUICK, "--name", "whole")[0] == 0
     code, out, err = main("fit", *QUICK, "--trainer.max_time", {"milliseconds": 250}.__repr__())

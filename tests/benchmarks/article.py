@@ -3,7 +3,7 @@
     python tests/benchmarks/article.py [--norms custom builtin article none] [--seeds 0 1 2] [--figure curves.png]
 
 Each run is `fit --config configs/article.yaml` in a process of its own; runs go below --runs, and one that is there
-already is not repeated. What is called test accuracy here is that of one epoch, after that epoch.
+already is not repeated, or gone on with. What is called test accuracy here is that of one epoch, after that epoch.
 """
 
 import argparse
@@ -19,12 +19,13 @@ NORMS = ("custom", "builtin", "article", "none")
 
 
 def run(folder: Path, norm: str, seed: int) -> None:
-    if (folder / "result.json").exists():
+    result = folder / "result.json"
+    if result.exists() and json.loads(result.read_text())["finished"]:
         return
     name = folder.parent
     command = [sys.executable, "-m", "bn_lightning", "fit", "--config", "configs/article.yaml"]
     command += ["--model.norm", norm, "--seed_everything", str(seed), "--trainer.log_every_n_steps", "1"]
-    command += ["--trainer.default_root_dir", str(name.parent), "--name", name.name]
+    command += ["--trainer.default_root_dir", str(name.parent), "--name", name.name, "--ckpt_path", "last"]
     print("$", *command, flush=True)
     subprocess.run(command, check=True)
 
