@@ -93,10 +93,12 @@ def test_a_process_that_goes_takes_the_run_with_it_and_says_so(tmp_path):
     assert "Traceback" not in err
 
 
-def test_more_processes_than_images_in_a_batch(main):
-    code, _, err = main("fit", *QUICK, "--data.batch_size", 5499, "--trainer.devices", 2)
-    assert code == 2
-    assert "fewer images than there are processes (2): 5,500 training images in batches of 5499" in err
+def test_more_processes_than_images_in_a_batch(tmp_path):
+    done = command("fit", *QUICK, "--data.batch_size", 5499, "--trainer.devices", 2, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "fewer images than there are processes (2): 5,500 training images in batches of 5499" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "runs/lenet").iterdir()) == []
 
 
 # Several machines: network namespaces that are joined by a pair of virtual cables.
