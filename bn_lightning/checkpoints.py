@@ -23,6 +23,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         RunFailed: from `save_checkpoint`, for a full disk or a folder that is gone; the old checkpoint is still there.
     """
 
+    def __init__(self) -> None:
+        self._folders: set[Path] = set()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # an object store has its own way to be whole
             return super().save_checkpoint(checkpoint, path, storage_options)
@@ -31,7 +34,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)  # not the run's own folder: where that is gone, something is wrong
+            if path.parent not in self._folders:  # one that was there and is gone is not made anew
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._folders.add(path.parent)
             with temporary.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()

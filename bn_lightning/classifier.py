@@ -157,6 +157,9 @@ class Classifier(pl.LightningModule):
                     )
 
     def on_train_epoch_end(self) -> None:
+        if not self._means_are_logged:  # resumed behind the last step of the epoch: Lightning does not know of them
+            for metric in ("train_loss", "train_acc"):
+                getattr(self, metric).reset()
         self._means_are_logged = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Several processes that train together: buffers that agree, and on a CPU cores that are shared without waste."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ class Processes(pl.Callback):
             for buffer in pl_module.buffers():
                 dist.broadcast(buffer, src=0)
 
+    on_test_epoch_start = on_validation_epoch_start
+
 
 def _keep_to_own_cores(trainer: pl.Trainer) -> None:
     """Divide the cores among the processes of this machine, as their threads are: moved about, they take each other's.
@@ -54,7 +57,8 @@ def _keep_to_own_cores(trainer: pl.Trainer) -> None:
     if share and len(cores) == os.cpu_count():
         first = trainer.local_rank * share
         for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores[first : first + share])
+            with contextlib.suppress(OSError):  # a thread that has just ended, or a container that forbids it
+                os.sched_setaffinity(int(thread.name), cores[first : first + share])
 
 
 def _let_gloo_wait() -> None:
@@ -66,5 +70,6 @@ def _let_gloo_wait() -> None:
     away.
     """
     for thread in Path("/proc/self/task").iterdir():
-        if (thread / "comm").read_text().strip() == "gloo_tcp_loop":
-            os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+        with contextlib.suppress(OSError):
+            if (thread / "comm").read_text().strip() == "gloo_tcp_loop":
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -58,6 +60,7 @@ class ExactResume(Checkpoint):
     Attributes:
         goes_on: whether the run goes on where its checkpoint lies; False when that one begins another run.
         resumed_at: the steps at which the run went on.
+        has_trained: whether a batch was trained on in this process.
 
     Raises:
         Stopped: when asked to stop, with all saved. After `max_time` its code is 0.
@@ -76,6 +79,7 @@ class ExactResume(Checkpoint):
         self.seed = seed
         self.goes_on = True
         self.resumed_at: list[int] = []
+        self.has_trained = False
         self._timer = Timer(max_time, interval="step")
         self._saved_at = -1  # the optimizer step of last.ckpt
         self._is_saving = self._is_finished = False
@@ -83,6 +87,7 @@ class ExactResume(Checkpoint):
         self._requeue_signal: int | None = None
         self._restored: dict[str, Any] | None = None
         self._reason = 0  # to stop: a signal's number, or OUT_OF_TIME
+        self._noted_at = 0.0
         self._losses: list[tuple[int, int, int, Tensor]] = []  # epoch, batch, step, loss; not looked at yet
 
     @property
@@ -224,6 +229,7 @@ class ExactResume(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.has_trained = True
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             self._losses.append((trainer.current_epoch, batch_idx, trainer.global_step, loss.detach()))
@@ -273,9 +279,10 @@ class ExactResume(Checkpoint):
             numbers.add(signal.Signals(self._requeue_signal))
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self._reason:
+            now = time.monotonic()
+            if self._reason and now - self._noted_at > 0.3:  # some send one to the process and to its group
                 os._exit(128 + number)
-            self._reason = number
+            self._reason, self._noted_at = number, now
 
         for number in numbers:
             signal.signal(number, note)
@@ -289,7 +296,8 @@ class ExactResume(Checkpoint):
         if trainer.world_size > 1:
             mine = torch.tensor(reason, device=trainer.strategy.root_device)
             reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
-        self._reason = reason
+        if reason:  # else a signal of this very moment would be forgotten
+            self._reason = reason
         return reason
 
     def _stop(self, trainer: pl.Trainer) -> None:
@@ -353,7 +361,7 @@ def _end_together(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.is_global_zero:
         raise error
-    if environment is not None and not environment.creates_processes_externally:
+    if isinstance(environment, LightningEnvironment):
         raise Stopped(0)  # for any other code Lightning would kill the first process, which may still be writing
     raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)
 
@@ -384,7 +392,9 @@ def _bring_up_to_date(state: dict[str, Any], dirpath: str | None, step: int) -> 
             return str(dirpath) + value.removeprefix(before)
         return {moved(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
-    if dirpath is not None and Path(before).name == Path(dirpath).name:
+    if dirpath is not None and Path(before).name != Path(dirpath).name:
+        return  # a place of the user's own
+    if dirpath is not None:
         state.update({name: moved(value) for name, value in state.items()})
         best = Path(state["best_model_path"])
         if best.is_file() and checkpoints.load(str(best))[1]["global_step"] <= step:

@@ -87,6 +87,7 @@ class CLI(LightningCLI):
     folder: Path | None = None  # of the run, in its first process
     goes_on: bool = False  # in a folder that is there already
     _lock: filelock.BaseFileLock | None = None
+    _before: set[Path] | None = None  # what was in that folder
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -141,6 +142,13 @@ class CLI(LightningCLI):
             # What the run had until now is weaker than what is typed.
             self._parser("fit").default_config_files = list(map(str, folder.settings_files(Path(config.resume))))
             super().parse_arguments(parser, args)
+            trainer = self.config.fit.trainer
+            if trainer.fast_dev_run or trainer.enable_checkpointing is False:
+                raise UserError(
+                    "--resume goes on with a run for good, and what is trained is to be kept: leave out "
+                    "--trainer.fast_dev_run and --trainer.enable_checkpointing.\n"
+                    f"To try something with its weights: --ckpt_path {self.ckpt_path} --name trial"
+                )
             return
         if config.ckpt_path == "last":
             found = folder.find_last(runs, is_first)
@@ -155,10 +163,10 @@ class CLI(LightningCLI):
         else:
             return
         self.ckpt_path, checkpoint = found
-        within = Path(self.ckpt_path).absolute().parents[1]
+        within = Path(self.ckpt_path).absolute().parent.parent
         is_last = config.ckpt_path == "last" or Path(self.ckpt_path).name == "last.ckpt"
-        is_real = subcommand == "fit" and not config.trainer.fast_dev_run
-        if is_real and is_last and folder.is_run(within) and within.parent == runs.absolute():
+        is_kept = not config.trainer.fast_dev_run and config.trainer.enable_checkpointing is not False
+        if subcommand == "fit" and is_kept and is_last and folder.is_run(within) and within.parent == runs.absolute():
             self._goes_on_in(runs / within.name, *found)
         # The first parse found the checkpoint; the second has what it remembers as defaults.
         typed = config.model
@@ -322,13 +330,17 @@ class CLI(LightningCLI):
             ) from error
         return run
 
+    @property
+    def _has_trained(self) -> bool:
+        return self.resume.has_trained if self.resume is not None else self.trainer.global_step > 0
+
     def _leave_nothing(self) -> None:
         """Of a run that has done nothing, remove its folder, or what it has put into the one where it was to go on."""
-        if self.folder is None:
+        if self.folder is None or self._has_trained:
             return
-        if not self.goes_on and self.trainer.global_step == 0:
+        if not self.goes_on:
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.goes_on and self.trainer.global_step in (0, self._goes_on_at):
+        elif self._before is not None:
             if isinstance(self.trainer.logger, records.TensorBoard):
                 self.trainer.logger.experiment.close()
             with contextlib.suppress(OSError):
@@ -383,6 +395,8 @@ class CLI(LightningCLI):
                 )
             else:
                 raise
+            if not self._has_trained and not self.goes_on:
+                raise RunFailed(f"{said}\nNothing was trained yet, and nothing is left.") from error
             raise RunFailed(f"{said}\n{then}: fit --resume {self.folder or 'FOLDER'}") from error
         finally:
             if self._lock is not None:

@@ -133,6 +133,7 @@ def stopped(main, tmp_path):
         (("--model.norm", "none"), "does not fit the network"),
         (("--trainer.max_steps", 40), "CosineAnnealingLR was planned for 30 steps"),
         (("--ckpt_path", "last"), "--resume and --ckpt_path are both given"),
+        (("--trainer.fast_dev_run", "true"), "--resume goes on with a run for good"),
         pytest.param(("--data.source", "system"), "was trained on other data", marks=needs_all_images),
     ],
     ids=lambda value: str(value)[:20],
@@ -173,6 +174,10 @@ def test_a_torn_checkpoint_is_passed_over_by_name(main, stopped):
     assert f"{last.relative_to(Path.cwd())} is passed over, it is torn" in err
     assert "goes on after step 22, from runs/lenet/0/checkpoints/best.ckpt" in out
     assert torch.load(last, weights_only=True)["global_step"] == 30
+    # best.ckpt is of the end of the first epoch, whose figures are not to run into the second's.
+    assert main("fit", *QUICK, *COSINE, "--trainer.max_steps", 30, "--name", "whole")[0] == 0
+    results = [json.loads(Path(f"runs/{name}/0/result.json").read_text()) for name in ("lenet", "whole")]
+    assert results[0]["train_acc"] == results[1]["train_acc"]
 
 
 def test_the_first_time_there_is_no_last(main, tmp_path):
