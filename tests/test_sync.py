@@ -91,32 +91,14 @@ def test_processes_are_one(world_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("norm", "alone", "val_images", "steps"),
-    [
-        # Without validation nothing is selected, and last.ckpt is of the last step.
-        ("custom", "custom", 0, 50),
-        # In step, builtin computes as custom does. torch's own kernel rounds more in float64: after 50 steps a run
-        # with it on one process is 4e-9 away from both.
-        ("builtin", "custom", 0, 50),
-        ("builtin", "builtin", 5_000, 44),
-    ],
-)
-def test_fit_on_two_processes_is_fit_on_one(norm, alone, val_images, steps, tmp_path):
-    settings = (
-        *QUICK[:2],
-        "--trainer.precision",
-        "64-true",
-        "--trainer.max_steps",
-        50,
-        "--data.val_images",
-        val_images,
-    )
+@pytest.mark.parametrize(("norm", "alone"), [("custom", "custom"), ("builtin", "custom"), ("builtin", "builtin")])
+def test_fit_on_two_processes_is_fit_on_one(norm, alone, tmp_path):
+    settings = (*QUICK[:2], "--trainer.precision", "64-true", "--trainer.max_steps", 50)
     command("fit", *settings, "--model.norm", alone, "--name", "one", cwd=tmp_path)
     processes = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true")
     command("fit", *settings, *processes, "--model.norm", norm, "--name", "two", cwd=tmp_path)
     files = [tmp_path / f"runs/{name}/0/checkpoints/last.ckpt" for name in ("one", "two")]
-    assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [steps, steps]
+    assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [50, 50]
     one, two = map(weights, files)
     assert one.keys() == two.keys()
     for name, value in one.items():
