@@ -387,17 +387,17 @@ class CLI(LightningCLI):
         except BaseException as error:
             self._leave_nothing()
             if isinstance(error, OSError):
-                said, then = f"The run in {self.folder} cannot go on: {error}.", "When the cause is mended"
+                said = f"The run in {self.folder} cannot go on: {error}.\nWhen the cause is mended"
             elif isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
-                said, then = (
-                    f"Another process of this run has gone: {str(error).splitlines()[0]}",
-                    "From the last step saved",
-                )
+                reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
+                said = f"Another process of this run has gone: {reason}\nFrom the last step saved"
             else:
                 raise
             if not self._has_trained and not self.goes_on:
-                raise RunFailed(f"{said}\nNothing was trained yet, and nothing is left.") from error
-            raise RunFailed(f"{said}\n{then}: fit --resume {self.folder or 'FOLDER'}") from error
+                raise RunFailed(f"{said.splitlines()[0]}\nNothing was trained yet, and nothing is left.") from error
+            # Of the processes the first alone has the folder, but all know where the checkpoint lies.
+            run = self.resume.path.parent.parent if self.resume is not None else "FOLDER"
+            raise RunFailed(f"{said}: fit --resume {self.folder or run}") from error
         finally:
             if self._lock is not None:
                 self._lock.release()
