@@ -114,7 +114,7 @@ class Classifier(pl.LightningModule):
         loss, _ = self._step(batch, "train")
         if self.trainer.world_size > 1:
             # What is taken is the mean of the gradients of all processes, and their slices may differ by an image.
-            loss = loss * (len(batch[1]) * self.trainer.world_size / self._global_size(batch, batch_idx))
+            loss = loss * (len(batch[1]) * self.trainer.world_size / global_size(self.trainer, batch, batch_idx))
         # self.log costs as much as a small layer, so it is called only where something comes of it: for the means once
         # an epoch, since Lightning keeps the metrics themselves, and for the loss where the logger will take it.
         if not self._means_are_logged:
@@ -124,11 +124,6 @@ class Classifier(pl.LightningModule):
         if every and (self.global_step + 1) % every == 0:
             self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
-
-    def _global_size(self, batch: Batch, batch_idx: int) -> int:
-        """Images of a batch over all processes; of a loader that does not say, all slices are taken to be the same."""
-        size_of = getattr(self.trainer.train_dataloader, "size_of", None)
-        return size_of(batch_idx) if size_of else len(batch[1]) * self.trainer.world_size
 
     def on_train_start(self) -> None:
         if self._typed_over_checkpoint and self.scheduler_class is None:
@@ -172,11 +167,10 @@ class Classifier(pl.LightningModule):
 
     def _of_all_processes(self, value: Tensor) -> Tensor:
         """(processes, ...): the value that each of them has."""
-        values = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
+        values = [value]
         if self.trainer.world_size > 1:
+            values = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
             dist.all_gather(values, value.contiguous())
-        else:
-            values = [value]
         return torch.stack(values).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -252,6 +246,12 @@ class Classifier(pl.LightningModule):
         if "max_lr" in inspect.signature(self.scheduler_class).parameters:
             arguments["max_lr"] = self.lr
         return arguments | self.scheduler_args
+
+
+def global_size(trainer: pl.Trainer, batch: Batch, batch_idx: int) -> int:
+    """Images of a train batch over all processes; of a loader that does not say, all slices are taken to be equal."""
+    size_of = getattr(trainer.train_dataloader, "size_of", None)
+    return size_of(batch_idx) if size_of else len(batch[1]) * trainer.world_size
 
 
 def _find_class(name: str, home: str, kind: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from bn_lightning.classifier import global_size
 from bn_lightning.fashion_mnist import FashionMNIST
 
 
@@ -76,8 +77,7 @@ class Records(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        size_of = getattr(trainer.train_dataloader, "size_of", None)
-        self.images += size_of(batch_idx) if size_of else len(batch[1]) * trainer.world_size
+        self.images += global_size(trainer, batch, batch_idx)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

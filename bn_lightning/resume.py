@@ -82,8 +82,7 @@ class ExactResume(Checkpoint):
         self.has_trained = False
         self._timer = Timer(max_time, interval="step")
         self._saved_at = -1  # the optimizer step of last.ckpt
-        self._is_saving = self._is_finished = False
-        self._position = (0, 0)  # epoch, and batches of it
+        self._point: tuple[int, int, bool] | None = None  # while last.ckpt is written: epoch, batches of it, finished
         self._requeue_signal: int | None = None
         self._restored: dict[str, Any] | None = None
         self._reason = 0  # to stop: a signal's number, or OUT_OF_TIME
@@ -111,19 +110,19 @@ class ExactResume(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if not self._is_saving:
+        if self._point is None:
             return
+        epoch, batch, finished = self._point
         fit_loop = checkpoint["loops"]["fit_loop"]
         checkpoint["between_steps"] = {
             "batches_that_stepped": fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"],
             # Schedules and callbacks may look at the figures of a validation long ago.
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "resumed_at": self.resumed_at,
-            "finished": self._limits(trainer) if self._is_finished else None,
-            "batch": self._position[1],
+            "finished": self._limits(trainer) if finished else None,
+            "batch": batch,
             "surroundings": _surroundings(trainer),
         }
-        epoch, batch = self._position
         # As if the epoch were about to begin, with some batches behind it: then Lightning calls on_train_epoch_start,
         # which prepares what is in no checkpoint (the schedule of StochasticWeightAveraging), and takes the next batch.
         _set_counters(fit_loop["epoch_progress"], total=epoch, current=epoch)
@@ -258,12 +257,11 @@ class ExactResume(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()  # of what a checkpoint has behind it nothing may be missing
-        self._position = (epoch, batch_idx)
-        self._is_saving, self._is_finished = True, finished
+        self._point = (epoch, batch_idx, finished)
         try:
             trainer.save_checkpoint(self.path, weights_only=False)
         finally:
-            self._is_saving = False
+            self._point = None
         self._saved_at = trainer.global_step
 
     # Reasons to stop

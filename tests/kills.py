@@ -1,6 +1,6 @@
 """Kill runs at random moments, go on with them, and hold what comes out against the run that was left alone.
 
-    python -m tests.kills [--kills 50] [--processes 1] [--writing 0] [--seed 0]
+    python -m tests.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0] [--seed 0]
 
 Each trial begins a run of 2 epochs on the sample, with everything on that has a state (augmentation, dropout, gradient
 accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16), kills it with SIGKILL after a random
@@ -136,8 +136,7 @@ def compare(cwd, truth):
 
 # Kills itself in the middle of the writing of the checkpoint with this number.
 KILL_WHILE_WRITING = """\
-import io, os, pathlib, signal, sys
-import bn_lightning.checkpoints as checkpoints
+import os, pathlib, signal
 number, share = {number}, {share}
 true_open = pathlib.Path.open
 class Torn:
@@ -174,7 +173,6 @@ def main():
     settings = (*SETTINGS, *(("--trainer.devices", args.processes) if args.processes > 1 else ()))
     chance = random.Random(args.seed)
 
-    begun = time.monotonic()
     alone = prepare(args.folder / "alone")
     run = start(alone, *settings)
     wait_for(alone / "runs/lenet/0/config.yaml", run)

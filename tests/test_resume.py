@@ -32,7 +32,7 @@ COSINE = ("--model.scheduler", "CosineAnnealingLR", "--model.optimizer_args.mome
 def fails_at(step):
     """A norm in a file of its own that stops the process in the forward pass of that step, once."""
     return (
-        "import os, pathlib\nfrom bn_lightning import BatchNorm\n\n\nclass Norm(BatchNorm):\n    calls = 0\n\n"
+        "import pathlib\nfrom bn_lightning import BatchNorm\n\n\nclass Norm(BatchNorm):\n    calls = 0\n\n"
         "    def forward(self, x):\n        Norm.calls += self.training\n"
         f"        if Norm.calls == 4 * {step} and not pathlib.Path('failed').exists():\n"
         "            pathlib.Path('failed').touch()\n            raise RuntimeError('planted')\n"
@@ -281,10 +281,10 @@ def test_no_step_is_in_the_curves_twice_or_missing(main, tmp_path):
 # Real processes
 
 
-def begin(cwd, *settings, environment=None, launcher=()):
+def begin(cwd, *settings, environment=None):
     settings = map(str, (*QUICK, "--trainer.max_epochs", 100, "--trainer.accelerator", "cpu", *settings))
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "bn_lightning", "fit", *settings], cwd=cwd, text=True,
+        [sys.executable, "-m", "bn_lightning", "fit", *settings], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=os.environ | (environment or {}),
     )  # fmt: skip
 

@@ -28,18 +28,10 @@ SIDES = {
 def fit(epochs, batch_size, *flags):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as runs:
-        command = [
-            sys.executable,
-            "-m",
-            "bn_lightning",
-            "fit",
-            "--data.val_images",
-            "0",
-            "--trainer.accelerator",
-            "cpu",
-        ]
-        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs, "--data.batch_size"]
-        done = subprocess.run([*command, str(batch_size), *flags], capture_output=True, text=True, env=environment)
+        command = [sys.executable, "-m", "bn_lightning", "fit", "--trainer.accelerator", "cpu"]
+        command += ["--data.val_images", "0", "--data.batch_size", str(batch_size)]
+        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return json.loads(Path(runs, "lenet", "0", "result.json").read_text())["images_per_second"]
 
