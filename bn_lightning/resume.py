@@ -6,42 +6,25 @@ is over and nothing of the next has begun. And nothing hangs on what happened be
 function of (seed, epoch, batch, process), its images of (seed, epoch, batch).
 """
 
-import json
-import math
-import os
+import functools
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 import zlib
-from collections.abc import Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from bn_lightning import checkpoints
-from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.errors import UserError
+from bn_lightning.stopping import Losses, Reasons, should_look
 
-# With several processes, or a loss on another device, looking costs: then it is done at each step of this number.
-LOOK_EVERY = 10
-OUT_OF_TIME = 1_000  # beside the numbers of signals
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop, and has, with all of it in `last.ckpt`. The code is 128 + the signal's number."""
+_version = functools.cache(version)  # each look at it reads a file, and a checkpoint needs it
 
 
 class ExactResume(Checkpoint):
@@ -80,14 +63,11 @@ class ExactResume(Checkpoint):
         self.goes_on = True
         self.resumed_at: list[int] = []
         self.has_trained = False
-        self._timer = Timer(max_time, interval="step")
+        self.reasons = Reasons(max_time)
+        self._losses = Losses()
         self._saved_at = -1  # the optimizer step of last.ckpt
         self._point: tuple[int, int, bool] | None = None  # while last.ckpt is written: epoch, batches of it, finished
-        self._requeue_signal: int | None = None
         self._restored: dict[str, Any] | None = None
-        self._reason = 0  # to stop: a signal's number, or OUT_OF_TIME
-        self._noted_at = 0.0
-        self._losses: list[tuple[int, int, int, Tensor]] = []  # epoch, batch, step, loss; not looked at yet
 
     @property
     def path(self) -> Path:
@@ -183,8 +163,7 @@ class ExactResume(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is not None:
             trainer.callback_metrics.update(self._restored["callback_metrics"])
-        self._timer.on_train_start(trainer, pl_module)
-        self._listen(trainer)
+        self.reasons.begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fit_loop = trainer.fit_loop
@@ -212,28 +191,26 @@ class ExactResume(Checkpoint):
     def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
         step = trainer.global_step
         if step == self._saved_at:  # nothing that would be lost
-            if self._should_look(trainer, batch_idx) and self._reason_to_stop(trainer):
-                self._stop(trainer)
+            if should_look(trainer, batch_idx) and self.reasons.are_there(trainer):
+                self.reasons.stop(trainer, self.path)
             return
         if batch_idx % trainer.accumulate_grad_batches:
             return  # the gradients of half a step are in no checkpoint
         is_due = batch_idx == 0 or (self.every_n_train_steps and step % self.every_n_train_steps == 0)
-        stops = (is_due or self._should_look(trainer, batch_idx)) and self._reason_to_stop(trainer)
+        stops = (is_due or should_look(trainer, batch_idx)) and self.reasons.are_there(trainer)
         if is_due or stops:
-            self._look_at_losses(trainer)
+            self._losses.look(trainer, self.path, self._saved_at)
             self._save(trainer, trainer.current_epoch, batch_idx)
         if stops:
-            self._stop(trainer)
+            self.reasons.stop(trainer, self.path)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.has_trained = True
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self._losses.append((trainer.current_epoch, batch_idx, trainer.global_step, loss.detach()))
-        if self._should_look(trainer, batch_idx + 1) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._look_at_losses(trainer)
+        self._losses.add(trainer, outputs, batch_idx)
+        if should_look(trainer, batch_idx + 1) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._losses.look(trainer, self.path, self._saved_at)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -245,13 +222,8 @@ class ExactResume(Checkpoint):
         """What is left to do when all callbacks have ended the training."""
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches:
             self._save(trainer, trainer.current_epoch, 0, finished=True)
-        if self._reason_to_stop(trainer) not in (0, OUT_OF_TIME):
-            self._stop(trainer)
-
-    @staticmethod
-    def _should_look(trainer: pl.Trainer, batch_idx: int) -> bool:
-        is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-        return is_cheap or batch_idx % LOOK_EVERY == 0
+        if self.reasons.are_there(trainer) and not self.reasons.is_out_of_time:
+            self.reasons.stop(trainer, self.path)
 
     def _save(self, trainer: pl.Trainer, epoch: int, batch_idx: int, finished: bool = False) -> None:
         for logger in trainer.loggers:
@@ -264,85 +236,6 @@ class ExactResume(Checkpoint):
             self._point = None
         self._saved_at = trainer.global_step
 
-    # Reasons to stop
-
-    def _listen(self, trainer: pl.Trainer) -> None:
-        """Note signals from here on, in the place of Lightning's handlers, which it takes back itself at the end."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        numbers = {signal.SIGINT, signal.SIGTERM}
-        environment = trainer._accelerator_connector.cluster_environment  # that of Lightning's own handlers
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
-            numbers.add(signal.Signals(self._requeue_signal))
-
-        def note(number: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            if self._reason and now - self._noted_at > 0.3:  # some send one to the process and to its group
-                os._exit(128 + number)
-            self._reason, self._noted_at = number, now
-
-        for number in numbers:
-            signal.signal(number, note)
-        # Lightning asks the first process at each step whether it has had a SIGTERM; here all are asked, less often.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-    def _reason_to_stop(self, trainer: pl.Trainer) -> int:
-        """The reason of any process, the same in all of them; 0 for none."""
-        left = self._timer.time_remaining()
-        reason = self._reason or (OUT_OF_TIME if left is not None and left <= 0 else 0)
-        if trainer.world_size > 1:
-            mine = torch.tensor(reason, device=trainer.strategy.root_device)
-            reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
-        if reason:  # else a signal of this very moment would be forgotten
-            self._reason = reason
-        return reason
-
-    def _stop(self, trainer: pl.Trainer) -> None:
-        reason = self._reason
-        why = "--trainer.max_time" if reason == OUT_OF_TIME else signal.Signals(reason).name
-        if trainer.is_global_zero:
-            print(f"\nstopped by {why} after step {trainer.global_step:,}; all of it is in {self.path}", flush=True)
-            if reason == self._requeue_signal:
-                _requeue()
-        _end_together(trainer, Stopped(0 if reason in (OUT_OF_TIME, self._requeue_signal) else 128 + reason))
-
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether it was `max_time` that ended the run."""
-        return self._reason == OUT_OF_TIME
-
-    def _look_at_losses(self, trainer: pl.Trainer) -> None:
-        """Stop where a loss is not finite: what is trained from there on is lost, and no checkpoint may be written."""
-        if not self._losses:
-            return
-        losses, self._losses = self._losses, []
-        if len(losses) == 1 and trainer.world_size == 1 and math.isfinite(losses[0][-1]):
-            return  # the ordinary case, in a tenth of the time
-        is_bad = ~torch.stack([loss for *_, loss in losses]).isfinite()
-        if trainer.world_size > 1:
-            is_bad = trainer.strategy.reduce(is_bad.int(), reduce_op="max").bool()
-        if not is_bad.any():
-            return
-        epoch, batch_idx, step, loss = losses[int(is_bad.int().argmax())]
-        what = f"The loss is {float(loss)}" if not loss.isfinite() else "The loss of another process is not finite"
-        said = [f"{what} in step {step:,}: epoch {epoch + 1}, batch {batch_idx + 1} of it."]
-        order = getattr(trainer.datamodule, "train_order", None)  # type: ignore[attr-defined]
-        if order is not None:
-            size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-            images = order(epoch)[batch_idx * size : (batch_idx + 1) * size].tolist()
-            said.append(f"Its images, by their numbers in the training set: {', '.join(map(str, images[:8]))}, ...")
-            if trainer.is_global_zero and self.path.parent.parent.is_dir():
-                file = self.path.parent.parent / "failure.json"
-                file.write_text(json.dumps({"step": step, "epoch": epoch, "batch": batch_idx, "images": images}) + "\n")
-                said.append(f"All {len(images)} of them are in {file}")
-        if self._saved_at >= 0:
-            said += [
-                f"The last good checkpoint is of step {self._saved_at:,}: {self.path}",
-                f"Go on from there with another setting: fit --resume {self.path.parent.parent} --model.lr 0.1",
-            ]
-        _end_together(trainer, RunFailed("\n".join(said)))
-
 
 class _End(pl.Callback):
     """The last of all callbacks: some change the weights in their on_train_end."""
@@ -354,19 +247,9 @@ class _End(pl.Callback):
         self.resume.at_the_end(trainer)
 
 
-def _end_together(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
-    """End each process of a run, where all of them know why: the first one says it."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if trainer.is_global_zero:
-        raise error
-    if isinstance(environment, LightningEnvironment):
-        raise Stopped(0)  # for any other code Lightning would kill the first process, which may still be writing
-    raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)
-
-
 def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:
     """What may change the rounding of a run, and no setting."""
-    versions = {name: version(name) for name in ("torch", "lightning")}
+    versions = {name: _version(name) for name in ("torch", "lightning")}
     threads = torch.get_num_threads() * trainer.world_size
     device = trainer.strategy.root_device.type
     return {**versions, "device": device, "processes": trainer.world_size, "threads": threads}
@@ -398,16 +281,3 @@ def _bring_up_to_date(state: dict[str, Any], dirpath: str | None, step: int) -> 
         if best.is_file() and checkpoints.load(str(best))[1]["global_step"] <= step:
             return
     state.update(dirpath=dirpath, best_model_score=None, best_k_models={}, kth_best_model_path="")
-
-
-def _requeue() -> None:
-    """Ask SLURM to run the job once more, as Lightning's handler does, which saves in the middle of a step."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        fault = done.stderr.strip() if done.returncode else ""
-    except OSError as error:
-        fault = str(error)
-    print(f"job {job} was not requeued: {fault}" if fault else f"job {job} is requeued", file=sys.stderr, flush=True)

@@ -39,7 +39,8 @@ from bn_lightning.classifier import Classifier
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
 from bn_lightning.processes import Processes
-from bn_lightning.resume import ExactResume, Stopped
+from bn_lightning.resume import ExactResume
+from bn_lightning.stopping import Stopped
 from bn_lightning.sync import LayerSync
 
 PROGRAM = "python -m bn_lightning"
@@ -379,7 +380,7 @@ class CLI(LightningCLI):
             self.trainer.fit(**self._from_checkpoint(kwargs))
         except Stopped:
             assert self.resume is not None
-            if not self.resume.is_out_of_time:
+            if not self.resume.reasons.is_out_of_time:
                 self._print(f"go on with: {PROGRAM} fit --resume {self.folder}")
                 if self.folder is not None:
                     records.write_json(self.folder / "result.json", self._result("nothing yet", finished=False))
