@@ -1,11 +1,14 @@
 """Where runs lie, `runs/NAME/NUMBER`: a new folder, the last run, and what was changed when a run went on."""
 
+import contextlib
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from bn_lightning import checkpoints
@@ -26,6 +29,54 @@ def new_folder(parent: Path) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+class RunFolder:
+    """The folder of a run, new or gone on with, in the one process that may write there.
+
+    Attributes:
+        path: the folder.
+        goes_on: whether the run was begun before.
+        changed: settings that are others than until now: name, (before, now).
+
+    Raises:
+        UserError: another process has it.
+        OSError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path, goes_on: bool) -> None:
+        self.path = path
+        self.goes_on = goes_on
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        self._lock = filelock.FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"The run in {str(path)!r} is under way in another process.") from None
+        except OSError:
+            if not goes_on:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        self._before = set(path.iterdir())
+
+    def note_changes(self, settings: dict[str, Any]) -> None:
+        """Keep what differs from the settings that the run had until now, in `resumed-N.yaml`."""
+        self.changed = changes(self.path, settings)
+        if self.changed:
+            record_changes(self.path, self.changed)
+
+    def leave_nothing(self) -> None:
+        """Of a run that has done nothing, remove the folder, or what was put into one that was there."""
+        if not self.goes_on:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            for file in set(self.path.iterdir()) - self._before:
+                file.unlink()
+
+    def release(self) -> None:
+        """Let other processes have it."""
+        self._lock.release()
 
 
 def is_run(folder: Path) -> bool:

@@ -1,13 +1,11 @@
 """One run: LightningCLI for fit, validate, test and predict, and what surrounds it."""
 
-import contextlib
 import ctypes
 import difflib
 import itertools
 import logging
 import os
 import re
-import shutil
 import sys
 import threading
 import warnings
@@ -15,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import filelock
 import torch
 import torch.distributed as dist
 import yaml
@@ -38,6 +35,7 @@ from bn_lightning import averaging, checkpoints, folder, norms, records
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
+from bn_lightning.folder import RunFolder
 from bn_lightning.processes import Processes
 from bn_lightning.resume import ExactResume
 from bn_lightning.stopping import Stopped
@@ -87,8 +85,7 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
     folder: Path | None = None  # of the run, in its first process
     goes_on: bool = False  # in a folder that is there already
-    _lock: filelock.BaseFileLock | None = None
-    _before: set[Path] | None = None  # what was in that folder
+    _held: RunFolder | None = None  # `folder`, once it is opened
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -303,50 +300,34 @@ class CLI(LightningCLI):
             self._say_what_runs()
 
     def _open_folder(self) -> Path:
-        """The folder of the run, new or gone on with, with its settings in it; no other process may write there."""
+        """The folder of the run, new or gone on with, with its settings in it."""
         settings = self.config["fit"]
         parent = Path(settings.trainer.default_root_dir, settings.name)
-        run = self.folder
         try:
-            if run is None:
-                run = folder.new_folder(parent)
-                self.folder = run
-            self._lock = filelock.FileLock(run / ".lock")
-            self._lock.acquire(timeout=0)
+            self._held = RunFolder(self.folder or folder.new_folder(parent), self.goes_on)
+            self.folder = self._held.path
             if self.goes_on:
-                now = yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False))
-                self._changed = folder.changes(run, now)
-                self._before = set(run.iterdir())
-                if self._changed:
-                    folder.record_changes(run, self._changed)
+                self._held.note_changes(yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False)))
             else:
-                self._parser("fit").save(settings, run / "config.yaml", skip_unset=False)
-        except filelock.Timeout:
-            raise UserError(f"The run in {str(run)!r} is under way in another process.") from None
+                self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
         except OSError as error:
             self._leave_nothing()
             raise UserError(
                 f"No folder for the run can be made in {str(parent)!r}: {error.strerror}.\n"
                 "Another place: --trainer.default_root_dir FOLDER, another name: --name NAME"
             ) from error
-        return run
+        return self.folder
 
     @property
     def _has_trained(self) -> bool:
         return self.resume.has_trained if self.resume is not None else self.trainer.global_step > 0
 
     def _leave_nothing(self) -> None:
-        """Of a run that has done nothing, remove its folder, or what it has put into the one where it was to go on."""
-        if self.folder is None or self._has_trained:
-            return
-        if not self.goes_on:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif self._before is not None:
-            if isinstance(self.trainer.logger, records.TensorBoard):
+        """Remove what a run that has done nothing has put on the disk."""
+        if self._held is not None and not self._has_trained:
+            if self.goes_on and isinstance(self.trainer.logger, records.TensorBoard):
                 self.trainer.logger.experiment.close()
-            with contextlib.suppress(OSError):
-                for file in set(self.folder.iterdir()) - self._before:
-                    file.unlink()
+            self._held.leave_nothing()
 
     def _say_what_runs(self) -> None:
         images, data = self.datamodule.images, self.datamodule
@@ -358,9 +339,9 @@ class CLI(LightningCLI):
             f"Fashion-MNIST from {images.place} ({images.source}), validated on {validation}\n"
             f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
         )
-        if self.goes_on:
+        if self._held is not None and self.goes_on:
             self._print(f"goes on after step {self._goes_on_at:,}, from {self.ckpt_path}")
-            for setting, (before, now) in self._changed.items():
+            for setting, (before, now) in self._held.changed.items():
                 self._print(f"changed: --{setting} {now}, which was {before}")
         processes = self.trainer.world_size
         if processes > 1 and norms.with_statistics(self.model.network):
@@ -400,8 +381,8 @@ class CLI(LightningCLI):
             run = self.resume.path.parent.parent if self.resume is not None else "FOLDER"
             raise RunFailed(f"{said}: fit --resume {self.folder or run}") from error
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            if self._held is not None:
+                self._held.release()
         kept = self._kept_checkpoint()
         name = "the weights in memory"
         if kept:  # resumed with nothing left to do, the one that was kept is another run's
