@@ -41,6 +41,7 @@ class ExactResume(Checkpoint):
             start of this process's training.
 
     Attributes:
+        path: of `last.ckpt`, known from `setup` on.
         goes_on: whether the run goes on where its checkpoint lies; False when that one begins another run.
         resumed_at: the steps at which the run went on.
         has_trained: whether a batch was trained on in this process.
@@ -59,6 +60,7 @@ class ExactResume(Checkpoint):
     ) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.dirpath = dirpath
+        self.path = Path(dirpath or "", "last.ckpt")
         self.seed = seed
         self.goes_on = True
         self.resumed_at: list[int] = []
@@ -69,15 +71,10 @@ class ExactResume(Checkpoint):
         self._point: tuple[int, int, bool] | None = None  # while last.ckpt is written: epoch, batches of it, finished
         self._restored: dict[str, Any] | None = None
 
-    @property
-    def path(self) -> Path:
-        """Of `last.ckpt`."""
-        assert self.dirpath is not None, "setup() comes first"
-        return Path(self.dirpath, "last.ckpt")
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         by_default = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")  # log_dir asks the first process
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(by_default))
+        self.path = Path(self.dirpath, "last.ckpt")
         if stage == "fit":
             # Between two steps is before the first hook of the next one, and the end behind the last.
             others = [c for c in trainer.callbacks if c is not self and not isinstance(c, _End)]  # type: ignore[attr-defined]
