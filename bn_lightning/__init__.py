@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from bn_lightning.errors import UserError as UserError
     from bn_lightning.fashion_mnist import FashionMNIST as FashionMNIST
     from bn_lightning.lenet import LeNet as LeNet
+    from bn_lightning.monitors import ClosingPictures as ClosingPictures
+    from bn_lightning.monitors import NormMonitor as NormMonitor
     from bn_lightning.resume import ExactResume as ExactResume
     from bn_lightning.sync import LayerSync as LayerSync
 
@@ -24,10 +26,12 @@ _HOMES = {
     "BatchNorm": "batchnorm",  # no module may bear a name of this list: it would hide what it holds
     "batch_norm": "batchnorm",
     "Classifier": "classifier",
+    "ClosingPictures": "monitors",
     "ExactResume": "resume",
     "FashionMNIST": "fashion_mnist",
     "LayerSync": "sync",
     "LeNet": "lenet",
+    "NormMonitor": "monitors",
     "StochasticWeightAveraging": "averaging",
     "UserError": "errors",
     "WholeCheckpointIO": "checkpoints",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from bn_lightning.errors import UserError
 from bn_lightning.lenet import Activation, LeNet, Pooling
@@ -40,6 +40,9 @@ class Classifier(pl.LightningModule):
             others move at the end of each epoch.
         scheduler_args: further arguments of the scheduler, such as `--model.scheduler_args.pct_start 0.2`.
         compile: run the network through `torch.compile`, for fit, test and predict. Checkpoints are the same.
+
+    Attributes:
+        confusion: of the last test, int64 (10, 10): images by class, rows, and by the class that they were taken for.
 
     Raises:
         UserError: an unknown norm, optimizer or scheduler, or arguments that it does not take.
@@ -77,7 +80,8 @@ class Classifier(pl.LightningModule):
         self._means_are_logged = False  # of the train epoch that runs
         self._typed_over_checkpoint = False
         self._restored_metrics: dict[str, Tensor] = {}
-        self.test_class_acc = MulticlassAccuracy(NUM_CLASSES, average=None, validate_args=False)
+        self.test_confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
+        self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES)
 
     def setup(self, stage: str) -> None:
         if self._is_set_up:  # Lightning calls again for the test behind fit
@@ -189,16 +193,19 @@ class Classifier(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_means("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits (B, 10), for callbacks."""
         _, logits = self._step(batch, "test")
-        self.test_class_acc.update(logits, batch[1])
+        self.test_confusion.update(logits, batch[1])
+        return logits
 
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
         names = getattr(self.trainer.datamodule, "classes", range(NUM_CLASSES))  # type: ignore[attr-defined]
-        for name, accuracy in zip(names, self.test_class_acc.compute(), strict=True):
+        self.confusion = self.test_confusion.compute().cpu()
+        self.test_confusion.reset()
+        for name, accuracy in zip(names, self.confusion.diag() / self.confusion.sum(1), strict=True):
             self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)  # the same on all processes already
-        self.test_class_acc.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities (B, 10)."""

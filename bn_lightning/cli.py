@@ -1,6 +1,7 @@
 """Every command, in one table. Light to import: --help and --version need no torch."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ COMMANDS = {
     "fit": ("bn_lightning.run", "train LeNet, then test what was kept"),
     "validate": ("bn_lightning.run", "accuracy of a checkpoint on the validation images"),
     "test": ("bn_lightning.run", "accuracy of a checkpoint on the test images, in all and by class"),
-    "predict": ("bn_lightning.run", "the class that a checkpoint gives each test image, as CSV"),
+    "predict": ("bn_lightning.run", "the class that a checkpoint gives test images, or pictures of yours"),
+    "export": ("bn_lightning.export", "make a file of a checkpoint that any runtime takes: .onnx or .pt2"),
+    "inspect": ("bn_lightning.inspection", "what a checkpoint is: network, norms, settings, figures"),
     "check": ("bn_lightning.conformance", "examine a normalization layer: a name, or an import path to yours"),
 }
 
@@ -51,6 +54,9 @@ def main() -> None:
             importlib.import_module(module).main()
         except UserError as error:
             _fail(str(error), error.exit_code)
+        except BrokenPipeError:  # who reads has seen enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
+            sys.exit(141)
         except KeyboardInterrupt:
             sys.exit(130)
         except SystemExit as exit:

@@ -266,6 +266,10 @@ class FashionMNIST(pl.LightningDataModule):
     def predict_dataloader(self) -> Batches:
         return self.test_dataloader()
 
+    def batches_of(self, images: Tensor) -> Batches:
+        """Other images, uint8 (N, 28, 28), as a network trained with this module wants them; all labels are 0."""
+        return self._batches(images, torch.zeros(len(images), dtype=torch.long), torch.arange(len(images)))
+
     def state_dict(self) -> dict[str, Any]:
         """What identifies the data of a run; its position is the trainer's own count of batches."""
         return {"source": self._loaded.source, "sha256": self._loaded.sha256}

@@ -2,10 +2,10 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bn_lightning import article
 from bn_lightning.batchnorm import BatchNorm
@@ -102,6 +102,50 @@ def make(name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] 
     if not isinstance(layer, nn.Module):
         raise UserError(f"The norm {name!r} gave a {type(layer).__name__}; it must give a torch.nn.Module.")
     return layer
+
+
+def is_by_channel(kept: Iterable[Tensor]) -> bool:
+    """Whether these are what a norm keeps: numbers for each channel, learned or counted, and no matrix."""
+    sizes = [(value.numel(), max(value.shape, default=1)) for value in kept]
+    return bool(sizes) and all(size == longest for size, longest in sizes)
+
+
+def by_channel(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a norm keeps for each channel, (C,), by the paper's names: gamma, beta, running_mean, running_var.
+
+    A layer without one of them, or with one of its own that no name tells, has fewer; a deviation is squared.
+    """
+    channels = max((value.numel() for value in kept.values()), default=0)
+    found: dict[str, Tensor] = {}
+    for name, value in kept.items():
+        values = value.detach().flatten().float()
+        if len(values) < channels:  # a count of batches
+            continue
+        if "mean" in name:
+            found["running_mean"] = values
+        elif "var" in name:
+            found["running_var"] = values
+        elif "std" in name:
+            found["running_var"] = values.square()
+        elif any(word in name for word in ("bias", "beta", "shift")):
+            found["beta"] = values
+        else:
+            found["gamma"] = values
+    return found
+
+
+def layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The normalization layers of a network, by name, whatever their class: told by what they keep.
+
+    A norm that keeps nothing is not found.
+    """
+
+    def is_norm(module: nn.Module) -> bool:
+        is_leaf = not any(True for _ in module.children())
+        kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return is_leaf and is_by_channel(kept) and not isinstance(module, nn.PReLU)
+
+    return {name: module for name, module in network.named_modules() if is_norm(module)}
 
 
 def with_statistics(network: nn.Module) -> dict[str, Any]:

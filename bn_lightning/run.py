@@ -2,7 +2,6 @@
 
 import ctypes
 import difflib
-import itertools
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,21 +20,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import (
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    StochasticWeightAveraging,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
-from bn_lightning import averaging, checkpoints, folder, norms, records
+from bn_lightning import averaging, checkpoints, folder, norms, pictures, records, terminal
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
 from bn_lightning.folder import RunFolder
+from bn_lightning.monitors import ClosingPictures, NormMonitor
+from bn_lightning.predictions import FORMATS, Predictions
 from bn_lightning.processes import Processes
 from bn_lightning.resume import ExactResume
 from bn_lightning.stopping import Stopped
@@ -119,6 +116,28 @@ class CLI(LightningCLI):
             default=None,
             help="The folder of a run, runs/NAME/N, that goes on from its last.ckpt with the settings that it had.",
         )
+        self._parser("fit").add_argument(
+            "--monitor",
+            type=bool,
+            default=True,
+            help="Show in TensorBoard what the norms do, and at the end what the network gets wrong.",
+        )
+        predict = self._parser("predict")
+        predict.add_argument(
+            "--data.images",
+            nargs="+",
+            type=str,
+            default=None,
+            help="Pictures of yours: files, folders, patterns. By default the images of the test set.",
+        )
+        predict.add_argument(
+            "--data.invert",
+            type=bool | None,
+            default=None,
+            help="Whether dark and bright change places in them; null does so where the border is bright.",
+        )
+        predict.add_argument("--format", type=Literal[FORMATS], default="table", help="What is printed.")
+        predict.add_argument("--grid", type=str | None, default=None, help="A file for a picture of the answers.")
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
         config = self.config[subcommand]
@@ -185,6 +204,10 @@ class CLI(LightningCLI):
                     f"run code.\nIf you trust it, name it yourself: --model.{name} {used}"
                 )
 
+    def before_instantiate_classes(self) -> None:
+        if self.config.subcommand == "predict":  # of the pictures that are given the data module knows nothing
+            self._given = [self.config.predict.data.pop(name) for name in ("images", "invert")]
+
     def _goes_on_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
         self.goes_on, self.folder, self.ckpt_path = True, run, ckpt_path
         self._goes_on_at = checkpoint["global_step"]
@@ -220,6 +243,8 @@ class CLI(LightningCLI):
                 callbacks.append(self.best)
         if self.subcommand == "fit":
             callbacks.append(Processes())
+            if self._get(self.config_init, "monitor"):
+                callbacks += [NormMonitor(), ClosingPictures()]
         if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
         by_default = settings["logger"] in (None, True)
@@ -230,8 +255,8 @@ class CLI(LightningCLI):
         if shows_progress is None:
             shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
         kwargs["enable_progress_bar"] = shows_progress
-        if shows_progress and not any(isinstance(own, ProgressBar) for own in own_callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=10))  # each refresh takes some hundredths of a step
+        if shows_progress and not any(isinstance(own, LightningProgressBar) for own in own_callbacks):
+            callbacks.append(terminal.ProgressBar())
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
         if self.subcommand == "predict" and settings["devices"] == "auto":
@@ -411,7 +436,7 @@ class CLI(LightningCLI):
         records.write_json(self.folder / "result.json", result)
         logger = self.trainer.logger
         if isinstance(logger, records.TensorBoard):
-            figures = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "images_per_second")
+            figures = ("test_acc", "test_loss", "val_acc", "val_loss", "train_acc", "train_loss", "images_per_second")
             metrics = {f"result/{name}": result[name] for name in figures if result[name] is not None}
             trained = {"max_epochs": self.trainer.max_epochs, "precision": self.trainer.precision}
             data = {name: value for name, value in self.datamodule.hparams.items() if name not in ("root", "mirrors")}
@@ -420,27 +445,63 @@ class CLI(LightningCLI):
             logger.experiment.close()
         self._print(f"\ntested {result['tested']} of {self.folder}")
         self._print(records.closing_lines(result, self.model.network.norm1))
+        self._print("")
+        self._print_classes()
+        root = self.config.fit.trainer.default_root_dir
+        self._print(f"\nall of it is in {self.folder}; look at it with: tensorboard --logdir {root}")
 
     def validate(self, **kwargs: Any) -> None:
         self._print_figures(self.trainer.validate(**self._from_checkpoint(kwargs), verbose=False))
 
     def test(self, **kwargs: Any) -> None:
         self._print_figures(self.trainer.test(**self._from_checkpoint(kwargs), verbose=False))
+        self._print_classes()
+
+    def _print_classes(self) -> None:
+        if self.trainer.is_global_zero:
+            terminal.print_classes(self.model.confusion, CLASSES)
 
     def _print_figures(self, results: Sequence[Mapping[str, float]]) -> None:
         for figures in results:
-            self._print("\n".join(f"{name:24} {value:.4f}" for name, value in figures.items()))
+            whole = {name: value for name, value in figures.items() if "/" not in name}
+            self._print("\n".join(f"{name:10} {value:.4f}" for name, value in whole.items()))
 
     def predict(self, **kwargs: Any) -> None:
-        """Print the class and its probability for each test image, as CSV."""
+        """Print the class and the runner-up of each image, with their probabilities."""
         if self.trainer.world_size > 1:
             raise UserError("predict gives the images in their order, in one process: --trainer.devices 1")
-        print("index,class,probability")
-        index = itertools.count()
-        for batch in self.trainer.predict(**self._from_checkpoint(kwargs)) or []:
-            probabilities, classes = torch.as_tensor(batch).max(1)
-            for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True):
-                print(f"{next(index)},{CLASSES[i]},{p:.4f}")
+        images, invert = self._given
+        kwargs, unread = self._from_checkpoint(kwargs), 0
+        if images is None:
+            answers: Any = self.trainer.predict(**kwargs)
+            pixels, truth = self.datamodule.images.test_images, self.datamodule.images.test_labels
+            about = [{"image": index, "truth": CLASSES[label]} for index, label in enumerate(truth.tolist())]
+        else:
+            read, unread = self._read_pictures(pictures.find(images), invert)
+            pixels = torch.stack([picture.pixels for picture in read])
+            about = [{"image": str(p.path), "inverted": "yes" if p.inverted else "no"} for p in read]
+            del kwargs["datamodule"]
+            answers = self.trainer.predict(**kwargs, dataloaders=self.datamodule.batches_of(pixels))
+        predictions = Predictions(about, pixels, torch.cat(answers), CLASSES)
+        settings = self.config.predict
+        predictions.print(settings.format)
+        if settings.grid is not None:
+            predictions.draw(Path(settings.grid))
+        if unread:
+            raise RunFailed(f"{unread} of {unread + len(about)} pictures could not be read; they are named above.")
+
+    @staticmethod
+    def _read_pictures(paths: Sequence[Path], invert: bool | None) -> tuple[list[pictures.Picture], int]:
+        """Those that can be read, and how many cannot, each of which is named."""
+        read = []
+        for path in tqdm(paths, "reading", disable=None, leave=False):
+            try:
+                read.append(pictures.read(path, invert))
+            except pictures.PictureError as error:
+                tqdm.write(f"not read: {error}", file=sys.stderr)
+        if not read:
+            raise RunFailed(f"None of {len(paths)} pictures could be read; they are named above.")
+        return read, len(paths) - len(read)
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # What was loaded for its settings, and not the address that was typed: that could give another file now.

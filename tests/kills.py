@@ -83,7 +83,7 @@ def curves(folder):
     """By tag: all (step, value) as a reader of the events sees them."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"images_per_second", "result/images_per_second"}
+    tags = set(events.Tags()["scalars"]) - {"images_per_second", "result/images_per_second", "steps_per_second"}
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

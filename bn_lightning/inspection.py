@@ -1,0 +1,133 @@
+"""What a checkpoint is, behind the command `inspect`. Nothing in the file is executed, and no network is built."""
+
+import argparse
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bn_lightning import checkpoints, norms
+from bn_lightning.errors import UserError
+from bn_lightning.terminal import print_table
+
+SHOWN = 6  # channels of a norm; the article's first layer has as many
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What the checkpoint at `path` is, as plain data.
+
+    Keys: `checkpoint`, its `bytes`, when it was `written`; `epoch`, the finished ones, and `step`; `parameters`, and by
+    layer its `layers`: their number and the shape of each; `norms`: gamma, beta and running statistics of each, by
+    channel; `settings`, by their flags; `data`: the source of the images and their sha256; `epochs` and `validations`:
+    the figures of each; `versions`, and where it was trained.
+
+    Raises:
+        UserError: no such file, or none that can be loaded safely.
+    """
+    local, checkpoint = checkpoints.load(path)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in checkpoint["state_dict"].items():
+        layer, _, what = name.removeprefix("network.").rpartition(".")
+        layers.setdefault(layer, {})[what] = value
+    callbacks = checkpoint.get("callbacks", {})
+    figures = callbacks.get("Records", {})
+    file = Path(local).stat()
+    return {
+        "checkpoint": path,
+        "bytes": file.st_size,
+        "written": datetime.fromtimestamp(file.st_mtime).isoformat(sep=" ", timespec="seconds"),
+        "epoch": checkpoint.get("epoch"),
+        "step": checkpoint.get("global_step"),
+        "parameters": sum(_learned(values) for values in layers.values()),
+        "layers": {
+            name: {"parameters": _learned(values), **{what: list(value.shape) for what, value in values.items()}}
+            for name, values in layers.items()
+        },
+        "norms": {
+            name: {what: value.tolist() for what, value in norms.by_channel(values).items()}
+            for name, values in layers.items()
+            if norms.is_by_channel(values.values())
+        },
+        "settings": checkpoints.settings(checkpoint),
+        "data": checkpoint.get("FashionMNIST", {}),
+        "epochs": figures.get("epochs", []),
+        "validations": figures.get("validations", []),
+        "versions": {"lightning": checkpoint.get("pytorch-lightning_version")}
+        | checkpoint.get("between_steps", {}).get("surroundings", {}),
+    }
+
+
+def _learned(values: dict[str, Tensor]) -> int:
+    """Parameters among what a layer keeps; buffers are told by their names, for a file does not say which they are."""
+    counted = ("mean", "var", "std", "num_batches")
+    return sum(value.numel() for name, value in values.items() if not any(word in name for word in counted))
+
+
+def _print(found: dict[str, Any]) -> None:
+    print(f"{found['checkpoint']}: {found['bytes']:,} bytes, written {found['written']}")
+    print(f"after step {found['step']:,}, {found['parameters']:,} parameters")
+    lines = [
+        [name, f"{layer.pop('parameters'):,}", ", ".join(f"{what} {shape}" for what, shape in layer.items())]
+        for name, layer in found["layers"].items()
+    ]
+    print()
+    print_table(("layer", "parameters", "shapes"), lines)
+    if found["norms"]:
+        kept = [[n, what, _channels(values)] for n, all_of in found["norms"].items() for what, values in all_of.items()]
+        print()
+        print_table(("norm", "keeps", "by channel"), kept)
+    print()
+    for number, figures in list(enumerate(found["epochs"], 1))[-1:]:
+        print(f"epoch {number}: train loss {figures['train_loss']:.3f}, train acc {figures['train_acc']:.3f}")
+    if found["validations"]:
+        last, best = found["validations"][-1], max(found["validations"], key=lambda figures: figures["val_acc"])
+        print(f"validation after step {last['step']:,}: loss {last['val_loss']:.3f}, acc {last['val_acc']:.3f}")
+        print(f"best validation, after step {best['step']:,}: acc {best['val_acc']:.3f}")
+    about = [[f"--{name}", json.dumps(value)] for name, value in found["settings"].items()]
+    about += [["images from", found["data"].get("source", "unknown")]]
+    about += [[f"sha256 {name}", digest] for name, digest in found["data"].get("sha256", {}).items()]
+    about += [[name, str(value)] for name, value in found["versions"].items()]
+    print()
+    print_table(("setting", "value"), about)
+
+
+def _channels(values: list[float]) -> str:
+    shown = ", ".join(f"{value:.2f}" for value in values[:SHOWN])
+    if len(values) <= SHOWN:
+        return f"[{shown}]"
+    return f"[{shown}, ...], {len(values)} from {min(values):.2f} to {max(values):.2f}"
+
+
+def main() -> None:
+    """Run `inspect` with the arguments in sys.argv."""
+    parser = argparse.ArgumentParser(
+        "python -m bn_lightning inspect",
+        description="What a checkpoint is: network, norms, settings, data, figures. Nothing in it is executed.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("ckpt", nargs="?", metavar="CKPT", help="runs/NAME/N/checkpoints/best.ckpt")
+    which.add_argument(
+        "--run", metavar="FOLDER", help="runs/NAME/N: what it ended with, and the checkpoint that it kept"
+    )
+    parser.add_argument("--json", action="store_true", help="print one object, for programs")
+    args = parser.parse_args(sys.argv[2:])
+    path, result = args.ckpt, {}
+    if args.run is not None:
+        run = Path(args.run)
+        path = next((str(f) for n in ("best", "last") if (f := run / "checkpoints" / f"{n}.ckpt").is_file()), None)
+        if path is None:
+            raise UserError(f"There is no checkpoint of a run in {args.run!r}. --run runs/lenet/0")
+        if (run / "result.json").is_file():
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    found = describe(path)
+    if args.json:
+        print(json.dumps(found | {"result": result} if args.run else found, indent=2))
+        return
+    _print(found)
+    if result:
+        print()
+        rows = [[name, str(value)] for name, value in result.items() if not name.startswith("sha256")]  # said already
+        print_table(("result of the run", "value"), rows)

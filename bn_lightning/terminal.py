@@ -1,0 +1,64 @@
+"""What a person sees at the terminal while a run goes on and when it ends: a progress bar, and tables."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, with loss, accuracy and images per second: of the last logged step, the epoch and the last moments.
+
+    For a module that counts its train accuracy in a torchmetrics `train_acc`, as `Classifier` does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)  # each refresh takes some hundredths of a step
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        shown = {"loss": metrics.get("train_loss", "")}
+        counted = getattr(pl_module, "train_acc", None)
+        if counted is not None and trainer.training:
+            # By hand: compute() would ask the other processes, and they would not answer.
+            shown["acc"] = f"{float(counted.tp.sum() / (counted.tp + counted.fn).sum().clamp(min=1)):.3f}"
+        shown |= {name: f"{metrics[name]:.3f}" for name in ("val_loss", "val_acc") if name in metrics}
+        rate = self.train_progress_bar.format_dict["rate"]
+        size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if rate and size:
+            shown["images/s"] = f"{rate * size:,.0f}"
+        return shown
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table to stdout, in colours where it is a terminal that has them and NO_COLOR is not set.
+
+    The first column is text, the others are numbers where their cells begin with a digit.
+    """
+    rows = [list(map(str, row)) for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        are_numbers = all(row[number][:1].isdigit() or row[number][:1] in ("-", "") for row in rows)
+        table.add_column(column, justify="right" if number and are_numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # What is no terminal has no width of its own, and paths are longer than 80 characters.
+    Console(width=None if sys.stdout.isatty() else 500, highlight=False).print(table)
+
+
+def print_classes(confusion: Tensor, names: Sequence[str]) -> None:
+    """The accuracy of each class, and what it is most often taken for: of counts (C, C), truth by rows."""
+    rows = []
+    for truth, counts in enumerate(confusion):
+        total = int(counts.sum())
+        others = counts.clone()
+        others[truth] = 0
+        wrong = int(others.argmax())
+        taken_for = f"{names[wrong]} ({int(others[wrong]) / total:.1%})" if int(others[wrong]) else ""
+        rows.append([names[truth], f"{int(counts[truth]) / total:.3f}" if total else "none", taken_for])
+    print_table(("class", "test acc", "most often taken for"), rows)
