@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from bn_lightning import drawing, norms
 
@@ -55,7 +55,7 @@ class NormMonitor(pl.Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
-        self._handles: list[RemovableHandle] = []
+        self._looking = ExitStack()  # hooks, while they are in place
         self._looked_at = -1  # the step
         self._activations = 0  # that have run in this step
         self._scalars: dict[str, float] = {}
@@ -83,12 +83,13 @@ class NormMonitor(pl.Callback):
         self._since = step, time.perf_counter()
         if step > before:
             self._scalars["steps_per_second"] = (step - before) / (self._since[1] - then)
+        self._looking.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would be compiled along
         watched = norms.layers(pl_module)
         for name, module in pl_module.named_modules():
             if name in watched:
-                self._handles.append(module.register_forward_pre_hook(self._norm_hook(_short(name))))
+                self._looking.enter_context(module.register_forward_pre_hook(self._norm_hook(_short(name))))
             elif _is_activation(module):
-                self._handles.append(module.register_forward_pre_hook(self._look_at_activation))
+                self._looking.enter_context(module.register_forward_pre_hook(self._look_at_activation))
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero and bool(trainer.loggers)
@@ -146,7 +147,7 @@ class NormMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._remove_hooks()
+        self._looking.close()
         if not self._scalars:
             return
         for logger in trainer.loggers:
@@ -162,13 +163,8 @@ class NormMonitor(pl.Callback):
         self._is_laid_out = True
         self._scalars, self._histograms = {}, {}
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()
+        self._looking.close()
 
 
 class ClosingPictures(pl.Callback):

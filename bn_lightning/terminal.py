@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's, with loss, accuracy and images per second: of the last logged step, the epoch and the last moments.
+    """Lightning's, with the loss of the last logged step, and accuracy and images per second of the epoch so far.
 
     For a module that counts its train accuracy in a torchmetrics `train_acc`, as `Classifier` does.
     """
@@ -27,11 +27,12 @@ class ProgressBar(TQDMProgressBar):
         if counted is not None and trainer.training:
             # By hand: compute() would ask the other processes, and they would not answer.
             shown["acc"] = f"{float(counted.tp.sum() / (counted.tp + counted.fn).sum().clamp(min=1)):.3f}"
-        shown |= {name: f"{metrics[name]:.3f}" for name in ("val_loss", "val_acc") if name in metrics}
-        rate = self.train_progress_bar.format_dict["rate"]
+        if "val_acc" in metrics:
+            shown["val_acc"] = f"{metrics['val_acc']:.3f}"
+        bar = self.train_progress_bar.format_dict
         size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
-        if rate and size:
-            shown["images/s"] = f"{rate * size:,.0f}"
+        if size and bar["elapsed"]:
+            shown["images/s"] = f"{bar['n'] * size / bar['elapsed']:,.0f}"
         return shown
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from bn_lightning import sources
+from bn_lightning import sources, terminal
 from bn_lightning.fashion_mnist import CLASSES
 
 from .conftest import QUICK, assert_same_weights, command, weights
@@ -37,10 +37,19 @@ def test_config_reruns_the_run_bit_for_bit(trained, tmp_path):
 def test_test_needs_nothing_but_the_checkpoint(trained, main):
     folder, _ = trained
     code, out, _ = main("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", "--trainer.accelerator", "cpu")
-    figures = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
     assert code == 0
-    assert figures["test_acc"] == f"{result(folder)['test_acc']:.4f}"
-    assert {f"test_acc_of/{name}" for name in CLASSES} <= figures.keys()
+    assert out.splitlines()[1].split() == ["test_acc", f"{result(folder)['test_acc']:.4f}"]
+    _, *classes = out[out.index("class  ") :].splitlines()
+    assert [line[:11].strip() for line in classes] == list(CLASSES)
+    accuracies = [float(line[11:].split()[0]) for line in classes]
+    assert sum(accuracies) / 10 == pytest.approx(result(folder)["test_acc"], abs=1e-3)  # as many images in each
+
+
+def test_what_a_class_is_taken_for(capsys):
+    counts = torch.tensor([[90, 4, 6], [0, 100, 0], [0, 0, 0]])
+    terminal.print_classes(counts, ["coat", "dress", "bag"])
+    _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert rows == [["coat", "0.900", "bag", "(6.0%)"], ["dress", "1.000"], ["bag", "none"]]
 
 
 def test_validate(trained, main):
@@ -52,13 +61,45 @@ def test_validate(trained, main):
 
 def test_predict(trained, main):
     folder, _ = trained
-    code, out, _ = main("predict", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
+    given = ("predict", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
+    code, out, _ = main(*given, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0
     assert len(rows) == 1_000
     labels = sources.load("sample").test_labels.tolist()
-    right = sum(row["class"] == CLASSES[label] for row, label in zip(rows, labels, strict=True))
+    assert [row["truth"] for row in rows] == [CLASSES[label] for label in labels]
+    right = sum(row["class"] == row["truth"] for row in rows)
     assert right / 1_000 == pytest.approx(result(folder)["test_acc"])
+    assert all(0.1 <= float(row["probability"]) >= float(row["runner_up_probability"]) for row in rows)
+    assert all(row["class"] != row["runner_up"] in CLASSES for row in rows)
+    code, out, _ = main(*given, "--format", "json")
+    assert [{name: str(value) for name, value in row.items()} for row in json.loads(out)] == rows
+    code, out, _ = main(*given)
+    assert len(out.splitlines()) == 1_001
+    assert " ".join(out.splitlines()[0].split()) == "image truth class probability runner up runner up probability"
+
+
+def test_predict_draws_its_answers(main, trained, tmp_path):
+    given = ("predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--format", "csv")
+    code, _, err = main(*given, "--grid", "grid.jpg")
+    assert (code, err) == (0, "grid.jpg has the first 400 of 1,000 images\n")
+    assert (tmp_path / "grid.jpg").stat().st_size > 100_000
+    for wrong in ("grid.nix", "nowhere/grid.png"):
+        code, out, err = main(*given, "--grid", wrong)
+        assert (code, len(out.splitlines())) == (1, 1_001)
+        assert f"The picture '{wrong}' cannot be written" in err
+    code, _, err = main(*given, "--format", "xml")
+    assert code == 2
+    assert "xml" in err and "csv" in err
+
+
+def test_what_reads_may_stop_reading(trained, tmp_path):
+    given = [sys.executable, "-m", "bn_lightning", "predict", "--format", "csv"]
+    given += ["--ckpt_path", trained[0] / "checkpoints" / "best.ckpt"]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
@@ -100,7 +141,7 @@ def test_after_a_resume_the_figures_are_those_of_the_weights_that_were_tested(ma
     assert main("fit", "--ckpt_path", last, *flags)[0] == 0
     folder = tmp_path / "runs" / "lenet" / "0"
     _, out, _ = main("validate", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
-    assert f"val_acc                  {result(folder)['val_acc']:.4f}" in out
+    assert f"val_acc    {result(folder)['val_acc']:.4f}" in out
     assert main("fit", "--ckpt_path", last, "--trainer.max_epochs", 2)[0] == 0  # nothing left to do
     assert result(tmp_path / "runs" / "lenet" / "1")["tested"].endswith("best.ckpt")
 
