@@ -261,7 +261,7 @@ def _about(ckpt_path: str, local: str, checkpoint: dict[str, Any]) -> dict[str, 
     validations = checkpoint.get("callbacks", {}).get("Records", {}).get("validations", [])
     result = Path(local).absolute().parent.parent / "result.json"
     about = {
-        "classes": CLASSES,
+        "classes": "\n".join(CLASSES),  # read without a parser of JSON
         "producer": f"bn_lightning {__version__}",
         "torch": str(torch.__version__),
         "checkpoint": "/".join(Path(ckpt_path).parts[-4:]),  # NAME/N/checkpoints/FILE, and nobody's home

@@ -1,6 +1,7 @@
 """Callbacks that look on and change nothing: what the norms do while a network is trained, and what it gets wrong."""
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,8 @@ from torch.optim import Optimizer
 from bn_lightning import drawing, norms
 
 PERCENTILES = (15, 50, 85)  # of figure 1 in Ioffe and Szegedy 2015
-SAMPLE = 8_192  # values of a layer that percentiles and saturation are taken of
-LOOKS_PER_HISTOGRAM = 4  # one takes as long as five scalars
+SAMPLE = 4_096  # values of a layer that percentiles and saturation are taken of
+LOOKS_PER_HISTOGRAM = 2  # one takes as long as five scalars
 SATURATED = 0.05  # of the steepest slope of an activation function
 EPS = 1e-5
 INPUTS = "Inputs of the activations: 15th, 50th and 85th percentile (Ioffe and Szegedy 2015, figure 1)"
@@ -53,11 +54,12 @@ class NormMonitor(pl.Callback):
         every_n_steps: look at each optimizer step of that number.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 100) -> None:
         self.every_n_steps = every_n_steps
         self._looking = ExitStack()  # hooks, while they are in place
         self._looked_at = -1  # the step
         self._activations = 0  # that have run in this step
+        self._wants_gradients = self._wants_histograms = False
         self._scalars: dict[str, float] = {}
         self._histograms: dict[str, Tensor] = {}
         self._since: tuple[int, float] | None = None  # step and time
@@ -76,9 +78,10 @@ class NormMonitor(pl.Callback):
         step = trainer.global_step
         if self._since is None:
             self._since = step, time.perf_counter()
-        if step == self._looked_at or not self._is_due(trainer):
+        if step % self.every_n_steps or step == self._looked_at or not trainer.is_global_zero or not trainer.loggers:
             return
-        self._looked_at, self._activations = step, 0
+        self._looked_at, self._activations, self._wants_gradients = step, 0, True
+        self._wants_histograms = step % (self.every_n_steps * LOOKS_PER_HISTOGRAM) == 0
         before, then = self._since
         self._since = step, time.perf_counter()
         if step > before:
@@ -90,9 +93,6 @@ class NormMonitor(pl.Callback):
                 self._looking.enter_context(module.register_forward_pre_hook(self._norm_hook(_short(name))))
             elif _is_activation(module):
                 self._looking.enter_context(module.register_forward_pre_hook(self._look_at_activation))
-
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        return trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero and bool(trainer.loggers)
 
     def _norm_hook(self, name: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -114,7 +114,8 @@ class NormMonitor(pl.Callback):
                     self._scalars[f"running_lag/{name}/{what}"] = float(by_channel.square().mean().sqrt())
             for what, by_channel in figures.items():
                 self._scalars[f"channel_0/{name}/{what}"] = float(by_channel[0])
-                self._histograms[f"{what}/{name}"] = by_channel.clone()  # the running ones are about to move
+                if self._wants_histograms:
+                    self._histograms[f"{what}/{name}"] = by_channel.clone()  # the running ones are about to move
 
         return look
 
@@ -134,15 +135,17 @@ class NormMonitor(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._is_due(trainer):
+        if not self._wants_gradients:  # asked at each step: the trainer takes longer to say which one it is
             return
-        total = []
+        self._wants_gradients = False
+        squares = 0.0
         for name, module in pl_module.named_modules():
             gradients = [p.grad for p in module.parameters(recurse=False) if p.grad is not None]
             if gradients:
-                total.append(get_total_norm(gradients))
-                self._scalars[f"gradient_norm/{_short(name)}"] = float(total[-1])
-        self._scalars["gradient_norm/all"] = float(torch.stack(total).norm())
+                norm = float(get_total_norm(gradients))
+                squares += norm**2
+                self._scalars[f"gradient_norm/{_short(name)}"] = norm
+        self._scalars["gradient_norm/all"] = math.sqrt(squares)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,8 +156,7 @@ class NormMonitor(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars, self._looked_at)
         for writer in _writers(trainer):
-            is_due = self._looked_at % (self.every_n_steps * LOOKS_PER_HISTOGRAM) == 0
-            for tag, values in self._histograms.items() if is_due else ():
+            for tag, values in self._histograms.items():
                 if values.isfinite().all():  # a run that has lost its way is stopped elsewhere, with more to say
                     # As many bins as TensorBoard shows; its own choice of them takes ten times as long.
                     writer.add_histogram(tag, values, self._looked_at, bins=30)
@@ -280,7 +282,7 @@ def _layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
         },
         INPUTS: {  # a band: the value in it, its lower and its upper edge
             f"activation {n}": ["Margin", [f"activation_input/{n}/{p}" for p in ("p50", "p15", "p85")]]
-            for n in activations
+            for n in reversed(activations)  # TensorBoard 2.21 shows bands from the last to the first
         },
         "Saturated activations": {"share of each layer": lines("saturated/.*")},
         "Gradient norms": {"by layer": lines("gradient_norm/.*")},

@@ -18,7 +18,7 @@ SOURCE = "system" if sources.SYSTEM.is_dir() else "sample"
 ALL = "10,000 test images (system)" if SOURCE == "system" else "1,000 test images (sample)"
 SUFFIXES = ("onnx", "pt2")
 FOLDED = [f"norm{i} is folded into {layer}" for i, layer in enumerate(("conv1", "conv2", "fc1", "fc2"), 1)]
-TEXTS = ("producer", "torch", "checkpoint", "norm", "data_source", "commit")  # the rest is JSON
+TEXTS = ("classes", "producer", "torch", "checkpoint", "norm", "data_source", "commit")  # the rest is JSON
 # What is left of LeNet by its plan, the images' way into it before that.
 OPERATORS = {
     "onnx": Counter({"Unsqueeze": 1, "Cast": 1, "Div": 1, "Conv": 2, "Reshape": 1, "Gemm": 3}),
@@ -290,7 +290,7 @@ def test_what_the_file_says_of_itself(trained, tmp_path, suffix):
         torch.export.load(out, extra_files=files)
         about = json.loads(files["metadata.json"])
     result = json.loads((run / "result.json").read_text())
-    assert about["classes"] == list(CLASSES)
+    assert about["classes"].split("\n") == list(CLASSES)
     assert about["producer"].startswith("bn_lightning ") and about["torch"] == torch.__version__
     assert about["checkpoint"] == "lenet/0/checkpoints/best.ckpt"
     assert (about["norm"], about["seed"], about["data_source"]) == ("custom", 0, "sample")

@@ -98,10 +98,10 @@ def test_figures_are_those_of_the_network(tmp_path, norm):
             ratio = ((var + 1e-5) / (running_var + 1e-5)).log2()
             assert kept[f"running_lag/{name}/var", step] == pytest.approx(ratio.square().mean().sqrt().item(), rel=1e-4)
             for percentile in (15, 50, 85):
-                # A sample of 8,192 values or more: within what 8,192 independent ones would give, five deviations.
+                # A sample of 4,096 values or more: within what 4,096 independent ones would give, five deviations.
                 share = (y <= kept[f"activation_input/{number}/p{percentile}", step]).double().mean().item()
                 p = percentile / 100
-                assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / 8_192) + 0.01, (name, percentile)
+                assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / 4_096) + 0.01, (name, percentile)
         gradients = truth.seen["gradients", step]
         for layer in ("conv1", "norm2", "fc3"):
             own = torch.cat([g.flatten() for n, g in gradients.items() if n.startswith(f"{layer}.")])

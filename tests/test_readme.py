@@ -1,13 +1,19 @@
 """What the README says is so: its commands run, its example works, its lists are whole."""
 
+import ast
+import gzip
+import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bn_lightning import cli, norms
+from bn_lightning import cli, norms, sources
 
 from .conftest import REPOSITORY, command
 
@@ -35,9 +41,45 @@ def test_fit_commands_run(main, trained, tmp_path, line):
     assert "test acc" in out
 
 
-def example():
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def example(word="class RMSNorm"):
+    """The one Python block of the README with that word in it."""
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code]
     return code
+
+
+def run(code, cwd):
+    (cwd / "script.py").write_text(code)
+    done = subprocess.run([sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_five_lines_of_python_do_it(tmp_path):
+    code = example("L.Trainer").replace("max_epochs=10", "max_epochs=1, accelerator='cpu'")
+    code = code.replace("FashionMNIST()", "FashionMNIST('sample')")
+    assert "test_acc" in run(code, tmp_path)
+    [events] = (tmp_path / "lightning_logs").rglob("events.out.*")
+    tags = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload().Tags()
+    assert tags["images"] and "activation_input/4/p50" in tags["scalars"]
+
+
+def test_a_norm_of_a_notebook(tmp_path):
+    code = example() + example("L.Trainer").replace('"custom"', '"__main__.RMSNorm"')
+    code = code.replace("max_epochs=10", "fast_dev_run=True, accelerator='cpu'")
+    assert "test_acc" in run(code.replace("FashionMNIST()", "FashionMNIST('sample')"), tmp_path)
+
+
+def test_an_exported_file_is_used_with_numpy_and_onnxruntime_alone(main, trained, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    code, _, err = main("export", trained[0] / "checkpoints/best.ckpt", "model.onnx", "--source", "sample")
+    assert code == 0, err
+    packed = sources.SAMPLE / f"{sources.TEST_IMAGES}.gz"
+    (tmp_path / sources.TEST_IMAGES).write_bytes(gzip.decompress(packed.read_bytes()))
+    text = example("onnxruntime")
+    assert re.findall(r"^import (\w+)", text, flags=re.M) == ["numpy", "onnxruntime"]
+    code, out, _ = main("predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--format", "json")
+    assert ast.literal_eval(run(text, tmp_path)) == [row["class"] for row in json.loads(out)[:5]]
 
 
 def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):

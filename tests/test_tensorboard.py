@@ -74,7 +74,7 @@ def test_custom_scalars(ask):
     titles = list(charts)
     assert titles[0] == "Training" and titles[1].startswith("Inputs of the activations")
     bands = charts[titles[1]]
-    assert [band["title"] for band in bands] == [f"activation {n}" for n in (1, 2, 3, 4)]
+    assert [band["title"] for band in bands] == [f"activation {n}" for n in (4, 3, 2, 1)]
     scalars = ask("plugin/scalars/tags")["lenet/0"]
     for band in bands:
         [series] = band["margin"]["series"]

@@ -6,7 +6,7 @@ Ioffe and Szegedy 2015 show the 15th, 50th and 85th percentile of the inputs of 
 the training: with batch normalization they settle early, without it they wander. Here `fit --config
 configs/article.yaml` is run for each norm and seed, and what `NormMonitor` has logged is read back. Printed for each
 activation: its drift, how far the percentiles move from the end of the first epoch to the last step looked at, and its
-jitter, how much they move from one look to the next (50 steps); both are means over the three percentiles and in units
+jitter, how much they move from one look to the next (100 steps); both are means over the three percentiles and in units
 of the distance from the 15th to the 85th at the end. Means over the seeds, lowest to highest.
 """
 
@@ -38,7 +38,7 @@ def run(norm: str, seed: int, epochs: int, folder: Path) -> tuple[np.ndarray, np
 
 def drift_and_jitter(steps: np.ndarray, percentiles: np.ndarray, epochs: int) -> tuple[float, float]:
     """Of one activation, percentiles (3, S)."""
-    after = percentiles[:, steps >= (steps[-1] + 50) / epochs]
+    after = percentiles[:, steps >= (steps[-1] + steps[1]) / epochs]
     width = after[2, -1] - after[0, -1]
     drift = np.abs(after[:, -1] - after[:, 0]).mean() / width
     return float(drift), float(np.abs(np.diff(after)).mean() / width)

@@ -1,0 +1,91 @@
+"""What looking on costs: `fit` with and without `--monitor`, on the 60,000 images.
+
+    python tests/benchmarks/monitors.py [--rounds 5] [--epochs 4] [--norm custom]
+
+First the share of the time of the epochs that `NormMonitor` takes, by a clock around its hooks, in one process. Then
+images per second with it and without, sides in turn, each in a process of its own; the ratio of each round: median,
+lowest, highest. And the seconds that the pictures at the end take, which are no part of the epochs.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor
+
+
+def shares(norm: str, epochs: int) -> tuple[float, float]:
+    """Of the time of the fit, what the monitor takes; and the seconds of the closing pictures."""
+    spent = {"monitor": 0.0, "pictures": 0.0}
+
+    def timed(function, name):
+        def call(*args, **kwargs):
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - begun
+
+        return call
+
+    monitor, pictures = NormMonitor(), ClosingPictures()
+    for hook in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "_look_at_activation"):
+        setattr(monitor, hook, timed(getattr(monitor, hook), "monitor"))
+    norm_hook = monitor._norm_hook
+    monitor._norm_hook = lambda name: timed(norm_hook(name), "monitor")
+    pictures.on_test_end = timed(pictures.on_test_end, "pictures")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger(folder), callbacks=[monitor, pictures],
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+        )  # fmt: skip
+        model, data = Classifier(norm=norm), FashionMNIST(val_images=0)
+        begun = time.perf_counter()
+        trainer.fit(model, data)
+        total = time.perf_counter() - begun
+        trainer.test(model, data, verbose=False)
+    return spent["monitor"] / total, spent["pictures"]
+
+
+def fit(norm: str, epochs: int, monitor: str) -> float:
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "-m", "bn_lightning", "fit", "--trainer.accelerator", "cpu", "--model.norm", norm]
+        command += ["--data.val_images", "0", "--trainer.limit_val_batches", "0", "--monitor", monitor]
+        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        speed: float = json.loads(Path(runs, "lenet", "0", "result.json").read_text())["images_per_second"]
+        return speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--norm", default="custom")
+    args = parser.parse_args()
+
+    def say(what: str, values: list[float], unit: str) -> None:
+        print(f"{what}: {statistics.median(values):.3f}{unit} ({min(values):.3f} to {max(values):.3f})", flush=True)
+
+    measured = [shares(args.norm, args.epochs) for _ in range(args.rounds)]
+    say("share of the epochs", [100 * share for share, _ in measured], "%")
+    say("pictures at the end", [seconds for _, seconds in measured], " s")
+    ratios = []
+    for _ in range(args.rounds):
+        speeds = {monitor: fit(args.norm, args.epochs, monitor) for monitor in ("true", "false")}
+        print({monitor: f"{speed:,.0f} images/s" for monitor, speed in speeds.items()}, flush=True)
+        ratios.append(speeds["true"] / speeds["false"])
+    say("images per second with it, to those without", ratios, "")
+
+
+if __name__ == "__main__":
+    main()
