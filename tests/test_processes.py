@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .conftest import QUICK, command, weights
 
@@ -43,7 +44,16 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_are_one(alone, tmp_path, count):
-    assert_the_same(alone, run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count))
+    several = run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count)
+    assert_the_same(alone, several)
+    # The confusion matrix, the most confident mistakes and the filters, gathered from all processes.
+    assert len(pictures(alone)) == 3
+    assert pictures(several) == pictures(alone)
+
+
+def pictures(folder):
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
 
 
 @pytest.mark.slow
