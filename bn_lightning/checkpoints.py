@@ -1,5 +1,6 @@
 """Checkpoints as files: written whole or not at all, read without executing anything in them."""
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -10,6 +11,25 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bn_lightning.errors import RunFailed, UserError
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there whole or, after an OSError, not at all: an older one is then as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -32,23 +52,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
             if path.parent not in self._folders:  # one that was there and is gone is not made anew
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._folders.add(path.parent)
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            if os.name == "posix":  # Windows cannot open a folder
-                folder = os.open(path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+            write_whole(path, content.getbuffer())
         except OSError as error:
             try:
-                temporary.unlink(missing_ok=True)
                 kept = f"The one before is whole: {path}" if path.exists() else "There is none from before."
             except OSError:  # the disk itself is gone
                 kept = ""

@@ -81,7 +81,7 @@ class Classifier(pl.LightningModule):
         self._typed_over_checkpoint = False
         self._restored_metrics: dict[str, Tensor] = {}
         self.test_confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
-        self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES)
+        self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.long)
 
     def setup(self, stage: str) -> None:
         if self._is_set_up:  # Lightning calls again for the test behind fit
@@ -202,9 +202,10 @@ class Classifier(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_means("test")
         names = getattr(self.trainer.datamodule, "classes", range(NUM_CLASSES))  # type: ignore[attr-defined]
-        self.confusion = self.test_confusion.compute().cpu()
+        counts = self.test_confusion.compute()
         self.test_confusion.reset()
-        for name, accuracy in zip(names, self.confusion.diag() / self.confusion.sum(1), strict=True):
+        self.confusion = counts.cpu()
+        for name, accuracy in zip(names, counts.diag() / counts.sum(1), strict=True):
             self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)  # the same on all processes already
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import io
 import json
-import os
 import statistics
 import sys
 import time
@@ -14,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, fx, nn
 
-from bn_lightning import __version__, checkpoints, sources
+from bn_lightning import __version__, checkpoints, records, sources
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, MEAN, STD
 from bn_lightning.lenet import LeNet
@@ -174,19 +174,12 @@ def export(
     test_acc = float((expected.argmax(1) == images.test_labels).double().mean())
     about = _about(ckpt_path, local, checkpoint) | {"test_acc": test_acc, "test_images": len(images.test_labels)}
     content = _content(out.suffix, served, about)
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
+    written = _logits(_run_of(content, out.suffix), images.test_images)
+    difference, changed = _compare(f"The file for {out}", written, expected)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        written = _logits(open_file(temporary), images.test_images)
-        difference, changed = _compare(f"The file for {out}", written, expected)
-        temporary.replace(out)
+        checkpoints.write_whole(out, content)
     except OSError as error:
         raise RunFailed(f"{out} cannot be written: {error.strerror or error}. An older one is as it was.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     parameters = sum(p.numel() for p in network.parameters())
     return Exported(eager, Path(local), notes, parameters, images, difference, changed, test_acc)
 
@@ -259,12 +252,16 @@ def _about(ckpt_path: str, local: str, checkpoint: dict[str, Any]) -> dict[str, 
     """What the file says of itself; what is not known is left out."""
     step, data = checkpoint.get("global_step"), checkpoint.get("FashionMNIST", {})
     validations = checkpoint.get("callbacks", {}).get("Records", {}).get("validations", [])
-    result = Path(local).absolute().parent.parent / "result.json"
+    path = Path(urlsplit(ckpt_path).path if "://" in ckpt_path else ckpt_path)
+    # NAME/N/checkpoints/FILE, and nobody's home or password.
+    kept = (
+        [part for part in path.parts if part != path.anchor][-4:] if path.parent.name == "checkpoints" else [path.name]
+    )
     about = {
         "classes": "\n".join(CLASSES),  # read without a parser of JSON
         "producer": f"bn_lightning {__version__}",
         "torch": str(torch.__version__),
-        "checkpoint": "/".join(Path(ckpt_path).parts[-4:]),  # NAME/N/checkpoints/FILE, and nobody's home
+        "checkpoint": "/".join(kept),
         "epoch": checkpoint.get("epoch"),
         "global_step": step,
         "norm": checkpoint.get("hyper_parameters", {}).get("norm"),
@@ -272,7 +269,7 @@ def _about(ckpt_path: str, local: str, checkpoint: dict[str, Any]) -> dict[str, 
         "data_source": data.get("source"),
         "data_sha256": data.get("sha256"),
         "val_acc": next((v["val_acc"] for v in validations if v["step"] == step), None),
-        "commit": json.loads(result.read_text(encoding="utf-8")).get("commit") if result.is_file() else None,
+        "commit": records.read_result(Path(local).absolute().parent.parent).get("commit"),
     }
     return {name: value for name, value in about.items() if value is not None}
 
@@ -308,14 +305,18 @@ def _content(suffix: str, served: Served, about: dict[str, Any]) -> bytes:
 
 def open_file(path: Path) -> Run:
     """What an exported file computes, on the CPU, on as many threads as torch has."""
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
+    return _run_of(path.read_bytes(), path.suffix)
+
+
+def _run_of(content: bytes, suffix: str) -> Run:
+    if suffix == ".pt2":
+        return torch.export.load(io.BytesIO(content)).module()
     onnxruntime = _of_extra("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Else its threads spin on after a call, on the cores of what is run next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 

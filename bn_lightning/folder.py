@@ -59,9 +59,12 @@ class RunFolder:
             raise
         self._before = set(path.iterdir())
 
-    def note_changes(self, settings: dict[str, Any]) -> None:
-        """Keep what differs from the settings that the run had until now, in `resumed-N.yaml`."""
-        self.changed = changes(self.path, settings)
+    def note_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Keep what differs from the settings that the run had until now, in `resumed-N.yaml`.
+
+        A setting that was not there yet when the run began had its default.
+        """
+        self.changed = changes(self.path, settings, defaults)
         if self.changed:
             record_changes(self.path, self.changed)
 
@@ -133,9 +136,11 @@ def settings_files(folder: Path) -> list[Path]:
     return [folder / "config.yaml", *sorted(folder.glob("resumed-*.yaml"), key=lambda path: int(path.stem[8:]))]
 
 
-def changes(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(
+    folder: Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
     """Which settings are others than those that the run in `folder` had until now: name, (before, now)."""
-    before: dict[str, Any] = {}
+    before = _flat(defaults or {})
     for file in settings_files(folder):
         before |= _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     now = _flat(settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bn_lightning import checkpoints, norms
+from bn_lightning import checkpoints, norms, records
 from bn_lightning.errors import UserError
 from bn_lightning.terminal import print_table
 
@@ -30,10 +30,12 @@ def describe(path: str) -> dict[str, Any]:
     local, checkpoint = checkpoints.load(path)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path!r} holds no network: {name!r} in its 'state_dict' is a {type(value).__name__}.")
         layer, _, what = name.removeprefix("network.").rpartition(".")
         layers.setdefault(layer, {})[what] = value
     callbacks = checkpoint.get("callbacks", {})
-    figures = callbacks.get("Records", {})
+    figures = callbacks.get("Records", {})  # their name as callbacks, by which Lightning keeps their state
     file = Path(local).stat()
     return {
         "checkpoint": path,
@@ -68,7 +70,8 @@ def _learned(values: dict[str, Tensor]) -> int:
 
 def _print(found: dict[str, Any]) -> None:
     print(f"{found['checkpoint']}: {found['bytes']:,} bytes, written {found['written']}")
-    print(f"after step {found['step']:,}, {found['parameters']:,} parameters")
+    step = "an unknown step" if found["step"] is None else f"step {found['step']:,}"
+    print(f"after {step}, {found['parameters']:,} parameters")
     lines = [
         [name, f"{layer.pop('parameters'):,}", ", ".join(f"{what} {shape}" for what, shape in layer.items())]
         for name, layer in found["layers"].items()
@@ -120,8 +123,7 @@ def main() -> None:
         path = next((str(f) for n in ("best", "last") if (f := run / "checkpoints" / f"{n}.ckpt").is_file()), None)
         if path is None:
             raise UserError(f"There is no checkpoint of a run in {args.run!r}. --run runs/lenet/0")
-        if (run / "result.json").is_file():
-            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = records.read_result(run)
     found = describe(path)
     if args.json:
         print(json.dumps(found | {"result": result} if args.run else found, indent=2))

@@ -4,8 +4,9 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from bn_lightning import drawing, norms
+from bn_lightning.errors import UserError
 
 PERCENTILES = (15, 50, 85)  # of figure 1 in Ioffe and Szegedy 2015
 SAMPLE = 4_096  # values of a layer that percentiles and saturation are taken of
@@ -37,7 +39,7 @@ class NormMonitor(pl.Callback):
     `torch.nn.modules.activation`; activations are counted in the order in which they run. Hooks are in place in the
     steps that are looked at, and in no other. With several processes it is the first one's slice of the batch.
 
-    Tags, with the figures of the step before it has changed anything:
+    Tags, with the figures of a step's first forward pass, before it has changed anything:
 
     * `activation_input/1/p15`, `p50`, `p85`: percentiles of what an activation is given, figure 1 (b, c) of Ioffe and
       Szegedy 2015, https://arxiv.org/abs/1502.03167;
@@ -52,25 +54,36 @@ class NormMonitor(pl.Callback):
 
     Args:
         every_n_steps: look at each optimizer step of that number.
+
+    Raises:
+        UserError: a number below 1.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps is {every_n_steps}; it must be at least 1: NormMonitor(every_n_steps=100)")
         self.every_n_steps = every_n_steps
         self._looking = ExitStack()  # hooks, while they are in place
+        self._begin()
+
+    def _begin(self) -> None:
         self._looked_at = -1  # the step
-        self._activations = 0  # that have run in this step
+        self._since: tuple[int, float] | None = None  # step and time
         self._wants_gradients = self._wants_histograms = False
+        self._inputs: list[tuple[nn.Module, Tensor]] = []  # of the activations, in the order in which they run
+        self._squares: dict[Optimizer, float] = {}  # of the gradients that a step of it took
         self._scalars: dict[str, float] = {}
         self._histograms: dict[str, Tensor] = {}
-        self._since: tuple[int, float] | None = None  # step and time
         self._steepest: dict[nn.Module, float] = {}
         self._is_laid_out = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = None
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = None
+    on_validation_start = on_train_epoch_start
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -80,7 +93,7 @@ class NormMonitor(pl.Callback):
             self._since = step, time.perf_counter()
         if step % self.every_n_steps or step == self._looked_at or not trainer.is_global_zero or not trainer.loggers:
             return
-        self._looked_at, self._activations, self._wants_gradients = step, 0, True
+        self._looked_at, self._wants_gradients = step, True
         self._wants_histograms = step % (self.every_n_steps * LOOKS_PER_HISTOGRAM) == 0
         before, then = self._since
         self._since = step, time.perf_counter()
@@ -89,70 +102,79 @@ class NormMonitor(pl.Callback):
         self._looking.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would be compiled along
         watched = norms.layers(pl_module)
         for name, module in pl_module.named_modules():
+            hook: Callable[..., None]
             if name in watched:
-                self._looking.enter_context(module.register_forward_pre_hook(self._norm_hook(_short(name))))
+                hook = partial(self._look_at_norm, _short(name))
             elif _is_activation(module):
-                self._looking.enter_context(module.register_forward_pre_hook(self._look_at_activation))
+                hook = self._look_at_activation
+            else:
+                continue
+            self._looking.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _norm_hook(self, name: str) -> Any:
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+    def _look_at_norm(self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if f"channel_0/{name}/gamma" in self._scalars or f"channel_0/{name}/batch_mean" in self._scalars:
+            return  # called again in this step: its running statistics have moved
+        figures = norms.by_channel(dict([*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]))
+        x = _first_tensor(args, kwargs)
+        if x is not None and x.dim() > 1 and all(len(values) == x.size(1) for values in figures.values()):
             x = x.float() if x.dtype.itemsize < 4 else x
             reduced = [d for d in range(x.dim()) if d != 1]
             mean = x.mean(reduced, keepdim=True)
             var = (x - mean).square_().mean(reduced)  # in a tenth of the time of torch.var_mean
             mean = mean.flatten()
-            kept = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
-            figures = {"batch_mean": mean, "batch_var": var} | norms.by_channel(kept)
+            figures |= {"batch_mean": mean, "batch_var": var}
             if {"running_mean", "running_var"} <= figures.keys():
                 running_mean, running_var = figures["running_mean"], figures["running_var"] + EPS
-                off = {
-                    "mean": (mean - running_mean) / running_var.sqrt(),
-                    "var": ((var + EPS) / running_var).log2(),
-                }
-                for what, by_channel in off.items():
-                    self._scalars[f"running_lag/{name}/{what}"] = float(by_channel.square().mean().sqrt())
-            for what, by_channel in figures.items():
-                self._scalars[f"channel_0/{name}/{what}"] = float(by_channel[0])
-                if self._wants_histograms:
-                    self._histograms[f"{what}/{name}"] = by_channel.clone()  # the running ones are about to move
+                self._scalars[f"running_lag/{name}/mean"] = _rms((mean - running_mean) / running_var.sqrt())
+                self._scalars[f"running_lag/{name}/var"] = _rms(((var + EPS) / running_var).log2())
+        for what, by_channel in figures.items():
+            self._scalars[f"channel_0/{name}/{what}"] = float(by_channel[0])
+            if self._wants_histograms:
+                self._histograms[f"{what}/{name}"] = by_channel.clone()  # the running ones are about to move
 
-        return look
+    def _look_at_activation(self, activation: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _first_tensor(args, kwargs)
+        if x is not None:
+            apart = max(1, x.numel() // SAMPLE) | 1  # odd, so that they fall on all places in a picture
+            values = x.take(torch.arange(0, x.numel(), apart, device=x.device)).float()
+            self._inputs.append((activation, values))
 
-    def _look_at_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._activations += 1
-        x = args[0].detach()
-        apart = max(1, x.numel() // SAMPLE) | 1  # odd, so that they fall on all places in a picture
-        values = x.take(torch.arange(0, x.numel(), apart, device=x.device)).float()
-        levels = np.percentile(values.cpu().numpy(), PERCENTILES)
-        for percentile, level in zip(PERCENTILES, levels, strict=True):
-            self._scalars[f"activation_input/{self._activations}/p{percentile}"] = float(level)
-        if module not in self._steepest:
-            self._steepest[module] = float(_slope(module, torch.linspace(-8, 8, 1_601, device=values.device)).max())
-        is_flat = _slope(module, values) <= SATURATED * self._steepest[module]
-        self._scalars[f"saturated/{self._activations}"] = float(is_flat.float().mean())
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """What the first forward pass has shown; a checkpointed one is repeated from here on."""
+        self._looking.close()
+        for number, (activation, values) in enumerate(self._inputs, 1):
+            levels = np.percentile(values.cpu().numpy(), PERCENTILES)
+            for percentile, level in zip(PERCENTILES, levels, strict=True):
+                self._scalars[f"activation_input/{number}/p{percentile}"] = float(level)
+            if activation not in self._steepest:
+                around_0 = torch.linspace(-8, 8, 1_601, device=values.device)
+                self._steepest[activation] = float(_slope(activation, around_0).max())
+            is_flat = _slope(activation, values) <= SATURATED * self._steepest[activation]
+            self._scalars[f"saturated/{number}"] = float(is_flat.float().mean())
+        self._inputs = []
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._wants_gradients:  # asked at each step: the trainer takes longer to say which one it is
+        if not self._wants_gradients or optimizer in self._squares:
             return
-        self._wants_gradients = False
-        squares = 0.0
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self._squares[optimizer] = 0.0
         for name, module in pl_module.named_modules():
-            gradients = [p.grad for p in module.parameters(recurse=False) if p.grad is not None]
-            if gradients:
-                norm = float(get_total_norm(gradients))
-                squares += norm**2
+            of_layer = [p for p in module.parameters(recurse=False) if p in own and p.grad is not None]
+            if of_layer:
+                own -= set(of_layer)  # what is used in two layers counts in one
+                norm = float(get_total_norm([p.grad for p in of_layer if p.grad is not None]))
+                self._squares[optimizer] += norm**2
                 self._scalars[f"gradient_norm/{_short(name)}"] = norm
-        self._scalars["gradient_norm/all"] = math.sqrt(squares)
+        self._scalars["gradient_norm/all"] = math.sqrt(sum(self._squares.values()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._looking.close()
-        if not self._scalars:
+        if not self._wants_gradients:
             return
+        self._looking.close()
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars, self._looked_at)
         for writer in _writers(trainer):
@@ -163,7 +185,11 @@ class NormMonitor(pl.Callback):
             if not self._is_laid_out:
                 writer.add_custom_scalars(_layout(self._scalars))
         self._is_laid_out = True
-        self._scalars, self._histograms = {}, {}
+        self._wants_gradients = not self._squares  # those of a step that takes several batches are still to come
+        self._scalars, self._histograms, self._squares = {}, {}, {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._looking.close()  # a callback can leave out the rest of an epoch
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._looking.close()
@@ -212,7 +238,9 @@ class ClosingPictures(pl.Callback):
         if trainer.world_size > 1:
             of_all: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(of_all, worst)
-            worst = [torch.cat(values) for values in zip(*of_all, strict=True)]
+            worst = [torch.cat(values) for values in zip(*filter(None, of_all), strict=True)]
+        if not trainer.is_global_zero or not worst:
+            return
         counts: Tensor = pl_module.confusion  # type: ignore[assignment]
         names = [str(name) for name in getattr(trainer.datamodule, "classes", range(len(counts)))]  # type: ignore[attr-defined]
         pictures = {
@@ -236,7 +264,7 @@ class ClosingPictures(pl.Callback):
         low, high = images.min(), images.max()  # standardized or not
         pixels = ((images - low) / (high - low) * 255).round().to(torch.uint8)
         captions = [f"{names[guess[i]]} {probability[i]:.1%}\nis {names[truth[i]]}" for i in order]
-        return drawing.grid(pixels[order, 0], captions)
+        return drawing.grid(pixels[order].movedim(1, -1).squeeze(-1), captions)
 
 
 def _has_tensorboard(trainer: pl.Trainer) -> bool:
@@ -255,6 +283,18 @@ def _short(name: str) -> str:
 
 def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, NOT_MONITORED)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a module is given, without its gradient; None for what has no values to look at."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor) and given.is_floating_point() and given.numel():
+            return given.detach()
+    return None
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _slope(activation: nn.Module, at: Tensor) -> Tensor:
@@ -309,4 +349,9 @@ def _add_graph(writer: Any, pl_module: pl.LightningModule, images: Tensor) -> No
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # of the tracer, on what is constant in this network
         network = copy.deepcopy(getattr(pl_module, "network", pl_module)).cpu().float().eval()
-        writer.add_graph(network, torch.zeros(images.shape))
+        try:
+            writer.add_graph(network, torch.zeros(images.shape))
+            return
+        except Exception as error:  # whatever the code of a norm raises where it is traced, or finds no GPU
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    warnings.warn(f"TensorBoard gets no graph of the network, which cannot be traced: {reason}", stacklevel=2)

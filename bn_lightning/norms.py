@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.loss import _Loss
 
 from bn_lightning import article
 from bn_lightning.batchnorm import BatchNorm
@@ -104,6 +106,10 @@ def make(name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] 
     return layer
 
 
+# Their weights may be of such sizes too, where there is one input or one output.
+NO_NORMS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, _Loss, nn.PReLU)
+
+
 def is_by_channel(kept: Iterable[Tensor]) -> bool:
     """Whether these are what a norm keeps: numbers for each channel, learned or counted, and no matrix."""
     sizes = [(value.numel(), max(value.shape, default=1)) for value in kept]
@@ -119,7 +125,7 @@ def by_channel(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in kept.items():
         values = value.detach().flatten().float()
-        if len(values) < channels:  # a count of batches
+        if len(values) < channels or not value.is_floating_point():  # a count of batches
             continue
         if "mean" in name:
             found["running_mean"] = values
@@ -143,7 +149,7 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     def is_norm(module: nn.Module) -> bool:
         is_leaf = not any(True for _ in module.children())
         kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        return is_leaf and is_by_channel(kept) and not isinstance(module, nn.PReLU)
+        return is_leaf and is_by_channel(kept) and not isinstance(module, NO_NORMS)
 
     return {name: module for name, module in network.named_modules() if is_norm(module)}
 

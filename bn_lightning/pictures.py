@@ -6,8 +6,9 @@ it. It differs in three points: rows and columns are averaged and not left out, 
 that is filled by what it shows is not trimmed. So images of the data set that were resized come back as what they were.
 """
 
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
-from bn_lightning.errors import UserError
+from bn_lightning.errors import RunFailed, UserError
 
 SIDE = 28
 FILLED = 0.85  # of the longer side; what the data set's 70,000 images show fills 25 of 28 pixels or more
 CLOSE = 0.05  # of the greatest distance of two colours: the paper's "close to the color of the corner pixels"
-SUFFIXES = frozenset(Image.registered_extensions())  # of the files of a folder that are taken for pictures
+# Of what Pillow can read by itself: the first are only named by it, and EPS is a program that Ghostscript would run.
+NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
 
 
 class PictureError(UserError):
@@ -48,12 +52,13 @@ def find(given: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for name in given:
         path = Path(name)
-        if path.is_dir():
+        if name and path.is_dir():
             here = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
         elif any(sign in name for sign in "*?[") and not path.exists():  # a shell that leaves patterns alone
-            here = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+            here = [file for file in matching if file.is_file()]
         else:
-            here = [path]
+            here = [path] if name else []
         found |= dict.fromkeys(sorted(here))
     if not found:
         raise UserError(
@@ -78,8 +83,9 @@ def read(path: Path, invert: bool | None = None) -> Picture:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and odd tags; what is too large is an error
-            with Image.open(path) as file:
+            warnings.simplefilter("ignore")  # of odd tags
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=sorted(set(SUFFIXES.values()))) as file:
                 picture = _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None
@@ -88,20 +94,41 @@ def read(path: Path, invert: bool | None = None) -> Picture:
         raise PictureError(f"{path}: {reason or type(error).__name__}") from error
     colours = np.asarray(picture, dtype=np.float32)
     ground = np.median(colours[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
+    shown = np.linalg.norm(colours - ground, axis=2) > CLOSE * np.sqrt(3) * 255
+    if not shown.any():
+        raise PictureError(f"{path}: it shows nothing but one colour")
     if invert is None:
         grey = np.asarray(picture.convert("L"))
         border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
         invert = bool(border.mean() > 127)  # right for all 70,000 images of the data set, inverted or not
     if picture.size != (SIDE, SIDE):
-        picture = _trim_and_fit(picture, colours, ground, path)
+        picture = _trim_and_fit(picture, shown, ground)
     grey = np.asarray(picture.convert("L"))
     return Picture(path, torch.from_numpy(255 - grey if invert else grey.copy()), invert)
+
+
+def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Picture], int]:
+    """Those that can be read, and how many cannot, each of which is named on stderr.
+
+    Raises:
+        RunFailed: there is none that can be read.
+    """
+    found = []
+    for path in tqdm(paths, "reading", disable=None, leave=False):
+        try:
+            found.append(read(path, invert))
+        except PictureError as error:
+            tqdm.write(f"not read: {error}", file=sys.stderr)
+    if not found:
+        raise RunFailed(f"None of {len(paths)} pictures could be read; they are named above.")
+    return found, len(paths) - len(found)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16 and 32 bits of grey, which Pillow would cut off at 255
         values = np.asarray(picture, dtype=np.float64)
-        most = 65_535 if values.max() > 1 else 1
+        most = next((most for most in (1, 255, 65_535) if values.max() <= most), 65_535)
+        most = 65_535 if picture.mode.startswith("I;16") else most
         picture = Image.fromarray((values / most * 255).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -109,12 +136,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _trim_and_fit(picture: Image.Image, colours: np.ndarray, ground: np.ndarray, path: Path) -> Image.Image:
-    """Trimmed, its longer side brought to 28 pixels, sharpened, and put in the middle of 28x28 pixels of its ground."""
-    is_ground = np.linalg.norm(colours - ground, axis=2) <= CLOSE * np.sqrt(3) * 255
-    rows, columns = (~is_ground).any(1).nonzero()[0], (~is_ground).any(0).nonzero()[0]
-    if not len(rows):
-        raise PictureError(f"{path}: it shows nothing but one colour")
+def _trim_and_fit(picture: Image.Image, shown: np.ndarray, ground: np.ndarray) -> Image.Image:
+    """Trimmed to what is shown, the longer side brought to 28 pixels, sharpened, and in the middle of its ground."""
+    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
     box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
     if max(box[2] - box[0], box[3] - box[1]) < FILLED * max(picture.size):
         picture = picture.crop(box)

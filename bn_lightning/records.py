@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from bn_lightning import checkpoints
 from bn_lightning.classifier import global_size
+from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import FashionMNIST
 
 
@@ -163,9 +165,22 @@ class Records(pl.Callback):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    checkpoints.write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The result.json of a run's folder; nothing where there is none.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    path = run / "result.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} is not what a run has written: {error}. Remove it, or run the run again."
+        ) from error
 
 
 def closing_lines(result: dict[str, Any], first_norm: nn.Module) -> str:

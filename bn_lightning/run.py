@@ -20,11 +20,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from bn_lightning import averaging, checkpoints, folder, norms, pictures, records, terminal
 from bn_lightning.classifier import Classifier
@@ -244,7 +242,8 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks.append(Processes())
             if self._get(self.config_init, "monitor"):
-                callbacks += [NormMonitor(), ClosingPictures()]
+                own = {type(callback) for callback in own_callbacks}
+                callbacks += [monitor() for monitor in (NormMonitor, ClosingPictures) if monitor not in own]
         if settings["logger"] is not False and not dry:
             callbacks.append(LearningRateMonitor("step"))
         by_default = settings["logger"] in (None, True)
@@ -255,7 +254,7 @@ class CLI(LightningCLI):
         if shows_progress is None:
             shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
         kwargs["enable_progress_bar"] = shows_progress
-        if shows_progress and not any(isinstance(own, LightningProgressBar) for own in own_callbacks):
+        if shows_progress and not any(isinstance(own, ProgressBar) for own in own_callbacks):
             callbacks.append(terminal.ProgressBar())
         if settings["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # `fit` says the number of parameters
@@ -332,7 +331,9 @@ class CLI(LightningCLI):
             self._held = RunFolder(self.folder or folder.new_folder(parent), self.goes_on)
             self.folder = self._held.path
             if self.goes_on:
-                self._held.note_changes(yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False)))
+                parser = self._parser("fit")
+                both = (parser.dump(values, skip_unset=False) for values in (settings, parser.get_defaults()))
+                self._held.note_changes(*map(yaml.safe_load, both))
             else:
                 self._parser("fit").save(settings, self.folder / "config.yaml", skip_unset=False)
         except OSError as error:
@@ -472,36 +473,28 @@ class CLI(LightningCLI):
             raise UserError("predict gives the images in their order, in one process: --trainer.devices 1")
         images, invert = self._given
         kwargs, unread = self._from_checkpoint(kwargs), 0
+        answers: Any
         if images is None:
-            answers: Any = self.trainer.predict(**kwargs)
+            answers = self.trainer.predict(**kwargs)
             pixels, truth = self.datamodule.images.test_images, self.datamodule.images.test_labels
             about = [{"image": index, "truth": CLASSES[label]} for index, label in enumerate(truth.tolist())]
         else:
-            read, unread = self._read_pictures(pictures.find(images), invert)
+            read, unread = pictures.read_all(pictures.find(images), invert)
             pixels = torch.stack([picture.pixels for picture in read])
             about = [{"image": str(p.path), "inverted": "yes" if p.inverted else "no"} for p in read]
             del kwargs["datamodule"]
             answers = self.trainer.predict(**kwargs, dataloaders=self.datamodule.batches_of(pixels))
-        predictions = Predictions(about, pixels, torch.cat(answers), CLASSES)
+        if not answers:
+            raise UserError("There is no image to predict: leave out --trainer.limit_predict_batches 0")
+        probabilities = torch.cat(answers)
+        asked = len(probabilities)  # fewer than there are with --trainer.limit_predict_batches
+        predictions = Predictions(about[:asked], pixels[:asked], probabilities, CLASSES)
         settings = self.config.predict
         predictions.print(settings.format)
         if settings.grid is not None:
             predictions.draw(Path(settings.grid))
         if unread:
-            raise RunFailed(f"{unread} of {unread + len(about)} pictures could not be read; they are named above.")
-
-    @staticmethod
-    def _read_pictures(paths: Sequence[Path], invert: bool | None) -> tuple[list[pictures.Picture], int]:
-        """Those that can be read, and how many cannot, each of which is named."""
-        read = []
-        for path in tqdm(paths, "reading", disable=None, leave=False):
-            try:
-                read.append(pictures.read(path, invert))
-            except pictures.PictureError as error:
-                tqdm.write(f"not read: {error}", file=sys.stderr)
-        if not read:
-            raise RunFailed(f"None of {len(paths)} pictures could be read; they are named above.")
-        return read, len(paths) - len(read)
+            raise RunFailed(f"{unread} of {unread + len(read)} pictures could not be read; they are named above.")
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # What was loaded for its settings, and not the address that was typed: that could give another file now.

@@ -20,36 +20,51 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=10)  # each refresh takes some hundredths of a step
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self._first: int | None = None  # batch of this epoch in this process; a resumed one is within it
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first is None:
+            self._first = batch_idx
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        shown = {"loss": metrics.get("train_loss", "")}
+        metrics = {n: v for n, v in super().get_metrics(trainer, pl_module).items() if n not in ("v_num", "train_acc")}
+        shown = {"loss": metrics.pop("train_loss", "")}
         counted = getattr(pl_module, "train_acc", None)
         if counted is not None and trainer.training:
             # By hand: compute() would ask the other processes, and they would not answer.
             shown["acc"] = f"{float(counted.tp.sum() / (counted.tp + counted.fn).sum().clamp(min=1)):.3f}"
-        if "val_acc" in metrics:
-            shown["val_acc"] = f"{metrics['val_acc']:.3f}"
         bar = self.train_progress_bar.format_dict
         size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if size and bar["elapsed"]:
-            shown["images/s"] = f"{bar['n'] * size / bar['elapsed']:,.0f}"
-        return shown
+            shown["images/s"] = f"{(bar['n'] - (self._first or 0)) * size / bar['elapsed']:,.0f}"
+        return shown | metrics
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table to stdout, in colours where it is a terminal that has them and NO_COLOR is not set.
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table to stdout, with a bold header where it is a terminal that has it and NO_COLOR is not set.
 
-    The first column is text, the others are numbers where their cells begin with a digit.
+    Columns of numbers are aligned to the right. Where the terminal is too narrow, the first column is folded.
     """
     rows = [list(map(str, row)) for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         are_numbers = all(row[number][:1].isdigit() or row[number][:1] in ("-", "") for row in rows)
-        table.add_column(column, justify="right" if number and are_numbers else "left", no_wrap=True)
+        if number:
+            table.add_column(column, justify="right" if are_numbers else "left", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # What is no terminal has no width of its own, and paths are longer than 80 characters.
-    Console(width=None if sys.stdout.isatty() else 500, highlight=False).print(table)
+    # What is no terminal has no width of its own, and paths are longer than 80 characters; they may have brackets.
+    width = None if sys.stdout.isatty() else 500
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as printed:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 
 
 def print_classes(confusion: Tensor, names: Sequence[str]) -> None:

@@ -319,6 +319,11 @@ def test_a_file_that_does_not_do_the_same_is_not_written(main, tmp_path, older, 
     assert [path.read_bytes() for path in out.parent.iterdir()] == ([older] if older else [])
 
 
+@pytest.mark.parametrize("given", ["/home/somebody/best.ckpt", "https://user:password@host/best.ckpt?Signature=x"])
+def test_the_file_does_not_say_where_the_checkpoint_lay(given):
+    assert export._about(given, "best.ckpt", {})["checkpoint"] == "best.ckpt"
+
+
 def test_a_disk_that_is_full(main, tmp_path):
     resource = pytest.importorskip("resource")
     ckpt, out = checkpoint(tmp_path / "some.ckpt"), tmp_path / "out" / "model.pt2"

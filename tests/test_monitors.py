@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
-from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor, norms
+from bn_lightning import BatchNorm, Classifier, ClosingPictures, FashionMNIST, NormMonitor, UserError, norms
 from bn_lightning.fashion_mnist import CLASSES
 
 from .conftest import QUICK, assert_same_weights
@@ -230,9 +230,144 @@ def test_layers_are_found_whatever_their_class(norm):
 
 
 def test_no_layer_without_statistics_of_channels_is_taken_for_a_norm():
-    network = nn.Sequential(nn.Conv2d(1, 6, 5), nn.PReLU(6), nn.Linear(4, 4, bias=False), nn.Embedding(5, 3), nn.GELU())
-    assert norms.layers(network) == {}
+    others = (nn.Conv2d(1, 6, 5), nn.PReLU(6), nn.Linear(4, 4, bias=False), nn.Embedding(5, 3), nn.GELU())
+    with_one = (nn.Linear(4, 1), nn.Linear(1, 4), nn.Conv1d(1, 1, 3), nn.Embedding(1, 3), nn.BCELoss(torch.ones(3)))
+    assert norms.layers(nn.Sequential(*others, *with_one)) == {}
     assert list(norms.layers(nn.Sequential(nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True)))) == ["0", "1"]
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm2d])
+def test_one_channel(norm):
+    layer = norm(1)
+    layer(torch.randn(5, 1, 3, 3))
+    assert norms.by_channel(layer.state_dict())["gamma"] == 1  # and not the count of batches
+
+
+class Own(Classifier):
+    """Its forward pass by what is given: a function of the network and the images."""
+
+    def __init__(self, forward, network, **settings):
+        super().__init__(norm="builtin", **settings)
+        self.network, self.pass_on = network, forward
+
+    def forward(self, images):
+        return self.pass_on(self.network, images)
+
+
+def small(*more):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10), nn.Sigmoid(), *more)
+
+
+def test_a_forward_pass_that_is_repeated(tmp_path):
+    def checkpointed(network, images):
+        return torch.utils.checkpoint.checkpoint(network, images, use_reentrant=False)
+
+    kept = watch(tmp_path, Own(checkpointed, small()), steps=2)
+    assert {name for name, _ in kept if name.startswith("saturated")} == {"saturated/1"}
+
+
+def test_an_optimizer_that_asks_several_times(tmp_path):
+    kept = watch(tmp_path, Own(lambda network, images: network(images), small(), optimizer="LBFGS", lr=0.1), steps=1)
+    assert {name for name, _ in kept if name.startswith("saturated")} == {"saturated/1"}
+
+
+def test_a_norm_that_is_called_twice_in_a_step_is_looked_at_once(tmp_path):
+    def twice(network, images):
+        return network(images) + network(images + 1)
+
+    kept = watch(tmp_path, Own(twice, small()), steps=1)
+    assert kept["channel_0/2/running_mean", 0] == 0  # as it was before the first call
+    assert {name for name, _ in kept if name.startswith("saturated")} == {"saturated/1", "saturated/2"}
+
+
+def test_what_is_given_by_keyword_or_is_empty(tmp_path):
+    def odd(network, images):
+        assert network[3](torch.empty(0)).numel() == 0
+        return network[3](input=network[2](input=network[1](network[0](images))))
+
+    kept = watch(tmp_path, Own(odd, small()), steps=1)
+    assert "channel_0/2/batch_mean" in {name for name, _ in kept}
+    assert {name for name, _ in kept if name.startswith("saturated")} == {"saturated/1"}
+
+
+def test_several_optimizers_and_weights_that_are_shared(tmp_path):
+    class Two(Classifier):
+        def __init__(self):
+            super().__init__(norm="none")
+            self.automatic_optimization = False
+            self.tied = nn.Linear(84, 10)
+            self.tied.weight = self.network.fc3.weight
+
+        def configure_optimizers(self):
+            first, second = list(self.network.conv1.parameters()), list(self.network.fc3.parameters())
+            return torch.optim.SGD(first, 0.1), torch.optim.SGD(second, 0.1)
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    kept = watch(tmp_path, Two(), steps=2)
+    layers = {name: value for (name, step), value in kept.items() if step == 0 and name.startswith("gradient_norm/")}
+    assert set(layers) == {"gradient_norm/conv1", "gradient_norm/fc3", "gradient_norm/all"}
+    whole = layers.pop("gradient_norm/all")
+    assert whole == pytest.approx(math.hypot(*layers.values()), rel=1e-6)
+
+
+def test_one_monitor_in_two_fits(tmp_path):
+    monitor, found = NormMonitor(1), []
+    for number in range(2):
+        logger = TensorBoardLogger(tmp_path, version=str(number))
+        pl.Trainer(max_steps=2, logger=logger, callbacks=[monitor], limit_val_batches=0, **QUIET).fit(
+            Classifier(), FashionMNIST("sample")
+        )
+        events = curves(logger.log_dir)
+        assert events.Tensors("custom_scalars__config__")
+        found.append([tag for tag in events.Tags()["scalars"] if tag != "steps_per_second"])
+    assert found[0] == found[1]
+
+
+def test_an_epoch_that_is_left_out_leaves_no_hooks(tmp_path):
+    class Skips(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1
+
+    model = Skips()
+    trainer = pl.Trainer(max_epochs=1, callbacks=[NormMonitor(1)], logger=Kept(tmp_path), limit_val_batches=0, **QUIET)
+    trainer.fit(model, FashionMNIST("sample"))
+    assert number_of_hooks(model) == 0
+    assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+
+
+def test_a_number_of_steps_that_is_none():
+    with pytest.raises(UserError, match="every_n_steps is 0"):
+        NormMonitor(0)
+
+
+class Untraceable(nn.Module):
+    def __init__(self, num_features, num_dims):
+        super().__init__()
+
+    def forward(self, x):
+        if torch.jit.is_tracing():
+            raise RuntimeError("not in a trace")
+        return x
+
+
+def test_a_network_that_cannot_be_traced_ends_its_run_all_the_same(main, tmp_path):
+    with pytest.warns(UserWarning, match="no graph of the network, which cannot be traced: RuntimeError: not in a"):
+        code, out, _ = main("fit", *QUICK, "--model.norm", f"{__name__}.Untraceable", "--trainer.max_epochs", 1)
+    assert code == 0
+    assert "test acc" in out and (tmp_path / "runs/lenet/0/result.json").exists()
+
+
+def test_a_monitor_of_the_users_own_is_the_only_one(main, tmp_path):
+    own = ("--trainer.callbacks+=bn_lightning.NormMonitor", "--trainer.callbacks.every_n_steps", 10)
+    code, _, err = main("fit", *QUICK, *own)
+    assert code == 0, err
+    steps = [event.step for event in curves(tmp_path / "runs/lenet/0").Scalars("saturated/1")]
+    assert steps == [0, 10, 20, 30, 40]
 
 
 def test_nothing_is_changed_by_looking(main, tmp_path):

@@ -126,6 +126,20 @@ def test_transparent_is_white(tmp_path):
     assert picture.inverted and picture.pixels.float().mean() > 100
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)])
+def test_values_of_32_bits_are_taken_by_their_range(tmp_path, dtype, most):
+    values = TEST[0].numpy().astype("float64") / 255 * most
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
+    assert torch.equal(pictures.read(tmp_path / "a.tif").pixels, TEST[0])
+
+
+@pytest.mark.parametrize("size", [(28, 28), (60, 40)])
+def test_one_colour_shows_nothing(tmp_path, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
+    with pytest.raises(pictures.PictureError, match="nothing but one colour"):
+        pictures.read(tmp_path / "a.png")
+
+
 def broken_files(folder):
     """Twenty files that are no whole pictures, by name."""
     whole = folder / "whole.png"
@@ -187,6 +201,12 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         path.write_bytes(b"")
     found = [path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])]
     assert found == ["in/d.txt", "in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg"]
+    (tmp_path / "in/report.pdf").write_bytes(b"")  # Pillow writes them, and reads none
+    (tmp_path / "in/folder.txt").mkdir()
+    found = [path.as_posix() for path in pictures.find(["in/", "in/*.txt"])]
+    assert found == ["in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg", "in/d.txt"]
+    with pytest.raises(pictures.UserError, match="There is no picture"):
+        pictures.find([""])
     assert pictures.find([f"{tmp_path}/in/*.png"]) == [tmp_path / "in/[1].png", tmp_path / "in/b.png"]
     with pytest.raises(pictures.UserError, match=r"There is no picture in in/\*.gif"):
         pictures.find(["in/*.gif"])

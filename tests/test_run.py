@@ -79,6 +79,15 @@ def test_predict(trained, main):
     assert " ".join(out.splitlines()[0].split()) == "image truth class probability runner up runner up probability"
 
 
+def test_predict_only_some_images(main, trained):
+    given = ("predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--format", "csv")
+    for flags, rows in ((("--trainer.limit_predict_batches", 1), 256), (("--trainer.fast_dev_run", "true"), 256)):
+        code, out, err = main(*given, *flags)
+        assert (code, len(out.splitlines())) == (0, rows + 1), err
+    code, _, err = main(*given, "--trainer.limit_predict_batches", 0)
+    assert code == 2 and "There is no image to predict" in err
+
+
 def test_predict_draws_its_answers(main, trained, tmp_path):
     given = ("predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--format", "csv")
     code, _, err = main(*given, "--grid", "grid.jpg")
@@ -93,8 +102,9 @@ def test_predict_draws_its_answers(main, trained, tmp_path):
     assert "xml" in err and "csv" in err
 
 
-def test_what_reads_may_stop_reading(trained, tmp_path):
-    given = [sys.executable, "-m", "bn_lightning", "predict", "--format", "csv"]
+@pytest.mark.parametrize("form", ["csv", "table"])
+def test_what_reads_may_stop_reading(trained, tmp_path, form):
+    given = [sys.executable, "-m", "bn_lightning", "predict", "--format", form]
     given += ["--ckpt_path", trained[0] / "checkpoints" / "best.ckpt"]
     with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         process.stdout.close()

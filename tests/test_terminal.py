@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from PIL import Image
+
+from bn_lightning import sources, terminal
 
 from .conftest import QUICK, on_cpu
 
@@ -40,9 +42,9 @@ def at_a_terminal(*arguments, cwd, **environment):
 def test_progress_with_loss_accuracy_and_speed(tmp_path):
     code, seen = at_a_terminal("fit", *QUICK, cwd=tmp_path)
     assert code == 0
-    bars = re.findall(r"Epoch 1:.*?\d+/22 .*?loss=([\d.]+), acc=([\d.]+), val_acc=([\d.]+), images/s=([\d,]+)", seen)
+    bars = re.findall(r"Epoch 1:.*?\d+/22 .*?loss=([\d.]+), acc=([\d.]+), images/s=([\d,]+), val_acc=([\d.]+)", seen)
     assert bars
-    loss, acc, val_acc, speed = (float(value.replace(",", "")) for value in bars[-1])
+    loss, acc, speed, val_acc = (float(value.replace(",", "")) for value in bars[-1])
     assert 0 < loss < 3 and 0.1 < acc <= 1 and 0.1 < val_acc <= 1 and speed > 100
     assert "v_num" not in seen
     assert len(re.findall(r"epoch  [12]/2  train loss", seen)) == 2
@@ -65,4 +67,20 @@ def test_quiet_where_the_output_is_no_terminal(trained):
     assert "\x1b" not in printed and "\r" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("epoch ")]) == 2
     assert len(printed.splitlines()) < 30
-    assert torch.get_num_threads() >= 1
+
+
+def test_names_are_printed_as_they_are(capsys):
+    names = ["shoe[draft].png", ":smile:.png", "a[/b]c.png", "x" * 300]
+    terminal.print_table(("image", "class"), [[name, "Bag"] for name in names])
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows] == [[name, "Bag"] for name in names]
+
+
+def test_a_long_name_leaves_room_for_the_answer(trained, tmp_path):
+    name = "a-very-long-name-of-a-picture-" * 6 + ".png"
+    Image.fromarray(sources.load("sample").test_images[0].numpy()).save(tmp_path / name)
+    given = ("--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--data.images", name)
+    code, seen = at_a_terminal("predict", *given, cwd=tmp_path)
+    assert code == 0
+    seen = re.sub(r"\x1b\[[\d;]*m", "", seen)
+    assert re.search(r" no +(\S+( boot)?) +0\.\d{3} ", seen), seen
