@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,22 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
         checkpoint = torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path!r} is a folder. The checkpoint that a run has kept: {Path(path, 'checkpoints', 'best.ckpt')}"
+        ) from None
     except Exception as error:  # torch.load has no exception of its own, and what it raises hangs on the file's bytes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Of torch's own words only what it found, and not its advice to load the file without this care.
+        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+        reason = found[1] if found else type(error).__name__
         raise UserError(
             f"{path!r} is not a checkpoint that can be loaded safely, and nothing in it was executed.\n    {reason}\n"
             "Give a file that fit wrote: runs/NAME/N/checkpoints/last.ckpt"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    for name in ("state_dict", "hyper_parameters"):
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
+            raise UserError(f"{path!r} holds no run: its {name!r} is no dict. Give a file that fit wrote.")
+    if "state_dict" not in checkpoint:
         raise UserError(f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote.")
     return str(local), checkpoint
 

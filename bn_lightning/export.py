@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import json
+import logging
 import statistics
 import sys
 import time
@@ -173,8 +174,8 @@ def export(
     _compare("The folded network", _logits(served, images.test_images), expected)
     test_acc = float((expected.argmax(1) == images.test_labels).double().mean())
     about = _about(ckpt_path, local, checkpoint) | {"test_acc": test_acc, "test_images": len(images.test_labels)}
-    content = _content(out.suffix, served, about)
-    written = _logits(_run_of(content, out.suffix), images.test_images)
+    content = _content(out.suffix.lower(), served, about)
+    written = _logits(_run_of(content, out.suffix.lower()), images.test_images)
     difference, changed = _compare(f"The file for {out}", written, expected)
     try:
         checkpoints.write_whole(out, content)
@@ -185,11 +186,11 @@ def export(
 
 
 def _refuse_what_cannot_be_written(out: Path) -> None:
-    if out.suffix not in (".onnx", ".pt2"):
+    if out.suffix.lower() not in (".onnx", ".pt2"):
         raise UserError(f"{str(out)!r} is to be a file of another kind than .onnx (ONNX) and .pt2 (torch.export).")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {str(out.parent)!r} to write {out.name} into.")
-    if out.suffix == ".onnx":
+    if out.suffix.lower() == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _of_extra(package)
 
@@ -262,7 +263,6 @@ def _about(ckpt_path: str, local: str, checkpoint: dict[str, Any]) -> dict[str, 
         "producer": f"bn_lightning {__version__}",
         "torch": str(torch.__version__),
         "checkpoint": "/".join(kept),
-        "epoch": checkpoint.get("epoch"),
         "global_step": step,
         "norm": checkpoint.get("hyper_parameters", {}).get("norm"),
         "seed": checkpoint.get("datamodule_hyper_parameters", {}).get("seed"),
@@ -285,6 +285,7 @@ def _content(suffix: str, served: Served, about: dict[str, Any]) -> bytes:
             stream = io.BytesIO()
             torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(about)})
             return stream.getvalue()
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which this network has no use for
         exported = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
         )
@@ -305,7 +306,7 @@ def _content(suffix: str, served: Served, about: dict[str, Any]) -> bytes:
 
 def open_file(path: Path) -> Run:
     """What an exported file computes, on the CPU, on as many threads as torch has."""
-    return _run_of(path.read_bytes(), path.suffix)
+    return _run_of(path.read_bytes(), path.suffix.lower())
 
 
 def _run_of(content: bytes, suffix: str) -> Run:
@@ -361,7 +362,7 @@ def main() -> None:
     print(
         f"{done.parameters:,} parameters, of {before:,}\n"
         f"{len(done.images.test_labels):,} test images ({done.images.source}): logits differ by at most "
-        f"{done.difference:.1e}, and {done.changed} classes; test acc {done.test_acc:.4f}\n"
+        f"{done.difference:.1e}, the class of {done.changed} images; test acc {done.test_acc:.4f}\n"
         f"{out}: {out.stat().st_size:,} bytes, of a checkpoint of {done.ckpt.stat().st_size:,}"
     )
     sides: dict[str, Run] = {"eager": done.eager, out.name: open_file(out)}

@@ -19,7 +19,7 @@ SHOWN = 6  # channels of a norm; the article's first layer has as many
 def describe(path: str) -> dict[str, Any]:
     """What the checkpoint at `path` is, as plain data.
 
-    Keys: `checkpoint`, its `bytes`, when it was `written`; `epoch`, the finished ones, and `step`; `parameters`, and by
+    Keys: `checkpoint`, its `bytes`, when it was `written`; `step`, None if unknown; `parameters`, and by
     layer its `layers`: their number and the shape of each; `norms`: gamma, beta and running statistics of each, by
     channel; `settings`, by their flags; `data`: the source of the images and their sha256; `epochs` and `validations`:
     the figures of each; `versions`, and where it was trained.
@@ -41,7 +41,6 @@ def describe(path: str) -> dict[str, Any]:
         "checkpoint": path,
         "bytes": file.st_size,
         "written": datetime.fromtimestamp(file.st_mtime).isoformat(sep=" ", timespec="seconds"),
-        "epoch": checkpoint.get("epoch"),
         "step": checkpoint.get("global_step"),
         "parameters": sum(_learned(values) for values in layers.values()),
         "layers": {
@@ -77,14 +76,17 @@ def _print(found: dict[str, Any]) -> None:
         for name, layer in found["layers"].items()
     ]
     print()
-    print_table(("layer", "parameters", "shapes"), lines)
+    print_table(("layer", "parameters", "shapes"), lines, folds=2)
     if found["norms"]:
         kept = [[n, what, _channels(values)] for n, all_of in found["norms"].items() for what, values in all_of.items()]
         print()
-        print_table(("norm", "keeps", "by channel"), kept)
+        print_table(("norm", "keeps", "by channel"), kept, folds=2)
     print()
-    for number, figures in list(enumerate(found["epochs"], 1))[-1:]:
-        print(f"epoch {number}: train loss {figures['train_loss']:.3f}, train acc {figures['train_acc']:.3f}")
+    if found["epochs"]:
+        last = found["epochs"][-1]
+        print(
+            f"epoch {len(found['epochs'])}, finished: train loss {last['train_loss']:.3f}, acc {last['train_acc']:.3f}"
+        )
     if found["validations"]:
         last, best = found["validations"][-1], max(found["validations"], key=lambda figures: figures["val_acc"])
         print(f"validation after step {last['step']:,}: loss {last['val_loss']:.3f}, acc {last['val_acc']:.3f}")
@@ -94,7 +96,7 @@ def _print(found: dict[str, Any]) -> None:
     about += [[f"sha256 {name}", digest] for name, digest in found["data"].get("sha256", {}).items()]
     about += [[name, str(value)] for name, value in found["versions"].items()]
     print()
-    print_table(("setting", "value"), about)
+    print_table(("setting", "value"), about, folds=1)
 
 
 def _channels(values: list[float]) -> str:
@@ -126,10 +128,10 @@ def main() -> None:
         result = records.read_result(run)
     found = describe(path)
     if args.json:
-        print(json.dumps(found | {"result": result} if args.run else found, indent=2))
+        print(records.to_json(found | {"result": result} if args.run else found))
         return
     _print(found)
     if result:
         print()
         rows = [[name, str(value)] for name, value in result.items() if not name.startswith("sha256")]  # said already
-        print_table(("result of the run", "value"), rows)
+        print_table(("result of the run", "value"), rows, folds=1)

@@ -198,8 +198,8 @@ class NormMonitor(pl.Callback):
 class ClosingPictures(pl.Callback):
     """At the end of a test: the confusion matrix, the most confident mistakes, the first layer's filters, the graph.
 
-    For TensorBoard, under Images and Graphs. It wants of the module what `Classifier` has: a `test_step` that returns
-    the logits, and after the test the counts `confusion`.
+    For TensorBoard, under Images and Graphs. It goes by the logits that `test_step` returns, and shows nothing where it
+    returns none; the matrix is that of the module's counts `confusion` after the test, as `Classifier` has them.
 
     Args:
         mistakes: how many of the images that were taken for another class with the highest probability.
@@ -220,7 +220,7 @@ class ClosingPictures(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not _has_tensorboard(trainer):
+        if not _has_tensorboard(trainer) or not isinstance(outputs, Tensor):
             return
         images, truth = batch
         probability, guess = outputs.float().softmax(1).max(1)
@@ -241,10 +241,11 @@ class ClosingPictures(pl.Callback):
             worst = [torch.cat(values) for values in zip(*filter(None, of_all), strict=True)]
         if not trainer.is_global_zero or not worst:
             return
-        counts: Tensor = pl_module.confusion  # type: ignore[assignment]
-        names = [str(name) for name in getattr(trainer.datamodule, "classes", range(len(counts)))]  # type: ignore[attr-defined]
+        counts = getattr(pl_module, "confusion", None)
+        classes = getattr(trainer.datamodule, "classes", range(1_000))  # type: ignore[attr-defined]
+        names = [str(name) for name in classes]
         pictures = {
-            "confusion_matrix": drawing.confusion(counts, names),
+            "confusion_matrix": drawing.confusion(counts, names[: len(counts)]) if counts is not None else None,
             "most_confident_mistakes": self._draw_mistakes(worst, names),
         }
         convolution = next((p for p in pl_module.parameters() if p.dim() == 4), None)

@@ -68,6 +68,9 @@ def find(name: str) -> Callable[..., nn.Module]:
     Raises:
         UserError: no such name, or something that cannot be called as `norm(num_features=..., num_dims=...)`.
     """
+    if not isinstance(name, str):  # a checkpoint keeps names, and no code
+        given = f"{getattr(name, '__module__', '?')}.{getattr(name, '__qualname__', '?')}"
+        raise UserError(f"A norm is given by its name, as text: norm={given!r}")
     if name in NORMS:
         return NORMS[name]
     module_name, _, attribute = name.rpartition(".")

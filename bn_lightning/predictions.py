@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from bn_lightning import drawing
-from bn_lightning.errors import RunFailed
+from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.terminal import print_table
 
 FORMATS = ("table", "csv", "json")
@@ -54,13 +55,18 @@ class Predictions:
         rows = self.rows()
         if form == "json":
             print(json.dumps(rows, indent=2))
-        elif form == "csv":
+            return
+        rows = [
+            {n: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for n, v in row.items()} for row in rows
+        ]
+        if form == "csv":
             writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         else:
             cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-            print_table([name.replace("_", " ") for name in rows[0]], cells)
+            short = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
+            print_table([short.get(name, name) for name in rows[0]], cells)
 
     def draw(self, path: Path) -> None:
         """Write a picture with the first `MOST_DRAWN` images and their answers.
@@ -76,7 +82,19 @@ class Predictions:
         ]
         try:
             drawing.grid(self.pixels[: len(rows)], captions).save(path)
-        except (OSError, ValueError) as error:  # ValueError: of a suffix that no format has
-            raise RunFailed(f"The picture {str(path)!r} cannot be written: {error}. --grid answers.png") from error
+        except OSError as error:
+            raise RunFailed(f"The picture {str(path)!r} cannot be written: {error.strerror or error}.") from error
         if len(rows) < len(self.about):
             print(f"{path} has the first {len(rows)} of {len(self.about):,} images", file=sys.stderr)
+
+
+def refuse_place(path: Path) -> None:
+    """Refuse a place where `Predictions.draw` could not write, before anything is asked of a network.
+
+    Raises:
+        UserError: the folder is not there, or the name ends as no picture does.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"There is no folder {str(path.parent)!r} for --grid {path}")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--grid {path} names no kind of picture: --grid {path.with_suffix('.png')}")

@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, TensorBoard's events, result.json, and the lines at the terminal."""
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -163,9 +164,22 @@ class Records(pl.Callback):
         }
 
 
+def to_json(content: Any) -> str:
+    """As JSON, which has no word for NaN and infinity: they become null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(content), indent=2)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""
-    checkpoints.write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    checkpoints.write_whole(path, f"{to_json(content)}\n".encode())
 
 
 def read_result(run: Path) -> dict[str, Any]:

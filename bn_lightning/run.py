@@ -24,13 +24,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning import averaging, checkpoints, folder, norms, pictures, records, terminal
+from bn_lightning import averaging, checkpoints, folder, norms, pictures, predictions, records, terminal
 from bn_lightning.classifier import Classifier
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.fashion_mnist import CLASSES, FashionMNIST
 from bn_lightning.folder import RunFolder
 from bn_lightning.monitors import ClosingPictures, NormMonitor
-from bn_lightning.predictions import FORMATS, Predictions
 from bn_lightning.processes import Processes
 from bn_lightning.resume import ExactResume
 from bn_lightning.stopping import Stopped
@@ -134,7 +133,7 @@ class CLI(LightningCLI):
             default=None,
             help="Whether dark and bright change places in them; null does so where the border is bright.",
         )
-        predict.add_argument("--format", type=Literal[FORMATS], default="table", help="What is printed.")
+        predict.add_argument("--format", type=Literal[predictions.FORMATS], default="table", help="What is printed.")
         predict.add_argument("--grid", type=str | None, default=None, help="A file for a picture of the answers.")
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
@@ -363,7 +362,7 @@ class CLI(LightningCLI):
             f"LeNet, norm {self.model.hparams['norm']}, {parameters:,} parameters, "
             f"on {self.trainer.strategy.root_device}, precision {self.trainer.precision}, seed {data.seed}\n"
             f"Fashion-MNIST from {images.place} ({images.source}), validated on {validation}\n"
-            f"run folder {self.folder}; watch it with: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
+            f"run folder {self.folder}" + self._where_to_look("watch")
         )
         if self._held is not None and self.goes_on:
             self._print(f"goes on after step {self._goes_on_at:,}, from {self.ckpt_path}")
@@ -394,7 +393,7 @@ class CLI(LightningCLI):
                 raise
         except BaseException as error:
             self._leave_nothing()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # who reads has seen enough
                 said = f"The run in {self.folder} cannot go on: {error}.\nWhen the cause is mended"
             elif isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class of their own
                 reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
@@ -422,6 +421,10 @@ class CLI(LightningCLI):
         if self.folder is not None:
             self._finish(result)
 
+    def _where_to_look(self, how: str) -> str:
+        root = self.config.fit.trainer.default_root_dir
+        return f"; {how} it with: tensorboard --logdir {root}" if self._wants_tensorboard else ""
+
     def _kept_checkpoint(self) -> str | None:
         if self.best is not None and self.best.best_model_path:
             return self.best.best_model_path
@@ -448,8 +451,7 @@ class CLI(LightningCLI):
         self._print(records.closing_lines(result, self.model.network.norm1))
         self._print("")
         self._print_classes()
-        root = self.config.fit.trainer.default_root_dir
-        self._print(f"\nall of it is in {self.folder}; look at it with: tensorboard --logdir {root}")
+        self._print(f"\nall of it is in {self.folder}" + self._where_to_look("look at"))
 
     def validate(self, **kwargs: Any) -> None:
         self._print_figures(self.trainer.validate(**self._from_checkpoint(kwargs), verbose=False))
@@ -472,6 +474,9 @@ class CLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UserError("predict gives the images in their order, in one process: --trainer.devices 1")
         images, invert = self._given
+        settings = self.config.predict
+        if settings.grid is not None:
+            predictions.refuse_place(Path(settings.grid))
         kwargs, unread = self._from_checkpoint(kwargs), 0
         answers: Any
         if images is None:
@@ -481,18 +486,17 @@ class CLI(LightningCLI):
         else:
             read, unread = pictures.read_all(pictures.find(images), invert)
             pixels = torch.stack([picture.pixels for picture in read])
-            about = [{"image": str(p.path), "inverted": "yes" if p.inverted else "no"} for p in read]
+            about = [{"image": str(p.path), "inverted": p.inverted} for p in read]
             del kwargs["datamodule"]
             answers = self.trainer.predict(**kwargs, dataloaders=self.datamodule.batches_of(pixels))
         if not answers:
             raise UserError("There is no image to predict: leave out --trainer.limit_predict_batches 0")
         probabilities = torch.cat(answers)
         asked = len(probabilities)  # fewer than there are with --trainer.limit_predict_batches
-        predictions = Predictions(about[:asked], pixels[:asked], probabilities, CLASSES)
-        settings = self.config.predict
-        predictions.print(settings.format)
+        answered = predictions.Predictions(about[:asked], pixels[:asked], probabilities, CLASSES)
+        answered.print(settings.format)
         if settings.grid is not None:
-            predictions.draw(Path(settings.grid))
+            answered.draw(Path(settings.grid))
         if unread:
             raise RunFailed(f"{unread} of {unread + len(read)} pictures could not be read; they are named above.")
 

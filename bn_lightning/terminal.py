@@ -17,11 +17,14 @@ class ProgressBar(TQDMProgressBar):
     For a module that counts its train accuracy in a torchmetrics `train_acc`, as `Classifier` does.
     """
 
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # images/s stand for it/s
+
     def __init__(self) -> None:
         super().__init__(refresh_rate=10)  # each refresh takes some hundredths of a step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}")  # as the line at its end counts
         self._first: int | None = None  # batch of this epoch in this process; a resumed one is within it
 
     def on_train_batch_start(
@@ -44,19 +47,17 @@ class ProgressBar(TQDMProgressBar):
         return shown | metrics
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0) -> None:
     """Print a table to stdout, with a bold header where it is a terminal that has it and NO_COLOR is not set.
 
-    Columns of numbers are aligned to the right. Where the terminal is too narrow, the first column is folded.
+    Columns of numbers are aligned to the right. Where the terminal is too narrow, the column `folds` is folded.
     """
     rows = [list(map(str, row)) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        are_numbers = all(row[number][:1].isdigit() or row[number][:1] in ("-", "") for row in rows)
-        if number:
-            table.add_column(column, justify="right" if are_numbers else "left", no_wrap=True)
-        else:
-            table.add_column(column, overflow="fold")
+        are_numbers = number and all(row[number][:1].isdigit() or row[number][:1] in ("-", "") for row in rows)
+        shape: dict[str, Any] = {"overflow": "fold"} if number == folds else {"no_wrap": True}
+        table.add_column(column, justify="right" if are_numbers else "left", **shape)
     for row in rows:
         table.add_row(*row)
     # What is no terminal has no width of its own, and paths are longer than 80 characters; they may have brackets.

@@ -153,7 +153,7 @@ def test_a_trained_network(main, trained, tmp_path, suffix):
     assert (code, error) == (0, "")
     assert printed.splitlines()[:4] == FOLDED
     assert "44,426 parameters, of 44,878" in printed
-    assert f"{ALL}: logits differ by at most" in printed and "and 0 classes" in printed
+    assert f"{ALL}: logits differ by at most" in printed and "the class of 0 images" in printed
     assert f"{out.stat().st_size:,} bytes, of a checkpoint of {ckpt.stat().st_size:,}" in printed
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert_gives_what_the_checkpoint_does(out, ckpt)
@@ -295,7 +295,7 @@ def test_what_the_file_says_of_itself(trained, tmp_path, suffix):
     assert about["checkpoint"] == "lenet/0/checkpoints/best.ckpt"
     assert (about["norm"], about["seed"], about["data_source"]) == ("custom", 0, "sample")
     assert about["data_sha256"][sources.TEST_IMAGES] == sources.SAMPLED[2].sha256
-    assert about["epoch"] in (0, 1) and about["global_step"] in (22, 44)
+    assert about["global_step"] in (22, 44)
     assert about["val_acc"] == result["val_acc"] and about.get("commit") == result.get("commit")
     assert (about["test_acc"], about["test_images"]) == (done.test_acc, len(done.images.test_labels))
     assert about["test_acc"] == pytest.approx(result["test_acc"])

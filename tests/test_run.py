@@ -17,7 +17,7 @@ import torch
 from bn_lightning import sources, terminal
 from bn_lightning.fashion_mnist import CLASSES
 
-from .conftest import QUICK, assert_same_weights, command, weights
+from .conftest import QUICK, assert_same_weights, command, on_cpu, weights
 
 
 def result(folder):
@@ -76,7 +76,7 @@ def test_predict(trained, main):
     assert [{name: str(value) for name, value in row.items()} for row in json.loads(out)] == rows
     code, out, _ = main(*given)
     assert len(out.splitlines()) == 1_001
-    assert " ".join(out.splitlines()[0].split()) == "image truth class probability runner up runner up probability"
+    assert " ".join(out.splitlines()[0].split()) == "image truth class p runner-up p"
 
 
 def test_predict_only_some_images(main, trained):
@@ -93,10 +93,10 @@ def test_predict_draws_its_answers(main, trained, tmp_path):
     code, _, err = main(*given, "--grid", "grid.jpg")
     assert (code, err) == (0, "grid.jpg has the first 400 of 1,000 images\n")
     assert (tmp_path / "grid.jpg").stat().st_size > 100_000
-    for wrong in ("grid.nix", "nowhere/grid.png"):
+    for wrong, reason in (("grid.nix", "names no kind of picture: --grid grid.png"), ("nowhere/grid.png", "no folder")):
         code, out, err = main(*given, "--grid", wrong)
-        assert (code, len(out.splitlines())) == (1, 1_001)
-        assert f"The picture '{wrong}' cannot be written" in err
+        assert (code, out) == (2, "")
+        assert reason in err
     code, _, err = main(*given, "--format", "xml")
     assert code == 2
     assert "xml" in err and "csv" in err
@@ -110,6 +110,21 @@ def test_what_reads_may_stop_reading(trained, tmp_path, form):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_fit_that_nobody_reads_leaves_no_word(tmp_path):
+    given = [sys.executable, "-m", "bn_lightning", *on_cpu(("fit", *QUICK))]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"cannot go on" not in process.stderr.read()
+    assert process.returncode == 141
+
+
+def test_where_nothing_is_written_for_tensorboard_nothing_points_to_it(main):
+    for flags in (("--trainer.logger", "false"), ("--trainer.fast_dev_run", "true")):
+        code, out, _ = main("fit", *QUICK, *flags)
+        assert code == 0 and "tensorboard" not in out
 
 
 def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
