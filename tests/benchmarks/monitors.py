@@ -37,10 +37,9 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
         return call
 
     monitor, pictures = NormMonitor(), ClosingPictures()
-    for hook in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "_look_at_activation"):
+    hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+    for hook in (*hooks, "_look_at_norm", "_look_at_activation"):
         setattr(monitor, hook, timed(getattr(monitor, hook), "monitor"))
-    norm_hook = monitor._norm_hook
-    monitor._norm_hook = lambda name: timed(norm_hook(name), "monitor")
     pictures.on_test_end = timed(pictures.on_test_end, "pictures")
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
