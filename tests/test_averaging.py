@@ -132,7 +132,7 @@ def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin
     # What fit tests at its end are the averaged weights, as they stand in the checkpoint.
     result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
     _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
-    assert f"test_acc                 {result['test_acc']:.4f}" in out
+    assert f"test_acc   {result['test_acc']:.4f}" in out
     custom, builtin = (weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin"))
     assert custom.keys() == builtin.keys()
     for name, value in builtin.items():
