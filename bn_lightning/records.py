@@ -5,6 +5,7 @@ import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -91,6 +92,9 @@ class Records(pl.Callback):
         if not trainer.sanity_checking:
             figures = {name: float(trainer.callback_metrics[name]) for name in ("val_loss", "val_acc")}
             self.validations.append({"step": trainer.global_step, **figures})
+            if not math.isfinite(figures["val_loss"]) and trainer.is_global_zero:
+                said = f"WARNING: the validation loss is {figures['val_loss']} after step {trainer.global_step:,}"
+                print(f"{said}: a smaller --model.lr may help", file=sys.stderr, flush=True)
             self._validated = True
             self._clock = time.perf_counter()
 

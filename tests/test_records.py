@@ -8,6 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bn_lightning import LeNet, records
 from bn_lightning.fashion_mnist import CLASSES
 
+from .conftest import QUICK
+
 
 def test_a_run_leaves_these_files(trained):
     folder, _ = trained
@@ -84,6 +86,14 @@ def test_closing_lines_of_other_norms():
     article = records.closing_lines(result, LeNet("article").norm1)
     assert "gamma of the first norm layer: [1.00, 1.00, 1.00, 1.00, 1.00, 1.00]" in article
     assert "beta of the first norm layer: [0.00, 0.00, 0.00, 0.00, 0.00, 0.00]" in article
+
+
+def test_a_validation_that_has_lost_its_way_is_said(main, tmp_path):
+    """With a norm the train loss stays finite where the weights overflow in evaluation."""
+    code, _, err = main("fit", *QUICK, "--model.lr", "1e30")
+    assert code == 0
+    assert "WARNING: the validation loss is nan after step 22: a smaller --model.lr may help" in err
+    assert json.loads((tmp_path / "runs/lenet/0/result.json").read_text())["val_loss"] is None
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
