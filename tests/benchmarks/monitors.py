@@ -8,16 +8,13 @@ lowest, highest. And the seconds that the pictures at the end take, which are no
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from measured import images_per_second, timed
 
 from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor
 
@@ -26,21 +23,11 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
     """Of the time of the fit, what the monitor takes; and the seconds of the closing pictures."""
     spent = {"monitor": 0.0, "pictures": 0.0}
 
-    def timed(function, name):
-        def call(*args, **kwargs):
-            begun = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - begun
-
-        return call
-
     monitor, pictures = NormMonitor(), ClosingPictures()
     hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
     for hook in (*hooks, "_look_at_norm", "_look_at_activation"):
-        setattr(monitor, hook, timed(getattr(monitor, hook), "monitor"))
-    pictures.on_test_end = timed(pictures.on_test_end, "pictures")
+        setattr(monitor, hook, timed(getattr(monitor, hook), spent, "monitor"))
+    pictures.on_test_end = timed(pictures.on_test_end, spent, "pictures")
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger(folder), callbacks=[monitor, pictures],
@@ -52,17 +39,6 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
         total = time.perf_counter() - begun
         trainer.test(model, data, verbose=False)
     return spent["monitor"] / total, spent["pictures"]
-
-
-def fit(norm: str, epochs: int, monitor: str) -> float:
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "bn_lightning", "fit", "--trainer.accelerator", "cpu", "--model.norm", norm]
-        command += ["--data.val_images", "0", "--trainer.limit_val_batches", "0", "--monitor", monitor]
-        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        speed: float = json.loads(Path(runs, "lenet", "0", "result.json").read_text())["images_per_second"]
-        return speed
 
 
 def main() -> None:
@@ -78,9 +54,11 @@ def main() -> None:
     measured = [shares(args.norm, args.epochs) for _ in range(args.rounds)]
     say("share of the epochs", [100 * share for share, _ in measured], "%")
     say("pictures at the end", [seconds for _, seconds in measured], " s")
+    settings = ("--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0", "--model.norm", args.norm)
+    settings += ("--trainer.max_epochs", str(args.epochs))
     ratios = []
     for _ in range(args.rounds):
-        speeds = {monitor: fit(args.norm, args.epochs, monitor) for monitor in ("true", "false")}
+        speeds = {monitor: images_per_second(*settings, "--monitor", monitor) for monitor in ("true", "false")}
         print({monitor: f"{speed:,.0f} images/s" for monitor, speed in speeds.items()}, flush=True)
         ratios.append(speeds["true"] / speeds["false"])
     say("images per second with it, to those without", ratios, "")

@@ -9,14 +9,12 @@ that of its checkpoints, one every 100 steps.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+
+from measured import images_per_second, timed
 
 SIDES = {
     "one process": (),
@@ -27,13 +25,9 @@ SIDES = {
 
 def fit(epochs, batch_size, *flags):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "bn_lightning", "fit", "--trainer.accelerator", "cpu"]
-        command += ["--data.val_images", "0", "--data.batch_size", str(batch_size)]
-        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs]
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(Path(runs, "lenet", "0", "result.json").read_text())["images_per_second"]
+    settings = ("--trainer.accelerator", "cpu", "--data.batch_size", str(batch_size))
+    settings += ("--trainer.max_epochs", str(epochs))
+    return images_per_second(*settings, *flags, environment=environment)
 
 
 def shares(epochs, batch_size):
@@ -45,19 +39,9 @@ def shares(epochs, batch_size):
     spent = {"hooks": 0.0, "saving": 0.0}
     resume = ExactResume(every_n_train_steps=100)
 
-    def timed(function, name):
-        def call(*args, **kwargs):
-            begun = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - begun
-
-        return call
-
-    resume._save = timed(resume._save, "saving")
+    resume._save = timed(resume._save, spent, "saving")
     for hook in ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
-        setattr(resume, hook, timed(getattr(resume, hook), "hooks"))
+        setattr(resume, hook, timed(getattr(resume, hook), spent, "hooks"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", default_root_dir=folder, enable_progress_bar=False,

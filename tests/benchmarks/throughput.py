@@ -13,7 +13,6 @@ bare, dataloader and fit use torch's own norm. Prints each side's median, and th
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from measured import images_per_second
 from torch import nn
 from torch.nn import functional as F
 
@@ -87,14 +87,8 @@ def dataloader(epochs: int) -> float:
 
 
 def fit(epochs: int, norm: str) -> float:
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "bn_lightning", "fit", "--data.val_images", "0", "--model.norm", norm]
-        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", runs]
-        command += ["--trainer.enable_progress_bar", "true"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        speed: float = json.loads(Path(runs, "lenet", "0", "result.json").read_text())["images_per_second"]
-        return speed
+    settings = ("--model.norm", norm, "--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "true")
+    return images_per_second(*settings)
 
 
 def main() -> None:
