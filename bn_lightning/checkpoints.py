@@ -113,6 +113,14 @@ def settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
 
 
+def not_trusted(path: str, kind: str, name: str, flag: str) -> UserError:
+    """The refusal of code that only a checkpoint names: of a norm, an optimizer or a scheduler by import path."""
+    return UserError(
+        f"{path!r} asks for the {kind} {name!r}, an import path. A file's word is not enough to run code.\n"
+        f"If you trust it, name it yourself: {flag} {name}"
+    )
+
+
 def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:
     """Refuse to train on with a checkpoint that lacks what a run needs for that.
 

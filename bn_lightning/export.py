@@ -129,10 +129,11 @@ def _affine(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 @dataclass
 class Exported:
-    """What `export` found: `eager` is the checkpoint's network, `notes` are those of `fold`, `difference` is the
-    largest between logits of the file and of `eager`, `changed` the number of images with another class."""
+    """What `export` found: `eager` is the checkpoint's network, `file` what the file computes, `notes` are those of
+    `fold`, `difference` is the largest between logits of the two, `changed` the number of images with another class."""
 
     eager: Served
+    file: Run
     ckpt: Path
     notes: list[str]
     parameters: int
@@ -175,14 +176,14 @@ def export(
     test_acc = float((expected.argmax(1) == images.test_labels).double().mean())
     about = _about(ckpt_path, local, checkpoint) | {"test_acc": test_acc, "test_images": len(images.test_labels)}
     content = _content(out.suffix.lower(), served, about)
-    written = _logits(_run_of(content, out.suffix.lower()), images.test_images)
-    difference, changed = _compare(f"The file for {out}", written, expected)
+    file = _open(content, out.suffix.lower())
+    difference, changed = _compare(f"The file for {out}", _logits(file, images.test_images), expected)
     try:
         checkpoints.write_whole(out, content)
     except OSError as error:
         raise RunFailed(f"{out} cannot be written: {error.strerror or error}. An older one is as it was.") from error
     parameters = sum(p.numel() for p in network.parameters())
-    return Exported(eager, Path(local), notes, parameters, images, difference, changed, test_acc)
+    return Exported(eager, file, Path(local), notes, parameters, images, difference, changed, test_acc)
 
 
 def _refuse_what_cannot_be_written(out: Path) -> None:
@@ -208,10 +209,7 @@ def _network(ckpt_path: str, checkpoint: dict[str, Any], norm: str | None) -> nn
     settings = checkpoint.get("hyper_parameters", {})
     used = settings.get("norm", "custom")
     if norm is None and "." in used:
-        raise UserError(
-            f"{ckpt_path!r} asks for the norm {used!r}, an import path. A file's word is not enough to run code.\n"
-            f"If you trust it, name it yourself: --norm {used}"
-        )
+        raise checkpoints.not_trusted(ckpt_path, "norm", used, "--norm")
     if norm not in (None, used):
         raise UserError(f"--norm is {norm!r}, and {ckpt_path!r} was trained with {used!r}: leave it out, or name that.")
     try:
@@ -252,7 +250,7 @@ def _compare(what: str, logits: Tensor, expected: Tensor) -> tuple[float, int]:
 def _about(ckpt_path: str, local: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What the file says of itself; what is not known is left out."""
     step, data = checkpoint.get("global_step"), checkpoint.get("FashionMNIST", {})
-    validations = checkpoint.get("callbacks", {}).get("Records", {}).get("validations", [])
+    validations = records.kept_in(checkpoint).get("validations", [])
     path = Path(urlsplit(ckpt_path).path if "://" in ckpt_path else ckpt_path)
     # NAME/N/checkpoints/FILE, and nobody's home or password.
     kept = (
@@ -304,12 +302,8 @@ def _content(suffix: str, served: Served, about: dict[str, Any]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def open_file(path: Path) -> Run:
+def _open(content: bytes, suffix: str) -> Run:
     """What an exported file computes, on the CPU, on as many threads as torch has."""
-    return _run_of(path.read_bytes(), path.suffix.lower())
-
-
-def _run_of(content: bytes, suffix: str) -> Run:
     if suffix == ".pt2":
         return torch.export.load(io.BytesIO(content)).module()
     onnxruntime = _of_extra("onnxruntime")
@@ -365,7 +359,7 @@ def main() -> None:
         f"{done.difference:.1e}, the class of {done.changed} images; test acc {done.test_acc:.4f}\n"
         f"{out}: {out.stat().st_size:,} bytes, of a checkpoint of {done.ckpt.stat().st_size:,}"
     )
-    sides: dict[str, Run] = {"eager": done.eager, out.name: open_file(out)}
+    sides: dict[str, Run] = {"eager": done.eager, out.name: done.file}
     rows = []
     for size, calls in ((1, 20), (256, 4)):
         times = milliseconds(sides, done.images.test_images[:size], 0.5, calls)

@@ -34,8 +34,7 @@ def describe(path: str) -> dict[str, Any]:
             raise UserError(f"{path!r} holds no network: {name!r} in its 'state_dict' is a {type(value).__name__}.")
         layer, _, what = name.removeprefix("network.").rpartition(".")
         layers.setdefault(layer, {})[what] = value
-    callbacks = checkpoint.get("callbacks", {})
-    figures = callbacks.get("Records", {})  # their name as callbacks, by which Lightning keeps their state
+    figures = records.kept_in(checkpoint)
     file = Path(local).stat()
     return {
         "checkpoint": path,
@@ -63,7 +62,7 @@ def describe(path: str) -> dict[str, Any]:
 
 def _learned(values: dict[str, Tensor]) -> int:
     """Parameters among what a layer keeps; buffers are told by their names, for a file does not say which they are."""
-    counted = ("mean", "var", "std", "num_batches")
+    counted = (*norms.STATISTICS, "num_batches")
     return sum(value.numel() for name, value in values.items() if not any(word in name for word in counted))
 
 
@@ -72,7 +71,11 @@ def _print(found: dict[str, Any]) -> None:
     step = "an unknown step" if found["step"] is None else f"step {found['step']:,}"
     print(f"after {step}, {found['parameters']:,} parameters")
     lines = [
-        [name, f"{layer.pop('parameters'):,}", ", ".join(f"{what} {shape}" for what, shape in layer.items())]
+        [
+            name,
+            f"{layer['parameters']:,}",
+            ", ".join(f"{what} {shape}" for what, shape in layer.items() if what != "parameters"),
+        ]
         for name, layer in found["layers"].items()
     ]
     print()

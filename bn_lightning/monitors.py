@@ -70,6 +70,7 @@ class NormMonitor(pl.Callback):
         self._looked_at = -1  # the step
         self._since: tuple[int, float] | None = None  # step and time
         self._wants_gradients = self._wants_histograms = False
+        self._norms: set[str] = set()  # that have run in this step
         self._inputs: list[tuple[nn.Module, Tensor]] = []  # of the activations, in the order in which they run
         self._squares: dict[Optimizer, float] = {}  # of the gradients that a step of it took
         self._scalars: dict[str, float] = {}
@@ -94,6 +95,7 @@ class NormMonitor(pl.Callback):
         if step % self.every_n_steps or step == self._looked_at or not trainer.is_global_zero or not trainer.loggers:
             return
         self._looked_at, self._wants_gradients = step, True
+        self._norms = set()
         self._wants_histograms = step % (self.every_n_steps * LOOKS_PER_HISTOGRAM) == 0
         before, then = self._since
         self._since = step, time.perf_counter()
@@ -112,8 +114,9 @@ class NormMonitor(pl.Callback):
             self._looking.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _look_at_norm(self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if f"channel_0/{name}/gamma" in self._scalars or f"channel_0/{name}/batch_mean" in self._scalars:
+        if name in self._norms:
             return  # called again in this step: its running statistics have moved
+        self._norms.add(name)
         figures = norms.by_channel(dict([*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]))
         x = _first_tensor(args, kwargs)
         if x is not None and x.dim() > 1 and all(len(values) == x.size(1) for values in figures.values()):

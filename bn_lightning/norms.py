@@ -109,6 +109,7 @@ def make(name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] 
     return layer
 
 
+STATISTICS = ("mean", "var", "std")  # one of these is in the name of each running statistic
 # Their weights may be of such sizes too, where there is one input or one output.
 NO_NORMS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, _Loss, nn.PReLU)
 
@@ -162,7 +163,7 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in network.named_modules()
-        if any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in ("mean", "var", "std"))
+        if any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in STATISTICS)
     }
 
 

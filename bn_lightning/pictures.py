@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,12 @@ FILLED = 0.85  # of the longer side; what the data set's 70,000 images show fill
 CLOSE = 0.05  # of the greatest distance of two colours: the paper's "close to the color of the corner pixels"
 # Of what Pillow can read by itself: the first are only named by it, and EPS is a program that Ghostscript would run.
 NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
-SUFFIXES = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
+
+
+@cache  # not when this is imported: Pillow then loads all that it can read
+def formats() -> dict[str, str]:
+    """The formats that are read, by suffix."""
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in {*Image.OPEN} - NOT_READ}
 
 
 class PictureError(UserError):
@@ -53,7 +59,7 @@ def find(given: Iterable[str]) -> list[Path]:
     for name in given:
         path = Path(name)
         if name and path.is_dir():
-            here = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+            here = [file for file in path.rglob("*") if file.suffix.lower() in formats() and file.is_file()]
         elif any(sign in name for sign in "*?[") and not path.exists():  # a shell that leaves patterns alone
             matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
             here = [file for file in matching if file.is_file()]
@@ -85,7 +91,7 @@ def read(path: Path, invert: bool | None = None) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(SUFFIXES.values()))) as file:
+            with Image.open(path, formats=sorted(set(formats().values()))) as file:
                 picture = _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Predictions:
     probabilities: Tensor
     names: Sequence[str]
 
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One flat object for each image."""
         two = self.probabilities.topk(2)
@@ -52,7 +54,7 @@ class Predictions:
 
     def print(self, form: str) -> None:
         """Print them as one of `FORMATS`."""
-        rows = self.rows()
+        rows = self.rows
         if form == "json":
             print(json.dumps(rows, indent=2))
             return
@@ -74,7 +76,7 @@ class Predictions:
         Raises:
             RunFailed: it cannot be written.
         """
-        rows = self.rows()[:MOST_DRAWN]
+        rows = self.rows[:MOST_DRAWN]
         captions = [
             f"{next(iter(row.values()))}\n{row['class']} {row['probability']:.1%}\n"
             f"{row['runner_up']} {row['runner_up_probability']:.1%}"

@@ -168,6 +168,11 @@ class Records(pl.Callback):
         }
 
 
+def kept_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What `Records` has put into a checkpoint: `epochs`, `validations` and the rest; nothing without it."""
+    return dict(checkpoint.get("callbacks", {}).get(Records.__name__, {}))  # by which Lightning keeps it
+
+
 def to_json(content: Any) -> str:
     """As JSON, which has no word for NaN and infinity: they become null."""
 

@@ -166,10 +166,7 @@ class SettingsCLI(LightningCLI):
         for name in ("norm", "optimizer", "scheduler"):
             used = self.config[subcommand].model[name]
             if used and "." in used and used != typed[name]:
-                raise UserError(
-                    f"{self.ckpt_path!r} asks for the {name} {used!r}, an import path. A file's word is not enough to "
-                    f"run code.\nIf you trust it, name it yourself: --model.{name} {used}"
-                )
+                raise checkpoints.not_trusted(self.ckpt_path, name, used, f"--model.{name}")
 
     def before_instantiate_classes(self) -> None:
         if self.config.subcommand == "predict":  # of the pictures that are given the data module knows nothing

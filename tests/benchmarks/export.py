@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from bn_lightning import LeNet
-from bn_lightning.export import export, milliseconds, open_file
+from bn_lightning.export import export, milliseconds
 from bn_lightning.run import _keep_freed_memory
 
 
@@ -33,13 +33,13 @@ def untrained(norm: str, folder: Path) -> Path:
 
 def measure(ckpt: Path, folder: Path, args: argparse.Namespace) -> None:
     files = {"ONNX Runtime": folder / "model.onnx", ".pt2": folder / "model.pt2"}
-    for path in files.values():
-        done = export(str(ckpt), path, source=args.source)
+    done = {side: export(str(ckpt), path, source=args.source) for side, path in files.items()}
     sizes = ", ".join(f"{path.name} {path.stat().st_size:,}" for path in (ckpt, *files.values()))
     print(f"\ncpu, threads: {args.threads[0]}; torch {torch.__version__}; bytes: {sizes}")
-    sides = {"eager": done.eager, **{side: open_file(path) for side, path in files.items()}}
+    sides = {"eager": done[".pt2"].eager, **{side: exported.file for side, exported in done.items()}}
+    test_images = done[".pt2"].images.test_images
     for batch_size, calls in ((1, 20), (256, 4)):
-        images = done.images.test_images[:batch_size]
+        images = test_images[:batch_size]
         times = {side: np.array(values) for side, values in milliseconds(sides, images, args.seconds, calls).items()}
         print(f"batch of {batch_size}, {len(times['eager'])} rounds")
         for side, values in times.items():
