@@ -39,6 +39,8 @@ class Classifier(pl.LightningModule):
             needs the length of the run (OneCycleLR, CosineAnnealingLR) is told the number of steps and moves at each;
             others move at the end of each epoch.
         scheduler_args: further arguments of the scheduler, such as `--model.scheduler_args.pct_start 0.2`.
+        label_smoothing: of the loss that is trained on: the share of each label that is spread over all classes
+            (Szegedy et al. 2016, section 7). Losses of validation and test are without it.
         compile: run the network through `torch.compile`, for fit, test and predict. Checkpoints are the same.
 
     Attributes:
@@ -59,12 +61,17 @@ class Classifier(pl.LightningModule):
         optimizer_args: dict[str, Any] | None = None,
         scheduler: str | None = None,
         scheduler_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
         compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the logger gets them with the results, at the end of the run
         self.network = LeNet(norm, norm_args, activation, pooling)
         self._is_set_up = False
+        if not 0 <= label_smoothing < 1:
+            raise UserError(
+                f"label_smoothing is {label_smoothing}; it must be from 0 to less than 1: --model.label_smoothing 0.05"
+            )
         self.lr = lr
         self.optimizer_class = _find_class(optimizer, "torch.optim", "optimizer")
         self.optimizer_args = dict(optimizer_args or {})
@@ -102,7 +109,9 @@ class Classifier(pl.LightningModule):
         """Loss and logits of a batch, counted in the stage's metrics."""
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
+        logits32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits32, labels, label_smoothing=smoothing)
         # Once for each image, in the place of a weight: with nan_strategy="disable" torchmetrics 1.9 forgets weights.
         getattr(self, f"{stage}_loss").update(loss.detach().expand(len(labels)))
         getattr(self, f"{stage}_acc").update(logits.detach(), labels)

@@ -16,6 +16,8 @@ COMMANDS = {
     "predict": ("bn_lightning.run", "the class that a checkpoint gives test images, or pictures of yours"),
     "export": ("bn_lightning.export", "make a file of a checkpoint that any runtime takes: .onnx or .pt2"),
     "inspect": ("bn_lightning.inspection", "what a checkpoint is: network, norms, settings, figures"),
+    "compare": ("bn_lightning.compare", "norms or settings, with seeds: one table and a figure"),
+    "sweep": ("bn_lightning.sweep", "search settings for the best validation accuracy"),
     "check": ("bn_lightning.conformance", "examine a normalization layer: a name, or an import path to yours"),
 }
 

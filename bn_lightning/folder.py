@@ -140,10 +140,10 @@ def changes(
     folder: Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> dict[str, tuple[Any, Any]]:
     """Which settings are others than those that the run in `folder` had until now: name, (before, now)."""
-    before = _flat(defaults or {})
+    before = flat(defaults or {})
     for file in settings_files(folder):
-        before |= _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    now = _flat(settings)
+        before |= flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    now = flat(settings)
     return {n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED}
 
 
@@ -158,7 +158,7 @@ def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
     return file
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Sections of settings, such as model and trainer, as names with a point."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():

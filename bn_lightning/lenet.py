@@ -1,8 +1,8 @@
 """LeNet for 28x28 greyscale images, with the normalization layer as a parameter."""
 
-from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from bn_lightning import norms
@@ -45,7 +45,13 @@ class LeNet(nn.Module):
         pooling: Pooling = "avg",
     ) -> None:
         super().__init__()
-        make_norm = partial(norms.make, norm, norm_args=norm_args)
+
+        def make_norm(num_features: int, num_dims: int) -> nn.Module:
+            with torch.random.fork_rng(
+                devices=()
+            ):  # with a seed all other weights are the same, whatever the norm draws
+                return norms.make(norm, num_features, num_dims, norm_args)
+
         self.phi = ACTIVATIONS[activation]()
         self.pool = POOLINGS[pooling](kernel_size=2, stride=2)
         self.conv1 = nn.Conv2d(1, 6, kernel_size=5)

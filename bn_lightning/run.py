@@ -17,7 +17,13 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningCLI
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,7 +65,7 @@ class CLI(SettingsCLI):
         own_callbacks = _as_list(settings["callbacks"])
         self._refuse_averaging(own_callbacks)
         self.records = records.Records()
-        callbacks: list[Any] = [self.records]
+        callbacks: list[Any] = [self.records, *self.trainer_defaults["callbacks"]]
         dry = bool(settings["fast_dev_run"])
         if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not dry:
             every = self._get(self.config_init, "checkpoint.every_n_train_steps")
@@ -361,8 +367,8 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
-def main() -> None:
-    """Run the sub-command that stands in sys.argv."""
+def set_up() -> None:
+    """What concerns the whole process, and not one run."""
     _keep_freed_memory()
     # Lightning's tips and advertisements; what a newcomer should see are our lines.
     for quiet in (
@@ -372,6 +378,8 @@ def main() -> None:
         "fabric.utilities.distributed",
     ):
         logging.getLogger(f"lightning.{quiet}").setLevel(logging.WARNING)
+    # Which are given as they stand in sys.argv, or by a study, whose own stand there.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     # Ours counts each image once on any number of processes.
     warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
     # Of a checkpoint that is only tested the callbacks of its training are not wanted.
@@ -383,12 +391,22 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     # TensorBoard writes in a thread of its own, and raises what goes wrong there once more in the main one.
     threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else threading.__excepthook__(args)
+
+
+def command_line(arguments: list[str], cls: type[CLI] = CLI, callbacks: Sequence[Callback] = ()) -> CLI:
+    """Run `arguments`, a sub-command and its settings, and give what has run it.
+
+    Raises:
+        UserError: a mistake in them, or a run that cannot go on.
+        Stopped: a run that was asked to stop, and can go on.
+    """
     try:
-        CLI(
+        return cls(
             Classifier,
             FashionMNIST,
+            args=arguments,
             save_config_callback=None,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": list(callbacks)},
             parser_class=Parser,
             parser_kwargs={"prog": PROGRAM}
             | {name: {"usage": f"{PROGRAM} {name} [settings]"} for name in LightningCLI.subcommands()},
@@ -411,3 +429,16 @@ def main() -> None:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # else its threads are torn down in any order when the process ends
+
+
+class Rehearsal(CLI):
+    """A command line that builds what it is asked for, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def main() -> None:
+    """Run the sub-command that stands in sys.argv."""
+    set_up()
+    command_line(sys.argv[1:])

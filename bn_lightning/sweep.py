@@ -1,0 +1,392 @@
+"""`sweep`: search settings for the best validation accuracy, with Optuna.
+
+Each trial is a `fit` in a folder of its own, `runs/NAME/trial-N/M`. The test set is never looked at. What was tried is
+kept in a database, by default a file of the study's folder; with a PostgreSQL server any number of machines work on one
+study.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import optuna
+import sqlalchemy
+import yaml
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from bn_lightning import checkpoints, paired, records, run, study, terminal, workers
+from bn_lightning.errors import RunFailed, UserError
+
+SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+    # The trials that others are at count as bad ones, so that no two try nearly the same.
+    "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
+    "random": optuna.samplers.RandomSampler,
+}
+PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning": the best third of each rung goes on.
+    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+    "none": optuna.pruners.NopPruner,
+}
+# Seconds: how often a process says that its trials are under way, and after which silence others take them over.
+HEARTBEAT, SILENCE = 2, 15
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+OF_A_MACHINE = ("data.root", "data.mirrors", "data.source")  # on another one they may be others
+# Never on the test set, and what the norms do is for looking at single runs.
+DEFAULTS = (*study.DEFAULTS, "--trainer.limit_test_batches", "0")
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # taking over is, since 2021
+retry = RetryHeartbeatStaleTrialCallback()
+Space = dict[str, Any]
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Space, list[str]]:
+    """What is typed and what configs say: options of `sweep`, the space, and settings of all runs."""
+    parser = argparse.ArgumentParser(
+        "python -m bn_lightning sweep",
+        usage="%(prog)s --config FILE [options] [settings of fit]",
+        description=(__doc__ or "").partition(": ")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="In a config, beside the settings of fit:\n\n"
+        "    sweep:\n        trials: 30\n        space:\n"
+        "            model.lr: {low: 0.01, high: 1.0, log: true}\n"
+        "            model.activation: [relu, gelu]\n\n"
+        "The same command goes on with a study that was begun; more trials may be asked for.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="With a section sweep in one.")
+    parser.add_argument("--trials", type=int, metavar="N", help="How many trials in all, on all machines (30).")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="What to try next (tpe).")
+    parser.add_argument("--pruner", choices=PRUNERS, help="Which trials to end early (asha).")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="Runs at once, the cores divided among them (1)."
+    )
+    parser.add_argument("--name", default="sweep", help="The runs lie in runs/NAME; another study, another name.")
+    parser.add_argument(
+        "--storage", metavar="URL", help="postgresql://USER:PASSWORD@HOST/DATABASE (a file of the study)."
+    )
+    try:
+        options, common = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}\nAll options: {parser.prog} --help") from error
+    section: dict[str, Any] = {}
+    configs = []
+    for file in options.config:
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            section |= content.pop("sweep", {})
+        except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise UserError(f"{file!r} is no config: {error}") from error
+        configs += ["--config", json.dumps(content)]
+    allowed = ("trials", "sampler", "pruner", "space")
+    if unknown := section.keys() - set(allowed):
+        raise UserError(f"The section sweep has {', '.join(sorted(unknown))}; it may have {', '.join(allowed)}.")
+    for name, default in (("trials", 30), ("sampler", "tpe"), ("pruner", "asha")):
+        if getattr(options, name) is None:
+            setattr(options, name, section.get(name, default))
+    for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+        if getattr(options, name) not in known:
+            raise UserError(f"The {name} is {getattr(options, name)!r}; there are {', '.join(known)}.")
+    for name in ("trials", "jobs"):
+        if not isinstance(getattr(options, name), int) or getattr(options, name) < 1:
+            raise UserError(f"{name} is {getattr(options, name)}; it must be a whole number, at least 1.")
+    space = section.get("space")
+    if not isinstance(space, dict) or not space:
+        raise UserError(f"There is no space to search in: a config with a section sweep.\nAs in: {parser.prog} --help")
+    for name, values in space.items():
+        _ends(name, values)
+    return options, space, [*DEFAULTS, *configs, *common]
+
+
+def _ends(name: str, values: Any) -> list[Any]:
+    """Values of a setting to try whether it can be set at all: each of a list, or both ends of a range."""
+    if isinstance(values, list) and values:
+        return values
+    if isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
+        low, high = values["low"], values["high"]
+        if isinstance(low, int | float) and isinstance(high, int | float) and low <= high:
+            return [low, high]
+    raise UserError(
+        f"The space of {name} is {values}; it must be a list of values, or {{low: 0.01, high: 1.0}} with log: true or "
+        "step: 0.1 if wanted, and whole numbers where only these are. 1e-3 is a text in YAML, and 1.0e-3 a number."
+    )
+
+
+def _suggest(trial: Trial, name: str, values: Any) -> Any:
+    if isinstance(values, list):
+        return trial.suggest_categorical(name, values)
+    shape = dict(values)
+    low, high = shape.pop("low"), shape.pop("high")
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, **shape)
+    return trial.suggest_float(name, low, high, **shape)
+
+
+def _flags(params: dict[str, Any]) -> list[str]:
+    """As `fit` takes them."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
+    return [text for name, value in texts.items() for text in (f"--{name}", value)]
+
+
+class Search:
+    """One study: what was tried, and how to try more.
+
+    Args:
+        place: its folder.
+        options: of `sweep`.
+        settings: of all runs, and the space; others than those with which it was begun are refused.
+    """
+
+    def __init__(self, place: Path, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+        self.place, self.trials = place, options.trials
+        url = options.storage or f"sqlite:///{(place / 'study.db').as_posix()}"
+        if url.startswith(("postgresql://", "postgres://")):  # the driver of the extra
+            url = f"postgresql+psycopg://{url.partition('://')[2]}"
+        try:
+            storage = RDBStorage(
+                url, heartbeat_interval=HEARTBEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=retry
+            )
+            self.study = optuna.create_study(
+                study_name=options.name,
+                storage=storage,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=SAMPLERS[options.sampler](),
+                pruner=PRUNERS[options.pruner](),
+            )
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"The storage of the study cannot be used: {reason}\nGiven: {_no_password(url)}") from error
+        now = json.loads(records.to_json(settings))
+        before = self.study.user_attrs.get("settings")
+        if before is None:
+            self.study.set_user_attr("settings", now)
+        else:
+            study.refuse_changes(repr(options.name), before, now)
+        self._begins = (
+            threading.Lock()
+        )  # while a trial is begun: another thread must not take it for one that is missing
+        self._mine = threading.local()
+        self._requeue_lost()
+
+    def _requeue_lost(self) -> None:
+        """Queue what has failed with its process, where that was killed before it could be queued again."""
+        trials = self.study.get_trials(deepcopy=False)
+        retried = {number for trial in trials for number in retry.retry_history(trial)}
+        for trial in trials:
+            if trial.state == TrialState.FAIL and trial.number not in retried and "failure" not in trial.user_attrs:
+                age = time.time() - trial.datetime_complete.timestamp() if trial.datetime_complete else 0
+                if age > SILENCE:  # else it may be queued by another process at this moment
+                    retry(self.study, trial)
+
+    def trials_of(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def done(self) -> list[FrozenTrial]:
+        """Trials with an end, good or bad; not those whose process has gone, which are repeated."""
+        failed = [trial for trial in self.trials_of(TrialState.FAIL) if "failure" in trial.user_attrs]
+        return [*self.trials_of(*FINISHED), *failed]
+
+    def work(self, objective: Callable[[Trial], float]) -> None:
+        """Run trials until there are as many as wanted and no one is at any. For several threads."""
+        while True:
+            self._begins.acquire()
+            self._mine.begins, self._mine.trial = True, None
+
+            def begun(trial: Trial) -> float:
+                self._mine.trial = trial.number
+                self._has_begun()
+                return objective(trial)
+
+            try:
+                if self._is_one_missing():
+                    self.study.optimize(begun, n_trials=1, catch=RunFailed)
+                    continue
+            except workers.Interrupted:
+                retry(self.study, self.study.get_trials()[self._mine.trial])
+                raise
+            except ValueError:
+                if self._mine.trial is None or self._is_still_mine(self._mine.trial):
+                    raise
+                print(f"trial {self._mine.trial} was silent, and another process has taken it over", flush=True)
+                continue
+            finally:
+                self._has_begun()
+            if not self.trials_of(TrialState.RUNNING):
+                return
+            time.sleep(1)  # if its process goes, it is to be taken over
+
+    def _has_begun(self) -> None:
+        if self._mine.begins:
+            self._mine.begins = False
+            self._begins.release()
+
+    def _is_one_missing(self) -> bool:
+        fail_stale_trials(self.study)
+        under_way = len(self.trials_of(TrialState.RUNNING))
+        return bool(self.trials_of(TrialState.WAITING)) or len(self.done()) + under_way < self.trials
+
+    def _is_still_mine(self, number: int) -> bool:
+        return self.study.get_trials(deepcopy=False)[number].state != TrialState.FAIL
+
+
+def main() -> None:
+    """Run the search in sys.argv."""
+    options, space, common = parse(sys.argv[2:])
+    run.set_up()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    single = [_flags({name: value}) for name, values in space.items() for value in _ends(name, values)]
+    root, (settings, *_) = study.rehearse(common, *([*common, *flags] for flags in single))
+    if settings["data.val_images"] == 0 or settings["trainer.limit_val_batches"] == 0:
+        raise UserError(
+            "A sweep chooses by the accuracy on held-out training images, and there are none: --data.val_images 5000, "
+            "and no --trainer.limit_val_batches 0"
+        )
+    settings = {name: value for name, value in settings.items() if name not in OF_A_MACHINE}
+    place = root / options.name
+    with contextlib.nullcontext() if options.storage else study.alone_in(place):
+        place.mkdir(parents=True, exist_ok=True)
+        search = Search(place, options, settings | {"sweep.space": space})
+        if len(search.done()) < options.trials or search.trials_of(TrialState.WAITING, TrialState.RUNNING):
+            _run_trials(search, options, space, common)
+        _report(search, options, settings)
+
+
+def _run_trials(search: Search, options: argparse.Namespace, space: Space, common: list[str]) -> None:
+    before = len(search.done())
+    with (
+        study.stopped_by_signals(),
+        workers.Workers(options.jobs) as pool,
+        study.Board(max(options.trials, before), before) as board,
+    ):
+
+        def objective(trial: Trial) -> float:
+            params = {name: _suggest(trial, name, values) for name, values in space.items()}
+            frozen = search.study.get_trials(deepcopy=False)[trial.number]
+            first = retry.retried_trial_number(frozen)
+            name = f"trial {trial.number}" if first is None else f"trial {trial.number} ({first} again)"
+            parent = search.place / f"trial-{trial.number if first is None else first}"
+            trial.set_user_attr("folder", str(parent))
+            trial.set_user_attr("host", socket.gethostname())
+            ends_early = False
+
+            def go_on(at: workers.Progress) -> bool:
+                nonlocal ends_early
+                board.advance(trial.number, at.fraction)
+                reported = search.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+                for step, accuracy in enumerate(at.val_acc, 1):
+                    if step not in reported:
+                        trial.report(accuracy, step)
+                ends_early = ends_early or (at.fraction < 1 and trial.should_prune())
+                return not ends_early
+
+            arguments = [*common, *_flags(params), "--ckpt_path", "last"]
+            arguments += ["--name", str(parent.relative_to(search.place.parent))]
+            said = f"{name}: {_told(params)}"
+            try:
+                folder = pool.fit(arguments, parent / "log.txt", go_on)
+            except RunFailed as error:
+                failed = study.failed_run(parent)
+                why = failed[1] if failed else str(error).splitlines()[0]
+                trial.set_user_attr("failure", why)
+                board.end(trial.number, f"{said}: FAILED: {why}")
+                raise
+            trial.set_user_attr("folder", str(folder))
+            result = records.read_result(folder)
+            if ends_early:
+                board.end(trial.number, f"{said}: ended early, val acc {result['val_acc_final']:.4f}")
+                raise optuna.TrialPruned
+            board.end(trial.number, f"{said}: val acc {result['val_acc']:.4f}")
+            return float(result["val_acc"])
+
+        try:
+            for future in as_completed([pool.threads.submit(search.work, objective) for _ in range(options.jobs)]):
+                future.result()
+        except (KeyboardInterrupt, workers.Interrupted):
+            print("\nstopped; what is done is kept, and the same command goes on", flush=True)
+            raise KeyboardInterrupt from None
+
+
+def _told(params: dict[str, Any]) -> str:
+    ends = [name.rpartition(".")[2] for name in params]
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in params.items()}
+    return ", ".join(f"{end if ends.count(end) == 1 else n} {texts[n]}" for n, end in zip(params, ends, strict=True))
+
+
+def _report(search: Search, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Print the best trials; leave all of them, the winner's config and the pictures in the study's folder."""
+    words = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed"}
+    trials = sorted(search.done(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+    table = [
+        {
+            "trial": trial.number,
+            "state": words[trial.state],
+            "val_acc": trial.value,
+            "validations": trial.last_step or 0,
+        }
+        | trial.params
+        | {"folder": trial.user_attrs.get("folder"), "host": trial.user_attrs.get("host")}
+        | {"failure": trial.user_attrs.get("failure")}
+        for trial in trials
+    ]
+    checkpoints.write_whole(search.place / "trials.csv", paired.as_csv(table).encode())
+    shown = [name for name in table[0] if name not in ("host", "failure")]
+    rows = [[_cell(line.get(name)) for name in shown] for line in table[:10]]
+    terminal.print_table([name.rpartition(".")[2] for name in shown], rows, folds=len(shown) - 1)
+    counts = ", ".join(f"{sum(trial.state == s for trial in trials)} {word}" for s, word in words.items())
+    print(f"\n{len(trials)} trials: {counts}; all in {search.place / 'trials.csv'}")
+    if not any(trial.state == TrialState.COMPLETE for trial in trials):
+        print("None came to its end, so there is no winner.", flush=True)
+        return
+    best = trials[0]
+    winner = search.place / "winner.yaml"
+    checkpoints.write_whole(winner, _config(best, winner, len(trials), options.name, settings).encode())
+    matplotlib.use("Agg")
+    plots: dict[str, Callable[[optuna.Study], Any]] = {
+        "history": optuna.visualization.matplotlib.plot_optimization_history,
+        "importance": optuna.visualization.matplotlib.plot_param_importances,
+    }
+    for name, plot in plots.items():
+        try:
+            plot(search.study).figure.savefig(search.place / f"{name}.png", dpi=120, bbox_inches="tight")
+        except (ValueError, RuntimeError) as error:  # one trial, or trials that are all alike
+            print(f"no picture of {name}: {error}")
+    print(f"the winner, trial {best.number}: {shlex.join(['fit', '--config', str(winner)])}", flush=True)
+
+
+def _config(best: FrozenTrial, file: Path, of: int, name: str, settings: dict[str, Any]) -> str:
+    """What differs from the defaults in the winner's settings, as a config."""
+    defaults = study.rehearse(DEFAULTS)[1][0]
+    nested: dict[str, Any] = {"name": f"{name}-winner"}
+    for key, value in {**settings, **best.params}.items():
+        if key in best.params or (key not in OF_A_MACHINE and value != defaults.get(key)):
+            *sections, last = key.split(".")
+            inner = nested
+            for section in sections:
+                inner[section] = dict(inner.get(section) or {})
+                inner = inner[section]
+            inner[last] = value
+    return (
+        f"# The best of {of} trials of the sweep {name}: trial {best.number}, validation accuracy {best.value:.4f}.\n"
+        f"#\n#     python -m bn_lightning fit --config {file.as_posix()}\n{yaml.safe_dump(nested, sort_keys=False)}"
+    )
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _no_password(url: str) -> str:
+    return sqlalchemy.engine.make_url(url).render_as_string()
