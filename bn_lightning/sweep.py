@@ -155,9 +155,11 @@ class Search:
         if url.startswith(("postgresql://", "postgres://")):  # the driver of the extra
             url = f"postgresql+psycopg://{url.partition('://')[2]}"
         try:
-            storage = RDBStorage(
-                url, heartbeat_interval=HEARTBEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=retry
-            )
+            try:
+                storage = _open(url)
+            except sqlalchemy.exc.DatabaseError:  # of two that make the tables at the same time one comes too late
+                time.sleep(1)
+                storage = _open(url)
             self.study = optuna.create_study(
                 study_name=options.name,
                 storage=storage,
@@ -317,6 +319,10 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
         except (KeyboardInterrupt, workers.Interrupted):
             print("\nstopped; what is done is kept, and the same command goes on", flush=True)
             raise KeyboardInterrupt from None
+
+
+def _open(url: str) -> RDBStorage:
+    return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=retry)
 
 
 def _told(params: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 The parent says what to run and is told how far it is; what a run leaves lies in its folder.
 """
 
-import contextlib
 import multiprocessing
 import os
 import queue
@@ -65,10 +64,10 @@ class Workers:
         self._are_stopped = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._all:
-            worker.stop()
-        for worker in self._all:
-            worker.process.join()
+            worker.interrupt()
         self.threads.shutdown()
+        for worker in self._all:
+            worker.end()
 
     def _begin(self) -> "_Worker":
         worker = _Worker()
@@ -90,6 +89,8 @@ class Workers:
         """
         worker = self._free.get()
         try:
+            if self._are_stopped:
+                raise Interrupted
             return worker.fit(arguments, log, go_on)
         except EOFError:
             if self._are_stopped:
@@ -134,12 +135,14 @@ class _Worker:
             raise said
         return Path(said)
 
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._is_busy and self.process.is_alive():
-                os.kill(self.process.pid or 0, signal.SIGTERM)
-            else:
-                self._connection.close()
+    def interrupt(self) -> None:
+        """Have the run that is under way stop after its step."""
+        if self._is_busy and self.process.is_alive():
+            os.kill(self.process.pid or 0, signal.SIGTERM)
+
+    def end(self) -> None:
+        self._connection.close()
+        self.process.join()
 
 
 def _cores() -> int:
