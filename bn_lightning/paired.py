@@ -56,13 +56,14 @@ class Row:
     differences (or logarithms of ratios) over the standard deviation of these.
 
     Attributes:
-        n: runs with this figure; failed: runs without a result.
+        runs: of this choice; n: those with this figure; failed: those without a result.
         pairs: seeds of which this choice and the first one both have the figure.
         compared: the mean difference to the first choice, or the ratio.
     """
 
     figure: str
     choice: str
+    runs: int
     n: int
     failed: int
     mean: float | None
@@ -114,6 +115,7 @@ def _row(runs: Sequence[Run], figure: Figure, choice: str, first: str) -> Row:
     return Row(
         figure=figure.name,
         choice=choice,
+        runs=sum(run.choice == choice for run in runs),
         n=len(mine),
         failed=sum(run.failure is not None for run in runs if run.choice == choice),
         mean=mean,
@@ -142,7 +144,7 @@ def cells(row: Row, digits: int) -> list[str]:
     """A row as a person reads it, under `columns`."""
 
     def number(value: float | None, sign: str = "", digits: int = digits) -> str:
-        return "" if value is None else f"{value:{sign},.{digits}f}"
+        return "" if value is None else f"{value:{sign}z,.{digits}f}"
 
     def interval(low: float | None, high: float | None, sign: str = "", digits: int = digits) -> str:
         return "" if low is None else f"{number(low, sign, digits)} to {number(high, sign, digits)}"
@@ -153,7 +155,7 @@ def cells(row: Row, digits: int) -> list[str]:
         compared += f" ({interval(row.compared_low, row.compared_high, **how)})"
     return [
         row.choice,
-        f"{row.n} of {row.n + row.failed}" if row.failed else str(row.n),
+        str(row.n) if row.n == row.runs else f"{row.n} of {row.runs}",
         number(row.mean) + ("" if row.sd is None else f" ± {number(row.sd)}"),
         interval(row.low, row.high),
         compared,

@@ -72,9 +72,13 @@ def alone_in(path: Path) -> Iterator[None]:
 def refuse_changes(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Hold the settings of a study that goes on to those with which it began.
 
+    A setting that there was not yet had its default.
+
     Raises:
         UserError: they are others; the message names them.
     """
+    if now.keys() - before.keys():
+        before = {**rehearse(("--data.source", "sample"))[1][0], **before}
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         lines = [f"    --{name} was {before.get(name)} and is now {now.get(name)}" for name in changed[:10]]
