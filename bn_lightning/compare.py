@@ -77,9 +77,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Choice], l
     for name, least in (("seeds", 1), ("jobs", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}.")
-    for option in ("--seed_everything", "--model.norm"):
-        if option in common:
-            raise UserError(f"{option} is what is compared: --seeds N, --norm NAME ...")
+    typed = {text.partition("=")[0] for text in common}
+    if "--seed_everything" in typed or ("--model.norm" in typed and options.norm):
+        raise UserError(
+            "What is compared is given by --norm NAME ... and --seeds N, not --model.norm, --seed_everything."
+        )
     grid = {"model.norm": options.norm} if options.norm else {}
     given = {option: getattr(options, option) for option in dict.fromkeys(varied)}
     grid |= {option.removeprefix("--vary."): values for option, values in given.items() if "--vary." in option}
@@ -101,9 +103,11 @@ def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[C
         end = name.rpartition(".")[2]
         return f"{end if ends.count(end) == 1 else name}={value}"
 
-    found = {}
+    found: dict[str, Choice] = {}
     for point in points:
         name = " ".join(said(*pair) for pair in point) or "base"
+        if name in found:
+            raise UserError(f"There are two choices {name!r}, whose runs would lie in the same folder.")
         configs = tuple(value for key, value in point if key == "config")
         found[name] = Choice(name, configs, tuple(pair for pair in point if pair[0] != "config"))
     return list(found.values())
@@ -155,7 +159,12 @@ def main() -> None:
                 except (KeyboardInterrupt, workers.Interrupted):
                     print("\nstopped; what is done is kept, and the same command goes on", flush=True)
                     raise KeyboardInterrupt from None
-        _report(place, [done for done in known.values() if done is not None], compared, options.steps_to)
+        try:
+            _report(place, [done for done in known.values() if done is not None], compared, options.steps_to)
+        except OSError as error:
+            raise RunFailed(
+                f"The table cannot be written to {place}: {error}. The same command makes it anew."
+            ) from error
 
 
 def _settle(place: Path, settings: dict[str, dict[str, Any]]) -> None:

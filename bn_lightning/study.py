@@ -61,12 +61,21 @@ def alone_in(path: Path) -> Iterator[None]:
     Raises:
         UserError: another one has it, or it cannot be made.
     """
+    lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UserError(f"The study in {str(path)!r} is under way in another process.") from None
+    except OSError as error:
+        raise UserError(
+            f"No folder for the study can be made in {str(path)!r}: {error.strerror}. Another place: "
+            "--trainer.default_root_dir FOLDER"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_changes(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -150,7 +159,8 @@ class Board:
             ended = self._before + sum(fraction == 1 for fraction in self._fractions.values())
             line = f"[{ended}/{self._total}] {line}"
             if self._bar.disable and left > 0:
-                line += f"; about {(time.monotonic() - self._began) / done * left / 60:.0f} min to go"
+                seconds = (time.monotonic() - self._began) / done * left
+                line += f"; about {seconds:.0f} s to go" if seconds < 100 else f"; about {seconds / 60:.0f} min to go"
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 

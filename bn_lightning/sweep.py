@@ -6,6 +6,7 @@ study.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import shlex
@@ -177,9 +178,7 @@ class Search:
             self.study.set_user_attr("settings", now)
         else:
             study.refuse_changes(repr(options.name), before, now)
-        self._begins = (
-            threading.Lock()
-        )  # while a trial is begun: another thread must not take it for one that is missing
+        self._begins = threading.Lock()  # a trial that a thread begins must not be missing for another one
         self._mine = threading.local()
         self._requeue_lost()
 
@@ -304,6 +303,8 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
                 why = failed[1] if failed else str(error).splitlines()[0]
                 trial.set_user_attr("failure", why)
                 board.end(trial.number, f"{said}: FAILED: {why}")
+                if failed:  # which says something about the settings, and is to be learned from
+                    raise optuna.TrialPruned from None
                 raise
             trial.set_user_attr("folder", str(folder))
             result = records.read_result(folder)
@@ -333,12 +334,17 @@ def _told(params: dict[str, Any]) -> str:
 
 def _report(search: Search, options: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Print the best trials; leave all of them, the winner's config and the pictures in the study's folder."""
-    words = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed"}
+
+    def word(trial: FrozenTrial) -> str:
+        if "failure" in trial.user_attrs:
+            return "failed"
+        return "finished" if trial.state == TrialState.COMPLETE else "ended early"
+
     trials = sorted(search.done(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
     table = [
         {
             "trial": trial.number,
-            "state": words[trial.state],
+            "state": word(trial),
             "val_acc": trial.value,
             "validations": trial.last_step or 0,
         }
@@ -351,7 +357,8 @@ def _report(search: Search, options: argparse.Namespace, settings: dict[str, Any
     shown = [name for name in table[0] if name not in ("host", "failure")]
     rows = [[_cell(line.get(name)) for name in shown] for line in table[:10]]
     terminal.print_table([name.rpartition(".")[2] for name in shown], rows, folds=len(shown) - 1)
-    counts = ", ".join(f"{sum(trial.state == s for trial in trials)} {word}" for s, word in words.items())
+    states = collections.Counter(map(word, trials))
+    counts = ", ".join(f"{states[state]} {state}" for state in ("finished", "ended early", "failed"))
     print(f"\n{len(trials)} trials: {counts}; all in {search.place / 'trials.csv'}")
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         print("None came to its end, so there is no winner.", flush=True)

@@ -173,7 +173,8 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path, number):
         (("--vary.model.rate", "1"), "Did you mean"),
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),
-        (("--model.norm", "custom"), "--model.norm is what is compared"),
+        (("--model.norm=custom", "--norm", "none"), "What is compared is given by --norm"),
+        (("--vary.config", "a/x.yaml", "b/x.yaml"), "There are two choices 'x'"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--ckpt_path", "last"), "leave out --ckpt_path"),
         (("--trainer.fast_dev_run", "true"), "leave out --trainer.fast_dev_run"),
@@ -191,11 +192,11 @@ def test_the_choices_of_a_grid_and_of_an_ablation():
         return [choice.name for choice in compare.parse(list(arguments))[1]]
 
     assert names("--norm", "a", "b", "--vary.model.lr", "1", "2") == ["a lr=1", "a lr=2", "b lr=1", "b lr=2"]
-    assert names("--vary.model.lr=1", "--vary.model.lr", "2") == ["lr=2"]
+    assert names("--vary.model.lr=1") == ["lr=1"]
     assert names() == ["base"]
     assert names("--vary.config", "configs/x.yaml", "configs/y.yaml") == ["x", "y"]
     assert names("--ablate.data.flip", "false", "--ablate.model.lr", "1", "2") == ["base", "flip=false", "lr=1", "lr=2"]
     _, [_, other], common = compare.parse(["--ablate.model.lr", "2", "--model.lr", "1", "--config", "x.yaml"])
     assert other.arguments(common) == ["--model.lr", "1", "--config", "x.yaml", "--model.lr", "2"]
-    with pytest.raises(UserError, match="--seed_everything is what is compared"):
+    with pytest.raises(UserError, match="and --seeds N, not"):
         names("--seed_everything", "3")

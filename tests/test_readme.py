@@ -94,7 +94,7 @@ def test_lists_are_whole():
         assert f"    {path.name} " in README
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         assert f"(configs/{path.name})" in README
-        assert f"fit --config configs/{path.name}" in path.read_text()
+        assert f"{'sweep' if path.stem == 'sweep' else 'fit'} --config configs/{path.name}" in path.read_text()
     for name in cli.COMMANDS:
         assert f"| `python -m bn_lightning {name}" in README
 

@@ -116,6 +116,22 @@ def test_mistakes_are_told_before_anything_is_run(swept, main, monkeypatch, argu
     assert "secret" not in err
 
 
+def test_what_is_no_number_is_counted_as_failed_and_learned_from(main):
+    config = {
+        "data": {"source": "sample"},
+        "model": {"norm": "none", "activation": "relu"},
+        "trainer": {"max_epochs": 1, "limit_train_batches": 5, "accelerator": "cpu"},
+        "sweep": {"trials": 3, "sampler": "random", "space": {"model.lr": [1e30]}},
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(config))
+    code, out, err = main("sweep", "--config", "sweep.yaml")
+    assert code == 0, err
+    assert out.count("FAILED: the loss is no number in step") == 3
+    assert "3 trials: 0 finished, 0 ended early, 3 failed" in out and "there is no winner" in out
+    again = main("sweep", "--config", "sweep.yaml")[1]
+    assert "FAILED" not in again and "3 failed" in again
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kills_leave_each_set_of_parameters_finished_once(tmp_path):

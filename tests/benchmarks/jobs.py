@@ -2,7 +2,7 @@
 
     python tests/benchmarks/jobs.py [--rounds 5] [--runs 6] [--epochs 3]
 
-Both sides take turns. The cores are divided: on a machine with two, each of two workers has one thread, and one has two.
+Both sides take turns. The cores are divided: on a machine with two, each of two workers has one thread, one has both.
 Counted is the time between the first and the last end of a run, so not the start of the workers, once for each study.
 The overhead is what a run takes but for its training epochs: settings, folder, validation, checkpoints, the test.
 """

@@ -3,8 +3,8 @@
     python tests/benchmarks/time_to_accuracy.py [--rounds 5] [--config configs/speedrun.yaml]
 
 Both sides take turns, each in a process of its own, with all 60,000 images. The article's is a loop as its book writes
-it: torchvision's DataLoader with ToTensor and four workers, torch's own norm, a test after each epoch. Prints the seconds
-of training, the seconds from the start of the process to the tested model, accuracies, and the ratios of each round.
+it: torchvision's DataLoader with ToTensor and four workers, torch's own norm, a test after each epoch. Prints seconds
+of training, seconds from the start of the process to the tested model, accuracies, and the ratios of each round.
 """
 
 import argparse
