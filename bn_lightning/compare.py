@@ -31,9 +31,10 @@ Every setting of fit is one of compare too, and holds for all runs: --config con
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing that is compared: its name, the settings that make it, and where its runs lie."""
+    """One thing that is compared: its name, the choice that it is held to, and the settings that make it."""
 
     name: str
+    reference: str
     configs: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
 
@@ -90,9 +91,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Choice], l
 
 
 def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[Choice]:
-    """The whole grid; then, for its first point, each ablated value alone."""
+    """The whole grid; then, for its first point, each ablated value alone.
+
+    Each is held to the first norm with the same other settings; where there is but one norm, to the first point.
+    """
     points = [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    points += [(*points[0], (name, value)) for name, values in ablated.items() for value in values]
+    norms = grid.get("model.norm", [])
+    first = [(("model.norm", norms[0]), *point[1:]) if len(norms) > 1 else points[0] for point in points]
+    ablations = [(*points[0], (name, value)) for name, values in ablated.items() for value in values]
     ends = [name.rpartition(".")[2] for name in {**grid, **ablated}]
 
     def said(name: str, value: str) -> str:
@@ -103,13 +109,16 @@ def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[C
         end = name.rpartition(".")[2]
         return f"{end if ends.count(end) == 1 else name}={value}"
 
+    def named(point: tuple[tuple[str, str], ...]) -> str:
+        return " ".join(said(*pair) for pair in point) or "base"
+
     found: dict[str, Choice] = {}
-    for point in points:
-        name = " ".join(said(*pair) for pair in point) or "base"
+    for point, reference in [*zip(points, first, strict=True), *((ablation, points[0]) for ablation in ablations)]:
+        name = named(point)
         if name in found:
             raise UserError(f"There are two choices {name!r}, whose runs would lie in the same folder.")
         configs = tuple(value for key, value in point if key == "config")
-        found[name] = Choice(name, configs, tuple(pair for pair in point if pair[0] != "config"))
+        found[name] = Choice(name, named(reference), configs, tuple(pair for pair in point if pair[0] != "config"))
     return list(found.values())
 
 
@@ -209,10 +218,11 @@ def _report(place: Path, runs: list[Run], compared: list[Choice], accuracy: floa
     if accuracy is None:
         accuracy = _reached_by_all(runs)
     shown = paired.figures(runs, accuracy)
-    rows = paired.rows(runs, shown)
+    references = {choice.name: choice.reference for choice in compared}
+    rows = paired.rows(runs, shown, references)
     heads, texts = {}, {}
     for figure in shown:
-        heads[figure.name] = paired.columns(figure.name, compared[0].name)
+        heads[figure.name] = paired.columns(figure.name, set(references.values()))
         texts[figure.name] = [paired.cells(row, figure.digits) for row in rows if row.figure == figure.name]
     failures = [f"{run.choice}, seed {run.seed}: {run.failure} ({run.folder})" for run in runs if run.failure]
     of_runs = [

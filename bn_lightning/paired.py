@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,8 +57,9 @@ class Row:
 
     Attributes:
         runs: of this choice; n: those with this figure; failed: those without a result.
-        pairs: seeds of which this choice and the first one both have the figure.
-        compared: the mean difference to the first choice, or the ratio.
+        reference: the choice that this one is held to.
+        pairs: seeds of which both have the figure.
+        compared: the mean difference to the reference, or the ratio.
     """
 
     figure: str
@@ -71,6 +72,7 @@ class Row:
     low: float | None
     high: float | None
     held_by: str
+    reference: str
     pairs: int
     compared: float | None
     compared_low: float | None
@@ -94,20 +96,19 @@ def figures(runs: Iterable[Run], accuracy: float | None) -> list[Figure]:
     return [*found, Figure("images per second", of("images_per_second"), "ratio", 0)]
 
 
-def rows(runs: Sequence[Run], shown: Iterable[Figure]) -> list[Row]:
-    """A row for each figure and choice, choices in the order of their first runs."""
-    choices = list(dict.fromkeys(run.choice for run in runs))
-    return [_row(runs, figure, choice, choices[0]) for figure in shown for choice in choices]
+def rows(runs: Sequence[Run], shown: Iterable[Figure], references: Mapping[str, str]) -> list[Row]:
+    """A row for each figure and choice: of a choice, the one that it is held to."""
+    return [_row(runs, figure, *pair) for figure in shown for pair in references.items()]
 
 
-def _row(runs: Sequence[Run], figure: Figure, choice: str, first: str) -> Row:
+def _row(runs: Sequence[Run], figure: Figure, choice: str, reference: str) -> Row:
     def by_seed(choice: str) -> dict[int, float]:
         values = {run.seed: figure.of(run) for run in runs if run.choice == choice and run.failure is None}
         return {seed: float(value) for seed, value in values.items() if value is not None}
 
-    mine, reference = by_seed(choice), by_seed(first) if choice != first else {}
+    mine, others = by_seed(choice), by_seed(reference) if choice != reference else {}
     mean, sd, low, high = mean_and_interval(list(mine.values()))
-    pairs = [(mine[seed], reference[seed]) for seed in sorted(mine.keys() & reference.keys())]
+    pairs = [(mine[seed], others[seed]) for seed in sorted(mine.keys() & others.keys())]
     is_ratio = figure.held_by == "ratio"
     differences = [math.log(a / b) if is_ratio else a - b for a, b in pairs]
     center, spread, *ends = mean_and_interval(differences)
@@ -123,6 +124,7 @@ def _row(runs: Sequence[Run], figure: Figure, choice: str, first: str) -> Row:
         low=low,
         high=high,
         held_by=figure.held_by,
+        reference=reference,
         pairs=len(pairs),
         compared=compared[0],
         compared_low=compared[1],
@@ -163,9 +165,10 @@ def cells(row: Row, digits: int) -> list[str]:
     ]
 
 
-def columns(figure: str, first: str) -> list[str]:
-    """The heads of `cells`."""
-    return [figure, "n", "mean ± sd", "95% interval", f"to {first}, in pairs (95%)", "d"]
+def columns(figure: str, references: Collection[str]) -> list[str]:
+    """The heads of `cells`. Where there are several references they have their first word in common, the norm."""
+    to = min(references)
+    return [figure, "n", "mean ± sd", "95% interval", f"to {to.split()[0] if len(references) > 1 else to} (95%)", "d"]
 
 
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -60,7 +60,7 @@ def test_each_number_is_that_of_the_run_it_names(compared):
     [mean] = [row["mean"] for row in rows if (row["figure"], row["choice"]) == ("test acc", "none")]
     assert mean == pytest.approx(sum(float(line["test acc"]) for line in lines if line["choice"] == "none") / 2)
     assert (place / "table.txt").read_text() in compared[1]
-    assert "| test acc | n | mean ± sd |" in (place / "table.md").read_text()
+    assert "| test acc | n | mean ± sd | 95% interval | to builtin (95%) | d |" in (place / "table.md").read_text()
     with Image.open(place / "curves.png") as picture:
         assert len(picture.convert("L").getcolors(256)) > 50
 
@@ -193,6 +193,8 @@ def test_the_choices_of_a_grid_and_of_an_ablation():
 
     assert names("--norm", "a", "b", "--vary.model.lr", "1", "2") == ["a lr=1", "a lr=2", "b lr=1", "b lr=2"]
     assert names("--vary.model.lr=1") == ["lr=1"]
+    held = compare.parse(["--norm", "a", "b", "--vary.model.lr", "1", "2", "--ablate.data.flip", "true"])[1]
+    assert [choice.reference for choice in held] == ["a lr=1", "a lr=2", "a lr=1", "a lr=2", "a lr=1"]
     assert names() == ["base"]
     assert names("--vary.config", "configs/x.yaml", "configs/y.yaml") == ["x", "y"]
     assert names("--ablate.data.flip", "false", "--ablate.model.lr", "1", "2") == ["base", "flip=false", "lr=1", "lr=2"]

@@ -1,0 +1,44 @@
+"""What it does that the tutorial's layer tells training from prediction by `torch.is_grad_enabled()`.
+
+    python tests/benchmarks/grad_mode.py runs/article/article/seed-*/0
+
+Of each run, with the norm `article`, the test accuracy of its last weights: by torch.no_grad(), as everybody tests, and
+with gradients enabled, as for a saliency map or an adversarial example, where the layer normalizes by its batch, and
+changes its running statistics.
+"""
+
+import copy
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from bn_lightning import Classifier, checkpoints, sources
+
+
+def main() -> None:
+    data = sources.load()
+    images, labels = data.test_images[:, None] / 255, data.test_labels
+    accuracies: dict[str, list[float]] = {}
+    for run in sys.argv[1:]:
+        _, checkpoint = checkpoints.load(str(Path(run, "checkpoints", "last.ckpt")))
+        model = Classifier(**checkpoint["hyper_parameters"])
+        model.load_state_dict(checkpoint["state_dict"])
+        model.eval()
+        for with_gradients, sizes in ((False, (256,)), (True, (256, 8, 2))):
+            for size in sizes:
+                network = copy.deepcopy(model)
+                with torch.set_grad_enabled(with_gradients):
+                    right = [
+                        (network(x).argmax(1) == y) for x, y in zip(images.split(size), labels.split(size), strict=True)
+                    ]
+                name = f"{'gradients enabled' if with_gradients else 'no_grad'}, batches of {size}"
+                accuracies.setdefault(name, []).append(float(torch.cat(right).float().mean()))
+    for name, values in accuracies.items():
+        spread = f"{min(values):.3f} to {max(values):.3f}"
+        print(f"{name:35} {statistics.mean(values):.3f} ({spread}), n={len(values)}")
+
+
+if __name__ == "__main__":
+    main()
