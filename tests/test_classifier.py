@@ -49,6 +49,20 @@ def test_metrics_are_means_over_all_images():
         assert figures[f"test_acc_of/{name}"] == pytest.approx(right[labels == c].float().mean().item())
 
 
+def test_labels_are_smoothed_in_training_alone():
+    """The loss by Szegedy et al. 2016, equation 10: (1 - e) times the right class's, and e times the mean of all."""
+    pl.seed_everything(0)
+    model, data = Classifier(label_smoothing=0.2), FashionMNIST("sample")
+    trainer = pl.Trainer(**QUIET)
+    [figures] = trainer.test(model, datamodule=data, verbose=False)
+    batch = data.test_dataloader().take(torch.arange(1_000))
+    losses = -model.eval()(batch[0]).log_softmax(1)
+    right = losses[torch.arange(1_000), batch[1]]
+    assert figures["test_loss"] == pytest.approx(right.mean().item(), rel=1e-5)
+    smoothed, _ = model._step(batch, "train")
+    assert smoothed.item() == pytest.approx((0.8 * right + 0.2 * losses.mean(1)).mean().item(), rel=1e-5)
+
+
 def test_defaults_are_the_articles():
     model = Classifier()
     optimizer = model.configure_optimizers()
@@ -101,6 +115,7 @@ def test_any_optimizer_by_name_or_import_path():
         ({"scheduler": "StepLR"}, "step_size"),
         ({"norm": "batch"}, "There are custom"),
         ({"norm_args": {"epsilon": 1}}, "epsilon"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be from 0 to less than 1"),
     ],
 )
 def test_wrong_settings(settings, said):
