@@ -21,6 +21,8 @@ COMMANDS = {
     "check": ("bn_lightning.conformance", "examine a normalization layer: a name, or an import path to yours"),
 }
 
+OF_STUDY = ("optuna", "scipy", "matplotlib", "psycopg")  # the extra of compare and sweep
+
 USAGE = """\
 usage: python -m bn_lightning COMMAND [--help | settings]
 
@@ -56,6 +58,10 @@ def main() -> None:
             importlib.import_module(module).main()
         except UserError as error:
             _fail(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            if error.name not in OF_STUDY:
+                raise
+            _fail(f'{command} needs {error.name}, which is not installed: pip install -e ".[study]"')
         except BrokenPipeError:  # who reads has seen enough: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
             sys.exit(141)

@@ -78,13 +78,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Choice], l
     for name, least in (("seeds", 1), ("jobs", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least {least}.")
+    given = {option: getattr(options, option) for option in dict.fromkeys(varied)}
+    names = [option.partition(".")[2] for option in given]
+    for name in ("seed_everything", "name", "ckpt_path", "trainer.default_root_dir"):
+        if name in names:
+            raise UserError(f"{name} cannot be varied. Seeds: --seeds N. Another study: --name NAME")
+    if options.norm and "model.norm" in names:
+        raise UserError("Norms are given once: --norm NAME ...")
     typed = {text.partition("=")[0] for text in common}
     if "--seed_everything" in typed or ("--model.norm" in typed and options.norm):
         raise UserError(
             "What is compared is given by --norm NAME ... and --seeds N, not --model.norm, --seed_everything."
         )
     grid = {"model.norm": options.norm} if options.norm else {}
-    given = {option: getattr(options, option) for option in dict.fromkeys(varied)}
     grid |= {option.removeprefix("--vary."): values for option, values in given.items() if "--vary." in option}
     ablated = {option.removeprefix("--ablate."): values for option, values in given.items() if "--ablate." in option}
     return options, choices(grid, ablated), common
@@ -97,7 +103,9 @@ def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[C
     """
     points = [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     norms = grid.get("model.norm", [])
-    first = [(("model.norm", norms[0]), *point[1:]) if len(norms) > 1 else points[0] for point in points]
+    first = points[:1] * len(points)
+    if len(norms) > 1:
+        first = [tuple((n, norms[0] if n == "model.norm" else value) for n, value in point) for point in points]
     ablations = [(*points[0], (name, value)) for name, values in ablated.items() for value in values]
     ends = [name.rpartition(".")[2] for name in {**grid, **ablated}]
 
@@ -115,7 +123,7 @@ def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[C
     found: dict[str, Choice] = {}
     for point, reference in [*zip(points, first, strict=True), *((ablation, points[0]) for ablation in ablations)]:
         name = named(point)
-        if name in found:
+        if _as_folder(name).casefold() in map(str.casefold, map(_as_folder, found)):
             raise UserError(f"There are two choices {name!r}, whose runs would lie in the same folder.")
         configs = tuple(value for key, value in point if key == "config")
         found[name] = Choice(name, named(reference), configs, tuple(pair for pair in point if pair[0] != "config"))
@@ -137,16 +145,16 @@ def main() -> None:
         if open_tasks:
             with (
                 study.stopped_by_signals(),
-                workers.Workers(min(options.jobs, len(open_tasks))) as pool,
+                workers.Workers(options.jobs, len(open_tasks)) as pool,
                 study.Board(len(tasks), len(tasks) - len(open_tasks)) as board,
             ):
 
                 def do(key: tuple[str, int]) -> Run:
                     name, seed = key
-                    parent = place / _as_folder(name) / f"seed-{seed}"
+                    parent = Path(_as_folder(name), f"seed-{seed}")
                     arguments = tasks[key].arguments(common)
                     arguments += ["--seed_everything", str(seed), "--ckpt_path", "last"]
-                    arguments += ["--name", str(parent.relative_to(place.parent))]
+                    arguments += ["--name", Path(options.name, parent).as_posix()]
                     failure = None
 
                     def go_on(at: workers.Progress) -> bool:
@@ -154,10 +162,12 @@ def main() -> None:
                         return True
 
                     try:
-                        pool.fit(arguments, parent / "log.txt", go_on)
+                        pool.fit(arguments, place / parent / "log.txt", go_on)
                     except RunFailed as error:
                         failure = str(error).splitlines()[0]
-                    done = _read(place, name, seed) or _failed(name, seed, parent, failure or "it left no result")
+                    done = _read(place, name, seed) or _failed(
+                        name, seed, place / parent, failure or "it left no result"
+                    )
                     board.end(key, _line(done))
                     return done
 
@@ -238,9 +248,6 @@ def _report(place: Path, runs: list[Run], compared: list[Choice], accuracy: floa
         "runs.csv": paired.as_csv(of_runs),
         "table.json": records.to_json({"rows": [asdict(row) for row in rows], "runs": of_runs}) + "\n",
     }
-    curves.learning_curves(runs, place / "curves.png")
-    for name, lines in _against(runs, compared).items():
-        curves.against(name, lines, place / f"{name}.png")
     with redirect_stdout(io.StringIO()) as printed:
         for name in texts:
             terminal.print_table(heads[name], texts[name])
@@ -251,6 +258,9 @@ def _report(place: Path, runs: list[Run], compared: list[Choice], accuracy: floa
     print(printed.getvalue(), end="")
     for name, content in files.items():
         checkpoints.write_whole(place / name, content.encode())
+    curves.learning_curves(runs, place / "curves.png")
+    for name, lines in _against(runs, compared).items():
+        curves.against(name, lines, place / f"{name}.png")
     print(f"{len(runs)} runs, {len(failures)} failed; table, runs and pictures are in {place}", flush=True)
 
 

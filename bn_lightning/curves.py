@@ -49,15 +49,16 @@ def against(setting: str, lines: dict[str, list[tuple[float, list[Run]]]], path:
     for color, (label, points) in enumerate(lines.items()):
         hue, means = f"C{color % 10}", []
         for x, runs in points:
-            accuracies = [run.result["test_acc"] for run in runs if run.failure is None]
+            done = [run for run in runs if run.failure is None]
+            accuracies = [run.result["test_acc"] for run in done if run.result["test_acc"] is not None]
             mean, *_ = mean_and_interval(accuracies)
             if mean is not None:
                 means.append((x, mean))
             axes.plot([x] * len(accuracies), accuracies, "o", color=hue, alpha=0.4, markersize=4)
-            failed = len(runs) - len(accuracies)
+            failed = len(runs) - len(done)
             has_failures |= failed > 0
             axes.plot([x] * failed, [0.0] * failed, "x", color=hue)
-        axes.plot(*zip(*means, strict=True), color=hue, label=label or None)
+        axes.plot([x for x, _ in means], [mean for _, mean in means], color=hue, label=label or None)
     values = [x for points in lines.values() for x, _ in points]
     if min(values) > 0 and max(values) / min(values) >= 10:
         axes.set_xscale("log")

@@ -90,7 +90,11 @@ def figures(runs: Iterable[Run], accuracy: float | None) -> list[Figure]:
     def of(name: str) -> Callable[[Run], float | None]:
         return lambda run: run.result.get(name)
 
-    found = [Figure(said, of(name), "difference", 4) for name, said in shown.items()]
+    found = [
+        Figure(said, of(name), "difference", 4)
+        for name, said in shown.items()
+        if any(run.result.get(name) is not None for run in runs)
+    ]
     if accuracy is not None:
         found.append(Figure(f"steps to {accuracy:.3f}", lambda run: run.steps_to(accuracy), "ratio", 0))
     return [*found, Figure("images per second", of("images_per_second"), "ratio", 0)]

@@ -19,8 +19,8 @@ from bn_lightning import folder, records, run
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import FashionMNIST
 
-# Weaker than what is typed. What the norms do is for looking at single runs.
-DEFAULTS = ("--monitor", "false")
+# Weaker than what is typed: what the norms do is for looking at single runs, and several runs at once are --jobs.
+DEFAULTS = ("--monitor", "false", "--trainer.devices", "1")
 
 
 def rehearse(*runs: Sequence[str]) -> tuple[Path, list[dict[str, Any]]]:
@@ -45,12 +45,16 @@ def rehearse(*runs: Sequence[str]) -> tuple[Path, list[dict[str, Any]]]:
                 "What a run of a study has done is read from its folder: leave out --trainer.fast_dev_run and "
                 "--trainer.enable_checkpointing."
             )
+        if built.trainer.world_size > 1:
+            raise UserError("Each run of a study has one process: --trainer.devices 1. Several runs at once: --jobs 2")
         data.setdefault(built.datamodule.source, built.datamodule)
         all_of_it = folder.flat(yaml.safe_load(built._parser("fit").dump(given, skip_unset=False)))
         settings.append({name: value for name, value in all_of_it.items() if name not in folder.NOT_RECORDED})
         roots.append(Path(given.trainer.default_root_dir))
     for module in data.values():
         module.prepare_data()
+    if len(set(roots)) > 1:
+        raise UserError("All runs of a study lie in one place: leave out --trainer.default_root_dir of some.")
     return roots[0], settings
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -24,6 +25,13 @@ import matplotlib
 import optuna
 import sqlalchemy
 import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -43,13 +51,14 @@ PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
 # Seconds: how often a process says that its trials are under way, and after which silence others take them over.
 HEARTBEAT, SILENCE = 2, 15
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+OF_STORAGE = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 OF_A_MACHINE = ("data.root", "data.mirrors", "data.source")  # on another one they may be others
 # Never on the test set, and what the norms do is for looking at single runs.
 DEFAULTS = (*study.DEFAULTS, "--trainer.limit_test_batches", "0")
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # taking over is, since 2021
 retry = RetryHeartbeatStaleTrialCallback()
-Space = dict[str, Any]
+Space = dict[str, BaseDistribution]
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Space, list[str]]:
@@ -106,33 +115,49 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Space, list[str]]:
     space = section.get("space")
     if not isinstance(space, dict) or not space:
         raise UserError(f"There is no space to search in: a config with a section sweep.\nAs in: {parser.prog} --help")
-    for name, values in space.items():
-        _ends(name, values)
-    return options, space, [*DEFAULTS, *configs, *common]
+    distributions = {name: _distribution(name, values) for name, values in space.items()}
+    return options, distributions, [*DEFAULTS, *configs, *common]
 
 
-def _ends(name: str, values: Any) -> list[Any]:
-    """Values of a setting to try whether it can be set at all: each of a list, or both ends of a range."""
-    if isinstance(values, list) and values:
-        return values
-    if isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
-        low, high = values["low"], values["high"]
-        if isinstance(low, int | float) and isinstance(high, int | float) and low <= high:
-            return [low, high]
+def _distribution(name: str, values: Any) -> BaseDistribution:
+    """What a config says of a setting, as Optuna has it: a list of values, or a range."""
+    try:
+        if isinstance(values, list):
+            return CategoricalDistribution(values)
+        shape = dict(values)
+        ends = shape.pop("low"), shape.pop("high")
+        if all(isinstance(end, int) for end in ends):
+            return IntDistribution(*ends, **shape)
+        if all(isinstance(end, int | float) for end in ends):
+            return FloatDistribution(*ends, **shape)
+        error: Exception | None = None
+    except (ValueError, TypeError, KeyError) as caught:
+        error = caught
     raise UserError(
-        f"The space of {name} is {values}; it must be a list of values, or {{low: 0.01, high: 1.0}} with log: true or "
-        "step: 0.1 if wanted, and whole numbers where only these are. 1e-3 is a text in YAML, and 1.0e-3 a number."
-    )
+        f"The space of {name} is {values}{f': {error}' if error else ''}.\n"
+        "It must be a list of values, or {low: 0.01, high: 1.0}, with log: true or step: 0.1 if wanted; of whole "
+        "numbers alone where both ends are whole.\n"
+        "1e-3 is a text in YAML, and 1.0e-3 a number."
+    ) from error
 
 
-def _suggest(trial: Trial, name: str, values: Any) -> Any:
-    if isinstance(values, list):
-        return trial.suggest_categorical(name, values)
-    shape = dict(values)
-    low, high = shape.pop("low"), shape.pop("high")
-    if isinstance(low, int) and isinstance(high, int):
-        return trial.suggest_int(name, low, high, **shape)
-    return trial.suggest_float(name, low, high, **shape)
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(
+            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def _ends(distribution: BaseDistribution) -> list[Any]:
+    """Values to try whether a setting can be set at all: each of a list, or both ends of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return [distribution.low, distribution.high]
 
 
 def _flags(params: dict[str, Any]) -> list[str]:
@@ -169,18 +194,33 @@ class Search:
                 sampler=SAMPLERS[options.sampler](),
                 pruner=PRUNERS[options.pruner](),
             )
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"The storage of the study cannot be used: {reason}\nGiven: {_no_password(url)}") from error
+        except (*OF_STORAGE, ImportError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"The storage of the study cannot be used: {str(error).splitlines()[0]}\n"
+                "It is a file by default; a server: --storage postgresql://USER:PASSWORD@HOST/DATABASE"
+            ) from error
         now = json.loads(records.to_json(settings))
         before = self.study.user_attrs.get("settings")
         if before is None:
+            self.study.set_user_attr("id", uuid.uuid4().hex)
             self.study.set_user_attr("settings", now)
         else:
             study.refuse_changes(repr(options.name), before, now)
+        self._refuse_runs_of_another()
         self._begins = threading.Lock()  # a trial that a thread begins must not be missing for another one
         self._mine = threading.local()
         self._requeue_lost()
+
+    def _refuse_runs_of_another(self) -> None:
+        """Trials of two studies with the same numbers must not lie in one folder: one would go on with the other's."""
+        mine, file = self.study.user_attrs["id"], self.place / "study-id"
+        if not file.exists() and not any(self.place.glob("trial-*")):
+            checkpoints.write_whole(file, mine.encode())
+        if not file.exists() or file.read_text() != mine:
+            raise UserError(
+                f"In {str(self.place)!r} lie the runs of another study, from another storage.\n"
+                "Give it that storage, or begin another study: --name NAME"
+            )
 
     def _requeue_lost(self) -> None:
         """Queue what has failed with its process, where that was killed before it could be queued again."""
@@ -193,23 +233,27 @@ class Search:
                     retry(self.study, trial)
 
     def trials_of(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states)
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def done(self) -> list[FrozenTrial]:
         """Trials with an end, good or bad; not those whose process has gone, which are repeated."""
         failed = [trial for trial in self.trials_of(TrialState.FAIL) if "failure" in trial.user_attrs]
         return [*self.trials_of(*FINISHED), *failed]
 
-    def work(self, objective: Callable[[Trial], float]) -> None:
+    def work(self, objective: Callable[[Trial], float], stopped: threading.Event) -> None:
         """Run trials until there are as many as wanted and no one is at any. For several threads."""
-        while True:
+        while not stopped.is_set():
             self._begins.acquire()
-            self._mine.begins, self._mine.trial = True, None
+            self._mine.begins, self._mine.trial, self._mine.fault = True, None, None
 
             def begun(trial: Trial) -> float:
                 self._mine.trial = trial.number
                 self._has_begun()
-                return objective(trial)
+                try:
+                    return objective(trial)
+                except Exception as error:
+                    self._mine.fault = error
+                    raise
 
             try:
                 if self._is_one_missing():
@@ -218,8 +262,8 @@ class Search:
             except workers.Interrupted:
                 retry(self.study, self.study.get_trials()[self._mine.trial])
                 raise
-            except ValueError:
-                if self._mine.trial is None or self._is_still_mine(self._mine.trial):
+            except (ValueError, UpdateFinishedTrialError):  # of a trial that has an end already
+                if not self._is_taken_over():
                     raise
                 print(f"trial {self._mine.trial} was silent, and another process has taken it over", flush=True)
                 continue
@@ -227,7 +271,7 @@ class Search:
                 self._has_begun()
             if not self.trials_of(TrialState.RUNNING):
                 return
-            time.sleep(1)  # if its process goes, it is to be taken over
+            stopped.wait(1)  # if its process goes, it is to be taken over
 
     def _has_begun(self) -> None:
         if self._mine.begins:
@@ -239,8 +283,10 @@ class Search:
         under_way = len(self.trials_of(TrialState.RUNNING))
         return bool(self.trials_of(TrialState.WAITING)) or len(self.done()) + under_way < self.trials
 
-    def _is_still_mine(self, number: int) -> bool:
-        return self.study.get_trials(deepcopy=False)[number].state != TrialState.FAIL
+    def _is_taken_over(self) -> bool:
+        number, fault = self._mine.trial, self._mine.fault
+        is_of_the_run = isinstance(fault, optuna.TrialPruned | RunFailed | UpdateFinishedTrialError | None)
+        return number is not None and is_of_the_run and self.trials_of()[number].state == TrialState.FAIL
 
 
 def main() -> None:
@@ -248,18 +294,18 @@ def main() -> None:
     options, space, common = parse(sys.argv[2:])
     run.set_up()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    single = [_flags({name: value}) for name, values in space.items() for value in _ends(name, values)]
-    root, (settings, *_) = study.rehearse(common, *([*common, *flags] for flags in single))
-    if settings["data.val_images"] == 0 or settings["trainer.limit_val_batches"] == 0:
+    single = [_flags({name: value}) for name, distribution in space.items() for value in _ends(distribution)]
+    root, rehearsed = study.rehearse(common, *([*common, *flags] for flags in single))
+    if any(one["data.val_images"] == 0 or one["trainer.limit_val_batches"] == 0 for one in rehearsed):
         raise UserError(
             "A sweep chooses by the accuracy on held-out training images, and there are none: --data.val_images 5000, "
             "and no --trainer.limit_val_batches 0"
         )
-    settings = {name: value for name, value in settings.items() if name not in OF_A_MACHINE}
+    settings = {name: value for name, value in rehearsed[0].items() if name not in OF_A_MACHINE}
     place = root / options.name
     with contextlib.nullcontext() if options.storage else study.alone_in(place):
         place.mkdir(parents=True, exist_ok=True)
-        search = Search(place, options, settings | {"sweep.space": space})
+        search = Search(place, options, settings | {"sweep.space": {name: repr(what) for name, what in space.items()}})
         if len(search.done()) < options.trials or search.trials_of(TrialState.WAITING, TrialState.RUNNING):
             _run_trials(search, options, space, common)
         _report(search, options, settings)
@@ -269,32 +315,34 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
     before = len(search.done())
     with (
         study.stopped_by_signals(),
-        workers.Workers(options.jobs) as pool,
+        workers.Workers(options.jobs, max(options.trials, 1)) as pool,
         study.Board(max(options.trials, before), before) as board,
     ):
 
         def objective(trial: Trial) -> float:
-            params = {name: _suggest(trial, name, values) for name, values in space.items()}
-            frozen = search.study.get_trials(deepcopy=False)[trial.number]
+            params = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
+            frozen = search.trials_of()[trial.number]
             first = retry.retried_trial_number(frozen)
             name = f"trial {trial.number}" if first is None else f"trial {trial.number} ({first} again)"
             parent = search.place / f"trial-{trial.number if first is None else first}"
             trial.set_user_attr("folder", str(parent))
             trial.set_user_attr("host", socket.gethostname())
-            ends_early = False
+            ends_early = "ends_early" in frozen.user_attrs  # before it was stopped
 
             def go_on(at: workers.Progress) -> bool:
                 nonlocal ends_early
                 board.advance(trial.number, at.fraction)
-                reported = search.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+                reported = search.trials_of()[trial.number].intermediate_values
                 for step, accuracy in enumerate(at.val_acc, 1):
                     if step not in reported:
                         trial.report(accuracy, step)
-                ends_early = ends_early or (at.fraction < 1 and trial.should_prune())
+                if not ends_early and at.fraction < 1 and trial.should_prune():
+                    ends_early = True
+                    trial.set_user_attr("ends_early", True)
                 return not ends_early
 
             arguments = [*common, *_flags(params), "--ckpt_path", "last"]
-            arguments += ["--name", str(parent.relative_to(search.place.parent))]
+            arguments += ["--name", f"{options.name}/{parent.name}"]
             said = f"{name}: {_told(params)}"
             try:
                 folder = pool.fit(arguments, parent / "log.txt", go_on)
@@ -315,8 +363,14 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
             return float(result["val_acc"])
 
         try:
-            for future in as_completed([pool.threads.submit(search.work, objective) for _ in range(options.jobs)]):
+            threads = [pool.threads.submit(search.work, objective, pool.stopped) for _ in range(pool.count)]
+            for future in as_completed(threads):
                 future.result()
+        except OF_STORAGE as error:
+            raise RunFailed(
+                f"The storage of the study is gone: {str(error).splitlines()[0]}\n"
+                "The same command goes on when it is back."
+            ) from error
         except (KeyboardInterrupt, workers.Interrupted):
             print("\nstopped; what is done is kept, and the same command goes on", flush=True)
             raise KeyboardInterrupt from None
@@ -399,7 +453,3 @@ def _config(best: FrozenTrial, file: Path, of: int, name: str, settings: dict[st
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _no_password(url: str) -> str:
-    return sqlalchemy.engine.make_url(url).render_as_string()

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -39,29 +40,34 @@ class Interrupted(Exception):
 
 
 class Workers:
-    """As many processes as there are to be runs at once, with the cores divided among them. A context manager.
+    """Processes for runs at once, with the cores divided among them. A context manager.
+
+    Args:
+        jobs: among how many the cores are divided.
+        runs: of no more than so many there is need.
 
     Attributes:
-        threads: as many threads of this process, each to wait for a run.
+        threads: as many threads of this process as there are workers, each to wait for a run.
+        stopped: set when the runs are to end.
     """
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        self.threads = ThreadPoolExecutor(jobs)
+    def __init__(self, jobs: int, runs: int) -> None:
+        self.jobs, self.count = jobs, min(jobs, runs)
+        self.threads = ThreadPoolExecutor(self.count)
+        self.stopped = threading.Event()
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._all: list[_Worker] = []
-        self._are_stopped = False
 
     def __enter__(self) -> "Workers":
         if self.jobs > 1:  # read once, when a worker imports torch
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
-        for _ in range(self.jobs):
+        for _ in range(self.count):
             self._free.put(self._begin())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         """End all workers. A run that is under way finishes its step, and keeps what it has done."""
-        self._are_stopped = True
+        self.stopped.set()
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._all:
             worker.interrupt()
@@ -88,21 +94,22 @@ class Workers:
             Interrupted: the run was stopped.
         """
         worker = self._free.get()
+        worker.is_busy = True  # from here on it is told to stop
         try:
-            if self._are_stopped:
+            if self.stopped.is_set():
                 raise Interrupted
             return worker.fit(arguments, log, go_on)
         except EOFError:
-            if self._are_stopped:
-                raise Interrupted from None
             worker.process.join()
             code = worker.process.exitcode or 0
-            if code == 130:  # by Ctrl-C, which goes to all processes of the terminal
+            if self.stopped.is_set() or code == 130:  # by Ctrl-C, which goes to all processes of the terminal
                 raise Interrupted from None
-            worker = self._begin()
             died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise RunFailed(f"Its process has gone ({died}). What it has printed: {log}") from None
         finally:
+            worker.is_busy = False
+            if not self.stopped.is_set() and not worker.process.is_alive():
+                worker = self._begin()
             self._free.put(worker)
 
 
@@ -113,12 +120,15 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would have locks of threads that it has not
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,))
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None  # until it has imported all
         self.process.start()
+        if is_main:
+            signal.signal(signal.SIGINT, before)
         theirs.close()  # so that its end is seen here
-        self._is_busy = False
+        self.is_busy = False
 
     def fit(self, arguments: Sequence[str], log: Path, go_on: Callable[[Progress], bool]) -> Path:
-        self._is_busy = True
         try:
             self._connection.send((list(arguments), log))
             while isinstance(said := self._connection.recv(), Progress):
@@ -126,18 +136,17 @@ class _Worker:
                     self._connection.send(go_on(said))
                 except Exception:
                     self.process.kill()  # it waits for an answer
+                    self.process.join()
                     raise
         except OSError as error:
             raise EOFError from error
-        finally:
-            self._is_busy = False
         if isinstance(said, Exception):
             raise said
         return Path(said)
 
     def interrupt(self) -> None:
         """Have the run that is under way stop after its step."""
-        if self._is_busy and self.process.is_alive():
+        if self.is_busy and self.process.is_alive():
             os.kill(self.process.pid or 0, signal.SIGTERM)
 
     def end(self) -> None:
@@ -196,23 +205,19 @@ def _work(parent: "connection.Connection[Any, Any]") -> None:
         except (EOFError, OSError):
             return
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
+        with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+            os.dup2(file.fileno(), 1)  # also what does not ask Python
             os.dup2(file.fileno(), 2)
-        answer = _fit(arguments, parent)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(terminal[0], 1)
-        os.dup2(terminal[1], 2)
+            answer = _fit(arguments, parent)
+            os.dup2(terminal[0], 1)
+            os.dup2(terminal[1], 2)
         parent.send(answer)
 
 
 def _fit(arguments: list[str], parent: "connection.Connection[Any, Any]") -> Path | Exception:
     """The folder of the run, or why there is no result in it."""
-    # From these Lightning makes the command of further processes.
-    sys.argv = [str(Path(__file__).with_name("__main__.py")), "fit", *arguments]
     try:
-        return run.command_line(sys.argv[1:], _WarmCLI, [_Reporter(parent)]).folder or Path()
+        return run.command_line(["fit", *arguments], _WarmCLI, [_Reporter(parent)]).folder or Path()
     except Stopped:
         return Interrupted()
     except UserError as error:

@@ -42,6 +42,15 @@ def test_help_of_a_command(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("package", ["optuna", "matplotlib"])
+def test_a_command_without_its_extra_says_what_to_install(package):
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = ['sweep']; "
+    code += "from bn_lightning.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f'error: sweep needs {package}, which is not installed: pip install -e ".[study]"\n'
+
+
 def test_console_script(tmp_path):
     from pathlib import Path
 

@@ -107,14 +107,25 @@ def test_other_settings_under_the_same_name_are_refused(compared):
 
 
 def test_more_seeds_and_choices_go_on_with_it(main, tmp_path):
-    few = ("compare", "--norm", "none", *QUICK, "--trainer.limit_train_batches", "5", "--model.activation", "relu")
+    few = (
+        "compare",
+        "--name",
+        "some/thing",
+        "--norm",
+        "none",
+        *QUICK,
+        "--trainer.limit_train_batches",
+        "5",
+        "--model.activation",
+        "relu",
+    )
     assert main(*few, "--vary.model.lr", "0.1", "--seeds", "1")[0] == 0
     more = (*few, "--vary.model.lr", "0.1", "1e30", "--seeds", "2")
     code, out, err = main(*more)
     assert code == 0, err
     assert "[1/4]" not in out and "[2/4] none lr=1e30, seed 0: FAILED: the loss is no number in step" in out
     assert "0 of 2" in out and "4 runs, 2 failed" in out
-    assert (tmp_path / "runs/compare/model.lr.png").is_file()
+    assert (tmp_path / "runs/some/thing/model.lr.png").is_file()
     code, again, _ = main(*more)
     assert code == 0 and table_of(again) == table_of(out)
 
@@ -174,6 +185,8 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path, number):
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),
         (("--model.norm=custom", "--norm", "none"), "What is compared is given by --norm"),
+        (("--vary.seed_everything", "1", "2"), "seed_everything cannot be varied"),
+        (("--trainer.devices", "2"), "Each run of a study has one process"),
         (("--vary.config", "a/x.yaml", "b/x.yaml"), "There are two choices 'x'"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--ckpt_path", "last"), "leave out --ckpt_path"),
@@ -195,6 +208,8 @@ def test_the_choices_of_a_grid_and_of_an_ablation():
     assert names("--vary.model.lr=1") == ["lr=1"]
     held = compare.parse(["--norm", "a", "b", "--vary.model.lr", "1", "2", "--ablate.data.flip", "true"])[1]
     assert [choice.reference for choice in held] == ["a lr=1", "a lr=2", "a lr=1", "a lr=2", "a lr=1"]
+    held = compare.parse(["--vary.model.lr", "1", "2", "--vary.model.norm", "a", "b"])[1]
+    assert [choice.reference for choice in held] == ["lr=1 a", "lr=1 a", "lr=2 a", "lr=2 a"]
     assert names() == ["base"]
     assert names("--vary.config", "configs/x.yaml", "configs/y.yaml") == ["x", "y"]
     assert names("--ablate.data.flip", "false", "--ablate.model.lr", "1", "2") == ["base", "flip=false", "lr=1", "lr=2"]

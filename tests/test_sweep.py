@@ -84,6 +84,8 @@ def test_a_search_that_is_done_does_nothing_and_says_the_same(swept):
         ({"model.lr": {"low": 2.0, "high": 1.0}}, "The space of model.lr is"),
         ({"model.lr": []}, "The space of model.lr is"),
         ({"model.lr": {"low": "1e-3", "high": 1.0}}, "1e-3 is a text in YAML"),
+        ({"model.lr": {"low": 0.0, "high": 1.0, "log": True}}, "The `low` value must be larger than 0"),
+        ({"data.val_images": [0, 5000]}, "A sweep chooses by the accuracy on held-out training images"),
         ({"model.rate": [1]}, "Did you mean"),
         ({"model.norm": ["custom", "layer"]}, "There is no norm 'layer'"),
         ({}, "There is no space to search in"),
@@ -106,6 +108,8 @@ def test_another_space_is_refused(swept, main, monkeypatch, change, said):
         (("--sampler", "grid"), "invalid choice: 'grid'"),
         (("--trials", "0"), "trials is 0"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--storage", "mydb"), "The storage of the study cannot be used"),
+        (("--storage", "sqlite:///other.db"), "lie the runs of another study"),
         (("--storage", "postgresql://nobody:secret@127.0.0.1:1/none"), "The storage of the study cannot be used"),
     ],
 )
