@@ -87,7 +87,7 @@ class Workers:
             arguments: as they would be typed behind `fit`.
             log: the file to which what the run prints is added.
             go_on: called at the end of each epoch and each validation; False ends the run there, as if it were done.
-            What it raises ends the process of the run.
+                What it raises ends the process of the run.
 
         Raises:
             RunFailed: the run has failed, or its process has gone.
@@ -178,7 +178,7 @@ class _Reporter(pl.Callback):
         self.parent = parent
 
     def say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
         [kept] = [callback for callback in trainer.callbacks if isinstance(callback, Records)]  # type: ignore[attr-defined]
         total: float = trainer.max_steps
