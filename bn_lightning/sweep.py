@@ -134,7 +134,7 @@ def _distribution(name: str, values: Any) -> BaseDistribution:
     except (ValueError, TypeError, KeyError) as caught:
         error = caught
     raise UserError(
-        f"The space of {name} is {values}{f': {str(error).strip(".")}' if error else ''}.\n"
+        f"The space of {name} is {values}{f': {error}' if error else ''}\n"
         "It must be a list of values, or {low: 0.01, high: 1.0}, with log: true or step: 0.1 if wanted; of whole "
         "numbers alone where both ends are whole.\n"
         "1e-3 is a text in YAML, and 1.0e-3 a number."

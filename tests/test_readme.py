@@ -102,4 +102,6 @@ def test_lists_are_whole():
 def test_links_lead_somewhere():
     for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md"):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), link
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+            slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert link.removeprefix("#") in slugs if link[0] == "#" else (page.parent / link).exists(), link
