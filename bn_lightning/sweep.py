@@ -186,30 +186,37 @@ class Search:
             except sqlalchemy.exc.DatabaseError:  # of two that make the tables at the same time one comes too late
                 time.sleep(1)
                 storage = _open(url)
-            self.study = optuna.create_study(
-                study_name=options.name,
-                storage=storage,
-                direction="maximize",
-                load_if_exists=True,
-                sampler=SAMPLERS[options.sampler](),
-                pruner=PRUNERS[options.pruner](),
-            )
+            about = {"study_name": options.name, "storage": storage}
+            about |= {"sampler": SAMPLERS[options.sampler](), "pruner": PRUNERS[options.pruner]()}
+            try:
+                self.study = optuna.create_study(**about, direction="maximize")
+                is_new = True
+            except optuna.exceptions.DuplicatedStudyError:
+                self.study = optuna.load_study(**about)
+                is_new = not self._is_described()
         except (*OF_STORAGE, ImportError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"The storage of the study cannot be used: {str(error).splitlines()[0]}\n"
                 "It is a file by default; a server: --storage postgresql://USER:PASSWORD@HOST/DATABASE"
             ) from error
         now = json.loads(records.to_json(settings))
-        before = self.study.user_attrs.get("settings")
-        if before is None:
+        if is_new:
             self.study.set_user_attr("id", uuid.uuid4().hex)
             self.study.set_user_attr("settings", now)
         else:
-            study.refuse_changes(repr(options.name), before, now)
+            study.refuse_changes(repr(options.name), self.study.user_attrs["settings"], now)
         self._refuse_runs_of_another()
         self._begins = threading.Lock()  # a trial that a thread begins must not be missing for another one
         self._mine = threading.local()
         self._requeue_lost()
+
+    def _is_described(self) -> bool:
+        """Whether who made the study has said what it is; waits for it, unless its process has gone."""
+        for _ in range(5):
+            if "settings" in self.study.user_attrs:
+                return True
+            time.sleep(1)
+        return False
 
     def _refuse_runs_of_another(self) -> None:
         """Trials of two studies with the same numbers must not lie in one folder: one would go on with the other's."""
