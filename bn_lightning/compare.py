@@ -107,15 +107,14 @@ def choices(grid: dict[str, list[str]], ablated: dict[str, list[str]]) -> list[C
     if len(norms) > 1:
         first = [tuple((n, norms[0] if n == "model.norm" else value) for n, value in point) for point in points]
     ablations = [(*points[0], (name, value)) for name, values in ablated.items() for value in values]
-    ends = [name.rpartition(".")[2] for name in {**grid, **ablated}]
+    short = study.short({**grid, **ablated})
 
     def said(name: str, value: str) -> str:
         if name == "model.norm":
             return value
         if name == "config":
             return Path(value).stem
-        end = name.rpartition(".")[2]
-        return f"{end if ends.count(end) == 1 else name}={value}"
+        return f"{short[name]}={value}"
 
     def named(point: tuple[tuple[str, str], ...]) -> str:
         return " ".join(said(*pair) for pair in point) or "base"
@@ -143,11 +142,7 @@ def main() -> None:
         known = {key: _read(place, *key) for key in tasks}
         open_tasks = [key for key, done in known.items() if done is None]
         if open_tasks:
-            with (
-                study.stopped_by_signals(),
-                workers.Workers(options.jobs, len(open_tasks)) as pool,
-                study.Board(len(tasks), len(tasks) - len(open_tasks)) as board,
-            ):
+            with study.running(options.jobs, len(tasks), len(tasks) - len(open_tasks)) as (pool, board):
 
                 def do(key: tuple[str, int]) -> Run:
                     name, seed = key
@@ -165,19 +160,15 @@ def main() -> None:
                         pool.fit(arguments, place / parent / "log.txt", go_on)
                     except RunFailed as error:
                         failure = str(error).splitlines()[0]
-                    done = _read(place, name, seed) or _failed(
-                        name, seed, place / parent, failure or "it left no result"
+                    done = _read(place, name, seed) or Run(
+                        name, seed, str(place / parent), failure or "it left no result"
                     )
                     board.end(key, _line(done))
                     return done
 
-                try:
-                    for future in as_completed([pool.threads.submit(do, key) for key in open_tasks]):
-                        done = future.result()
-                        known[done.choice, done.seed] = done
-                except (KeyboardInterrupt, workers.Interrupted):
-                    print("\nstopped; what is done is kept, and the same command goes on", flush=True)
-                    raise KeyboardInterrupt from None
+                for future in as_completed([pool.threads.submit(do, key) for key in open_tasks]):
+                    done = future.result()
+                    known[done.choice, done.seed] = done
         try:
             _report(place, [done for done in known.values() if done is not None], compared, options.steps_to)
         except OSError as error:
@@ -208,11 +199,7 @@ def _read(place: Path, name: str, seed: int) -> Run | None:
         kept = records.kept_in(checkpoints.load(str(done / "checkpoints" / "last.ckpt"))[1])
         return Run(name, seed, str(done), None, records.read_result(done), kept["epochs"], kept["validations"])
     failed = study.failed_run(parent)
-    return None if failed is None else _failed(name, seed, *failed)
-
-
-def _failed(name: str, seed: int, folder: Path, why: str) -> Run:
-    return Run(name, seed, str(folder), why)
+    return None if failed is None else Run(name, seed, str(failed[0]), failed[1])
 
 
 def _line(done: Run) -> str:

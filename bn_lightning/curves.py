@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bn_lightning.paired import Run, mean_and_interval
+from bn_lightning.paired import Run, mean_and_interval, validated_on_test_set
 
 
 def learning_curves(runs: Sequence[Run], path: Path) -> None:
@@ -20,8 +20,7 @@ def learning_curves(runs: Sequence[Run], path: Path) -> None:
         accuracies = [[(row["step"], row["val_acc"]) for row in run.validations] for run in of_choice]
         _band(right, accuracies, choice, color)
     left.set(xlabel="epoch", ylabel="train loss")
-    on_test_set = any(run.result.get("val_images_from") == "test set" for run in runs)
-    right.set(xlabel="step", ylabel=f"{'test' if on_test_set else 'validation'} accuracy")
+    right.set(xlabel="step", ylabel=f"{'test' if validated_on_test_set(runs) else 'validation'} accuracy")
     right.legend(title="mean over seeds, lowest to highest", loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)

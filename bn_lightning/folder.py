@@ -149,12 +149,10 @@ def changes(
 
 def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
     """Write `resumed-N.yaml`, which fit takes as a --config."""
-    nested: dict[str, Any] = {}
-    for name, (_, now) in changed.items():
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = now
     file = folder / f"resumed-{len(settings_files(folder))}.yaml"
-    file.write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(nested({name: now for name, (_, now) in changed.items()}), sort_keys=False), encoding="utf-8"
+    )
     return file
 
 
@@ -167,3 +165,16 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Names with points as sections; later ones are put into what earlier ones hold, which is left as it was."""
+    sections: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, key = name.split(".")
+        inner = sections
+        for section in path:
+            inner[section] = dict(inner.get(section) or {})
+            inner = inner[section]
+        inner[key] = value
+    return sections

@@ -47,9 +47,8 @@ class LeNet(nn.Module):
         super().__init__()
 
         def make_norm(num_features: int, num_dims: int) -> nn.Module:
-            with torch.random.fork_rng(
-                devices=()
-            ):  # with a seed all other weights are the same, whatever the norm draws
+            # With a seed all other weights are the same, whatever the norm draws.
+            with torch.random.fork_rng(devices=()):
                 return norms.make(norm, num_features, num_dims, norm_args)
 
         self.phi = ACTIVATIONS[activation]()

@@ -80,10 +80,14 @@ class Row:
     effect_size: float | None
 
 
+def validated_on_test_set(runs: Iterable[Run]) -> bool:
+    return any(run.result.get("val_images_from") == "test set" for run in runs)
+
+
 def figures(runs: Iterable[Run], accuracy: float | None) -> list[Figure]:
     """What a table shows: losses and accuracies, steps to that validation accuracy, and the speed."""
     shown = {"train_loss": "train loss", "val_acc": "val acc", "test_acc": "test acc"}
-    if any(run.result.get("val_images_from") == "test set" for run in runs):
+    if validated_on_test_set(runs):
         del shown["val_acc"]  # the same; and where nothing was selected, the last epoch is one among others
         shown |= {"val_acc_best": "test acc, best epoch", "val_acc_mean_of_last_3": "test acc, mean of last 3"}
 

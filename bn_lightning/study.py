@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ import filelock
 import yaml
 from tqdm import tqdm
 
-from bn_lightning import folder, records, run
+from bn_lightning import folder, records, run, workers
 from bn_lightning.errors import UserError
 from bn_lightning.fashion_mnist import FashionMNIST
 
@@ -170,14 +170,29 @@ class Board:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Within, SIGTERM is as Ctrl-C."""
+def running(jobs: int, total: int, done: int) -> Iterator[tuple[workers.Workers, Board]]:
+    """Workers for the runs that are left, and a board for all. Within, SIGTERM is as Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: the runs were stopped, which is said.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with workers.Workers(jobs, max(1, total - done)) as pool, Board(total, done) as board:
+            try:
+                yield pool, board
+            except (KeyboardInterrupt, workers.Interrupted):
+                print("\nstopped; what is done is kept, and the same command goes on", flush=True)
+                raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def short(names: Iterable[str]) -> dict[str, str]:
+    """Of each setting its last word, or all of it where two end alike."""
+    ends = {name: name.rpartition(".")[2] for name in names}
+    return {name: end if list(ends.values()).count(end) == 1 else name for name, end in ends.items()}

@@ -35,7 +35,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bn_lightning import checkpoints, paired, records, run, study, terminal, workers
+from bn_lightning import checkpoints, folder, paired, records, run, study, terminal, workers
 from bn_lightning.errors import RunFailed, UserError
 
 SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -320,11 +320,7 @@ def main() -> None:
 
 def _run_trials(search: Search, options: argparse.Namespace, space: Space, common: list[str]) -> None:
     before = len(search.done())
-    with (
-        study.stopped_by_signals(),
-        workers.Workers(options.jobs, max(options.trials, 1)) as pool,
-        study.Board(max(options.trials, before), before) as board,
-    ):
+    with study.running(options.jobs, max(options.trials, before), before) as (pool, board):
 
         def objective(trial: Trial) -> float:
             params = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
@@ -335,14 +331,14 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
             trial.set_user_attr("folder", str(parent))
             trial.set_user_attr("host", socket.gethostname())
             ends_early = "ends_early" in frozen.user_attrs  # before it was stopped
+            reported = 0  # validations; those of before, too, are new to a trial that is repeated
 
             def go_on(at: workers.Progress) -> bool:
-                nonlocal ends_early
+                nonlocal ends_early, reported
                 board.advance(trial.number, at.fraction)
-                reported = search.trials_of()[trial.number].intermediate_values
-                for step, accuracy in enumerate(at.val_acc, 1):
-                    if step not in reported:
-                        trial.report(accuracy, step)
+                for accuracy in at.val_acc[reported:]:
+                    reported += 1
+                    trial.report(accuracy, reported)
                 if not ends_early and at.fraction < 1 and trial.should_prune():
                     ends_early = True
                     trial.set_user_attr("ends_early", True)
@@ -352,7 +348,7 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
             arguments += ["--name", f"{options.name}/{parent.name}"]
             said = f"{name}: {_told(params)}"
             try:
-                folder = pool.fit(arguments, parent / "log.txt", go_on)
+                done = pool.fit(arguments, parent / "log.txt", go_on)
             except RunFailed as error:
                 failed = study.failed_run(parent)
                 why = failed[1] if failed else str(error).splitlines()[0]
@@ -361,8 +357,8 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
                 if failed:  # which says something about the settings, and is to be learned from
                     raise optuna.TrialPruned from None
                 raise
-            trial.set_user_attr("folder", str(folder))
-            result = records.read_result(folder)
+            trial.set_user_attr("folder", str(done))
+            result = records.read_result(done)
             if ends_early:
                 board.end(trial.number, f"{said}: ended early, val acc {result['val_acc_final']:.4f}")
                 raise optuna.TrialPruned
@@ -378,9 +374,6 @@ def _run_trials(search: Search, options: argparse.Namespace, space: Space, commo
                 f"The storage of the study is gone: {str(error).splitlines()[0]}\n"
                 "The same command goes on when it is back."
             ) from error
-        except (KeyboardInterrupt, workers.Interrupted):
-            print("\nstopped; what is done is kept, and the same command goes on", flush=True)
-            raise KeyboardInterrupt from None
 
 
 def _open(url: str) -> RDBStorage:
@@ -388,9 +381,8 @@ def _open(url: str) -> RDBStorage:
 
 
 def _told(params: dict[str, Any]) -> str:
-    ends = [name.rpartition(".")[2] for name in params]
     texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in params.items()}
-    return ", ".join(f"{end if ends.count(end) == 1 else n} {texts[n]}" for n, end in zip(params, ends, strict=True))
+    return ", ".join(f"{end} {texts[name]}" for name, end in study.short(params).items())
 
 
 def _report(search: Search, options: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -443,18 +435,11 @@ def _report(search: Search, options: argparse.Namespace, settings: dict[str, Any
 def _config(best: FrozenTrial, file: Path, of: int, name: str, settings: dict[str, Any]) -> str:
     """What differs from the defaults in the winner's settings, as a config."""
     defaults = study.rehearse(DEFAULTS)[1][0]
-    nested: dict[str, Any] = {"name": f"{name}-winner"}
-    for key, value in {**settings, **best.params}.items():
-        if key in best.params or (key not in OF_A_MACHINE and value != defaults.get(key)):
-            *sections, last = key.split(".")
-            inner = nested
-            for section in sections:
-                inner[section] = dict(inner.get(section) or {})
-                inner = inner[section]
-            inner[last] = value
+    differ = {key: value for key, value in settings.items() if value != defaults.get(key)}
+    content = folder.nested({"name": f"{name}-winner", **differ, **best.params})
     return (
         f"# The best of {of} trials of the sweep {name}: trial {best.number}, validation accuracy {best.value:.4f}.\n"
-        f"#\n#     python -m bn_lightning fit --config {file.as_posix()}\n{yaml.safe_dump(nested, sort_keys=False)}"
+        f"#\n#     python -m bn_lightning fit --config {file.as_posix()}\n{yaml.safe_dump(content, sort_keys=False)}"
     )
 
 

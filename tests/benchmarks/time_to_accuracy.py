@@ -8,25 +8,20 @@ of training, seconds from the start of the process to the tested model, accuraci
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
+from measured import result
 from throughput import article
 
 
 def config(file: str, seed: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "bn_lightning", "fit", "--config", file, "--seed_everything", str(seed)]
-        start = time.perf_counter()
-        subprocess.run([*command, "--trainer.default_root_dir", runs], capture_output=True, check=True)
-        whole = time.perf_counter() - start
-        [result] = (json.loads(path.read_text()) for path in Path(runs).glob("*/0/result.json"))
-    return {"training": result["train_seconds"], "whole": whole, "test acc": result["test_acc"]}
+    start = time.perf_counter()
+    done = result("--config", file, "--seed_everything", str(seed))
+    whole = time.perf_counter() - start
+    return {"training": done["train_seconds"], "whole": whole, "test acc": done["test_acc"]}
 
 
 def loop() -> dict[str, float]:
