@@ -10,15 +10,18 @@ from bn_lightning.errors import UserError
 
 # Command: the module whose main() runs it, and what --help says. To take a command out, delete its row and its module.
 COMMANDS = {
-    "fit": ("bn_lightning.run", "train LeNet, then test what was kept"),
-    "validate": ("bn_lightning.run", "accuracy of a checkpoint on the validation images"),
-    "test": ("bn_lightning.run", "accuracy of a checkpoint on the test images, in all and by class"),
-    "predict": ("bn_lightning.run", "the class that a checkpoint gives test images, or pictures of yours"),
-    "export": ("bn_lightning.export", "make a file of a checkpoint that any runtime takes: .onnx or .pt2"),
-    "inspect": ("bn_lightning.inspection", "what a checkpoint is: network, norms, settings, figures"),
-    "compare": ("bn_lightning.compare", "norms or settings, with seeds: one table and a figure"),
-    "sweep": ("bn_lightning.sweep", "search settings for the best validation accuracy"),
-    "check": ("bn_lightning.conformance", "examine a normalization layer: a name, or an import path to yours"),
+    "fit": ("bn_lightning.runs.run", "train LeNet, then test what was kept"),
+    "validate": ("bn_lightning.runs.run", "accuracy of a checkpoint on the validation images"),
+    "test": ("bn_lightning.runs.run", "accuracy of a checkpoint on the test images, in all and by class"),
+    "predict": ("bn_lightning.runs.run", "the class that a checkpoint gives test images, or pictures of yours"),
+    "export": ("bn_lightning.deploy.export", "make a file of a checkpoint that any runtime takes: .onnx or .pt2"),
+    "inspect": ("bn_lightning.deploy.inspection", "what a checkpoint is: network, norms, settings, figures"),
+    "compare": ("bn_lightning.studies.compare", "norms or settings, with seeds: one table and a figure"),
+    "sweep": ("bn_lightning.studies.sweep", "search settings for the best validation accuracy"),
+    "check": (
+        "bn_lightning.norms.check.properties",
+        "examine a normalization layer: a name, or an import path to yours",
+    ),
 }
 
 OF_STUDY = ("optuna", "scipy", "matplotlib", "psycopg")  # the extra of compare and sweep

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bn_lightning import cli, sources
+from bn_lightning import cli
+from bn_lightning.data import sources
 
 REPOSITORY = Path(__file__).parent.parent
 

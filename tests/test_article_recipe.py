@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .conftest import REPOSITORY, command, needs_all_images
+from tests.conftest import REPOSITORY, command, needs_all_images
 
 pytestmark = [pytest.mark.slow, needs_all_images]
 

@@ -4,8 +4,7 @@ import sys
 import pytest
 
 from bn_lightning import __version__, cli
-
-from .conftest import command
+from tests.conftest import command
 
 
 def without_torch(*arguments):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bn_lightning import cli, norms, sources
-
-from .conftest import REPOSITORY, command
+from bn_lightning import cli
+from bn_lightning.data import sources
+from bn_lightning.norms import registry
+from tests.conftest import REPOSITORY, command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FIT = sorted(set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M)))
@@ -84,7 +85,7 @@ def test_an_exported_file_is_used_with_numpy_and_onnxruntime_alone(main, trained
 def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):
     (tmp_path / "example_of_readme.py").write_text(example())
     monkeypatch.syspath_prepend(tmp_path)
-    layer = norms.make("example_of_readme.RMSNorm", num_features=6, num_dims=4)
+    layer = registry.make("example_of_readme.RMSNorm", num_features=6, num_dims=4)
     y = layer(5 * torch.randn(4, 6, 3, 3))
     torch.testing.assert_close(y.square().mean(1), torch.ones(4, 3, 3), atol=1e-3, rtol=0)
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-from bn_lightning import sources, terminal
-
-from .conftest import QUICK, on_cpu
+from bn_lightning import terminal
+from bn_lightning.data import sources
+from tests.conftest import QUICK, on_cpu
 
 pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
 termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from bn_lightning import LeNet
-from bn_lightning.export import export, milliseconds
-from bn_lightning.run import _keep_freed_memory
+from bn_lightning.deploy.export import export, milliseconds
+from bn_lightning.runs.run import _keep_freed_memory
 
 
 def untrained(norm: str, folder: Path) -> Path:

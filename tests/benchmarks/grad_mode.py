@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bn_lightning import Classifier, checkpoints, sources
+from bn_lightning import Classifier
+from bn_lightning.data import sources
+from bn_lightning.training import checkpoints
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def make() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def bare(epochs: int) -> float:
-    from bn_lightning import sources
+    from bn_lightning.data import sources
 
     data = sources.load()
     images, labels = data.train_images.unsqueeze(1).float().div_(255), data.train_labels
@@ -61,7 +61,7 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 
-    from bn_lightning import sources
+    from bn_lightning.data import sources
 
     data = sources.load()
     with tempfile.TemporaryDirectory() as root:

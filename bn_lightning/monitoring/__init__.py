@@ -1,0 +1,1 @@
+"""Callbacks that observe training without changing it, and the pictures they draw."""

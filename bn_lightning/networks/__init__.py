@@ -1,0 +1,1 @@
+"""Networks with an exchangeable normalization layer."""

@@ -1,0 +1,1 @@
+"""Normalization layers, and what finds, replaces and synchronizes them in any network."""

@@ -1,0 +1,1 @@
+"""Conformance tests for normalization layers: the command `check`."""

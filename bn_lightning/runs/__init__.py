@@ -1,0 +1,1 @@
+"""One run: its settings, its folder, its records and its command line."""

@@ -1,0 +1,1 @@
+"""Many runs: `compare` and `sweep`, their worker processes, statistics and plots."""

@@ -1,0 +1,1 @@
+"""What is learned: loss, metrics and what a run reports."""

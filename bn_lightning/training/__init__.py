@@ -1,0 +1,1 @@
+"""Base classes and callbacks for training any network on any data."""

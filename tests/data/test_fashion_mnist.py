@@ -1,0 +1,149 @@
+import gzip
+
+import pytest
+import torch
+
+from bn_lightning import FashionMNIST, UserError
+from bn_lightning.data import sources
+from bn_lightning.data.fashion_mnist import MEAN, STD, Augmentation, Batches, Epoch, epoch_order, stratified_split
+from tests.conftest import needs_all_images
+
+
+def ready(**settings):
+    data = FashionMNIST(source="sample", **settings)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_split_is_stratified_disjoint_and_by_seed():
+    labels = torch.randint(0, 10, (5_000,), generator=torch.Generator().manual_seed(0))
+    kept, held_out = stratified_split(labels, 500, seed=3)
+    assert sorted(torch.cat([kept, held_out]).tolist()) == list(range(5_000))
+    counts, share = labels[held_out].bincount(minlength=10), labels.bincount(minlength=10) / 10
+    assert (counts - share).abs().max() <= 1
+    assert torch.equal(held_out, stratified_split(labels, 500, seed=3)[1])
+    assert not torch.equal(held_out, stratified_split(labels, 500, seed=4)[1])
+    assert len(stratified_split(labels, 0, seed=3)[1]) == 0
+
+
+@needs_all_images
+def test_5000_of_60000_are_held_out():
+    data = FashionMNIST("system")
+    data.prepare_data()
+    data.setup("fit")
+    assert data.images.train_labels[data.val_indices].bincount().tolist() == [500] * 10
+    assert len(data.train_indices) == 55_000
+
+
+def test_of_the_sample_the_same_proportion_is_held_out():
+    data = ready()
+    assert data.images.train_labels[data.val_indices].bincount().tolist() == [50] * 10
+    assert len(data.train_indices) == 5_500
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = epoch_order(1_000, seed=1, epoch=2)
+    assert sorted(order.tolist()) == list(range(1_000))
+    torch.manual_seed(5)
+    assert torch.equal(order, epoch_order(1_000, seed=1, epoch=2))
+    assert not torch.equal(order, epoch_order(1_000, seed=2, epoch=1))
+    assert not torch.equal(order, epoch_order(1_000, seed=1, epoch=3))
+
+
+def test_batches_show_each_image_once_with_its_label():
+    data = ready(batch_size=256, seed=1)
+    seen, labels = zip(*data.train_dataloader(), strict=True)
+    assert [len(batch) for batch in labels] == [256] * 21 + [124]
+    assert len(data.train_dataloader()) == 22
+    expected = data.images.train_images[data.train_indices][epoch_order(5_500, 1, 0)]
+    assert torch.equal(torch.cat(seen), expected.unsqueeze(1) / 255)
+    assert torch.equal(torch.cat(labels), data.images.train_labels[data.train_indices][epoch_order(5_500, 1, 0)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_slices_of_all_processes_are_the_batch(world_size):
+    images, labels, indices = torch.arange(50, dtype=torch.uint8).view(50, 1, 1), torch.arange(50), torch.arange(50)
+
+    def batches(rank=0, world_size=1):
+        return Batches(images, labels, indices, 16, lambda: Epoch(epoch_order(50, 0, 0)), rank, world_size)
+
+    whole = [batch for _, batch in batches()]
+    shares = [[batch for _, batch in batches(rank, world_size)] for rank in range(world_size)]
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([share[number] for share in shares]), batch)
+        assert len(batch) == batches().size_of(number)
+
+
+def test_an_epoch_can_begin_at_any_batch():
+    data = ready(batch_size=256, seed=1, flip=True, shift=2)
+    batches = data.train_dataloader()
+    whole = list(batches)
+    epoch = batches.epoch()
+    batches.epoch = lambda: Epoch(epoch.order, 20, epoch.augmentation)
+    rest = list(batches)
+    assert len(rest) == 2
+    for ours, truth in zip(rest, whole[20:], strict=True):
+        assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image():
+    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmentation = Augmentation(50, seed=1, epoch=2, flip=True, shift=3)
+    whole = augmentation(images, torch.arange(50))
+    some = torch.tensor([7, 3, 49])
+    assert torch.equal(Augmentation(50, 1, 2, True, 3)(images[some], some), whole[some])
+    for other in ((2, 2), (1, 3)):
+        assert not torch.equal(Augmentation(50, *other, True, 3)(images, torch.arange(50)), whole)
+    # By hand: mirrored first, then moved, with black behind it.
+    shifts, flips = augmentation.shifts.squeeze(-1).tolist(), augmentation.flips.tolist()
+    assert {dy for dy, _ in shifts} == set(range(-3, 4)) and 10 < sum(flips) < 40
+    for image, (dy, dx), flip, result in zip(images, shifts, flips, whole, strict=True):
+        moved = torch.zeros_like(image)
+        source = image.flip(1) if flip else image
+        moved[max(dy, 0) : 28 + min(dy, 0), max(dx, 0) : 28 + min(dx, 0)] = source[
+            max(-dy, 0) : 28 + min(-dy, 0), max(-dx, 0) : 28 + min(-dx, 0)
+        ]
+        assert torch.equal(result, moved)
+    assert torch.equal(Augmentation(50, 1, 2, False, 0)(images, torch.arange(50)), images)
+
+
+def test_evaluation_sees_the_images_as_they_are():
+    plain, augmented = ready(), ready(flip=True, shift=3)
+    for name in ("val_dataloader", "test_dataloader"):
+        [one, _], *_ = getattr(plain, name)()
+        [other, _], *_ = getattr(augmented, name)()
+        assert torch.equal(one, other)
+
+
+def test_pixels_are_in_0_to_1_or_standardized():
+    [images, _], *_ = ready().test_dataloader()
+    assert (images.min(), images.max(), images.dtype, images.shape[1:]) == (0, 1, torch.float32, (1, 28, 28))
+    [standardized, _], *_ = ready(normalize=True).test_dataloader()
+    torch.testing.assert_close(standardized, (images - MEAN) / STD)
+
+
+@needs_all_images
+def test_mean_and_deviation_are_those_of_the_training_pixels():
+    with gzip.open(sources.SYSTEM / f"{sources.TRAIN_IMAGES}.gz") as stream:
+        content = stream.read()[16:]
+    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).double() / 255
+    assert pixels.mean().item() == pytest.approx(MEAN, abs=5e-5)
+    assert pixels.std().item() == pytest.approx(STD, abs=5e-5)
+
+
+def test_without_validation_images_the_test_set_validates():
+    data = ready(val_images=0)
+    assert len(data.train_indices) == 6_000
+    [images, _], *_ = data.val_dataloader()
+    [test_images, _], *_ = data.test_dataloader()
+    assert torch.equal(images, test_images)
+    assert data.validates_on_test_set
+
+
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 0}, {"val_images": 60_000}, {"val_images": -1}, {"seed": -1}, {"shift": 28}]
+)
+def test_wrong_settings(setting):
+    with pytest.raises(UserError):
+        FashionMNIST(**setting)

@@ -1,0 +1,100 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from bn_lightning import Classifier
+from bn_lightning.deploy import inspection
+
+
+def test_what_a_checkpoint_is(main, trained):
+    folder, _ = trained
+    path = folder / "checkpoints/last.ckpt"
+    code, out, err = main("inspect", path, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    model = Classifier()
+    assert found["parameters"] == sum(p.numel() for p in model.network.parameters()) == 44_878
+    assert found["layers"]["conv2"] == {"parameters": 2_416, "weight": [16, 6, 5, 5], "bias": [16]}
+    assert sum(layer["parameters"] for layer in found["layers"].values()) == 44_878
+    assert list(found["norms"]) == ["norm1", "norm2", "norm3", "norm4"]
+    for ours, torchs in {"gamma": "weight", "beta": "bias", "running_mean": "running_mean"}.items():
+        assert found["norms"]["norm3"][ours] == state[f"network.norm3.{torchs}"].tolist()
+    result = json.loads((folder / "result.json").read_text())
+    assert (found["step"], found["epochs"][-1]["train_loss"]) == (44, result["train_loss"])
+    assert found["validations"][-1]["val_acc"] == result["val_acc_final"]
+    assert (found["settings"]["model.lr"], found["settings"]["data.source"]) == (1.0, "sample")
+    assert found["data"]["sha256"]["train-images-idx3-ubyte"] == result["sha256_train-images-idx3-ubyte"]
+    versions = {name: found["versions"][name] for name in ("lightning", "torch", "device", "processes")}
+    torchs = result["torch"].split("+")[0]
+    assert versions == {"lightning": result["lightning"], "torch": torchs, "device": "cpu", "processes": 1}
+
+
+def test_weights_alone(main, tmp_path):
+    torch.save({"state_dict": Classifier().state_dict()}, tmp_path / "weights.ckpt")
+    code, out, err = main("inspect", "weights.ckpt")
+    assert (code, err) == (0, "")
+    assert "after an unknown step, 44,878 parameters" in out
+    torch.save({"state_dict": {"a.b": 3}}, tmp_path / "odd.ckpt")
+    code, _, err = main("inspect", "odd.ckpt")
+    assert code == 2 and "'odd.ckpt' holds no network: 'a.b' in its 'state_dict' is a int" in err
+
+
+def test_a_result_that_is_broken(main, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run/result.json").write_text("{")
+    code, _, err = main("inspect", "--run", "run")
+    assert code == 2 and "is not what a run has written" in err
+
+
+def test_it_is_printed_for_people(main, trained):
+    folder, _ = trained
+    code, out, err = main("inspect", "--run", folder)
+    assert (code, err) == (0, "")
+    state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    gamma = ", ".join(f"{value:.2f}" for value in state["network.norm1.weight"])
+    assert f"norm1  gamma         [{gamma}]" in out
+    result = json.loads((folder / "result.json").read_text())
+    for line in ("44,878 parameters", "conv1        156  weight [6, 1, 5, 5], bias [6]", '--model.norm     ',
+                 f"test_acc           {result['test_acc']}"):  # fmt: skip
+        assert " ".join(line.split()) in " ".join(out.split())
+
+
+@pytest.mark.parametrize("norm", ["article", "renorm", "none"])
+def test_norms_by_other_names(tmp_path, norm):
+    model = Classifier(norm=norm)
+    torch.save({"state_dict": model.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
+    found = inspection.describe(str(tmp_path / "a.ckpt"))
+    assert found["parameters"] == sum(p.numel() for p in model.network.parameters())
+    names = {"gamma", "beta", "running_mean", "running_var"}
+    assert all(set(kept) == names for kept in found["norms"].values())
+    assert len(found["norms"]) == (0 if norm == "none" else 4)
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def test_nothing_is_executed(main, trained, tmp_path):
+    (tmp_path / "trap.py").write_text("open('sprung', 'w')\n")
+    content = torch.load(trained[0] / "checkpoints/best.ckpt", weights_only=True)
+    content["hyper_parameters"]["norm"] = "trap.Norm"
+    torch.save(content, tmp_path / "trap.ckpt")
+    code, out, _ = main("inspect", "trap.ckpt")
+    assert code == 0 and "trap.Norm" in out
+    (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+    code, _, err = main("inspect", "bomb.ckpt")
+    assert code == 2 and "nothing in it was executed" in err
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "exploded").exists()
+
+
+def test_what_is_no_checkpoint(main, tmp_path):
+    code, _, err = main("inspect", "missing.ckpt")
+    assert code == 2 and "There is no checkpoint 'missing.ckpt'" in err
+    code, _, err = main("inspect", "--run", tmp_path)
+    assert code == 2 and "There is no checkpoint of a run in" in err
+    assert main("inspect")[0] == 2

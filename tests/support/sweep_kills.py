@@ -1,0 +1,90 @@
+"""Kill a sweep at random moments, go on with it, and look at what its database says in the end.
+
+    python -m tests.support.sweep_kills --folder FOLDER [--kills 10] [--seed 0]
+
+The command is killed by SIGKILL at a random time after a run of it has begun, and is then given again. In the end each
+set of parameters has exactly one finished trial; what was killed stays, marked failed.
+"""
+
+import argparse
+import collections
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+
+CONFIG = """\
+data: {source: sample}
+trainer: {max_epochs: 4, accelerator: cpu}
+sweep:
+  trials: 12
+  space:
+    model.lr: {low: 0.05, high: 2.0, log: true}
+    model.activation: [sigmoid, relu]
+"""
+FINISHED = ("COMPLETE", "PRUNED")
+
+
+def start(cwd: Path, *settings):
+    (cwd / "sweep.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "bn_lightning", "sweep", "--config", "sweep.yaml", *map(str, settings)]
+    with (cwd / "log").open("ab") as log:
+        return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
+
+
+def wait_for_a_trial(cwd: Path, process, after: float = 0.0) -> bool:
+    """Wait until a run has begun that was not there before that time; False if the command has ended."""
+    while process.poll() is None:
+        if any(file.stat().st_mtime > after for file in cwd.glob("runs/sweep/trial-*/log.txt")):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def trials(storage: str):
+    """(parameters, state) of each trial, in their order."""
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    return [(tuple(sorted(trial.params.items())), trial.state.name) for trial in study.get_trials()]
+
+
+def assert_each_was_finished_once(storage: str, least: int):
+    found = trials(storage)
+    finished = collections.Counter(params for params, state in found if state in FINISHED)
+    assert set(finished.values()) == {1}, finished
+    assert set(finished) == {params for params, _ in found if params}, found
+    assert {state for _, state in found} <= {*FINISHED, "FAIL"}, found
+    assert len(finished) >= least, finished
+    return found
+
+
+def survive(cwd: Path, kills: int, chance: random.Random):
+    """Kill the command so many times, and let it end."""
+    for _ in range(kills):
+        begun = time.time()
+        process = start(cwd)
+        if wait_for_a_trial(cwd, process, begun):
+            time.sleep(chance.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(cwd).wait(timeout=280) == 0, (cwd / "log").read_text()
+    return assert_each_was_finished_once(f"sqlite:///{cwd}/runs/sweep/study.db", 12)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    found = survive(args.folder, args.kills, random.Random(args.seed))
+    states = collections.Counter(state for _, state in found)
+    print(f"{args.kills} kills: {dict(states)}; each set of parameters is finished once")
+
+
+if __name__ == "__main__":
+    main()

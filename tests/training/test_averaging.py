@@ -1,0 +1,138 @@
+"""Averaged weights, and the running statistics that go with them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bn_lightning import Classifier, FashionMNIST, StochasticWeightAveraging, UserError
+from bn_lightning.data.fashion_mnist import Epoch
+from tests.conftest import QUICK, assert_same_weights, weights
+
+OURS, LIGHTNINGS = "bn_lightning.StochasticWeightAveraging", "lightning.pytorch.callbacks.StochasticWeightAveraging"
+CLOSE = {"rtol": 0, "atol": 5e-5}
+FEW = ("--trainer.limit_train_batches", 6, "--model.lr", "0.1")
+
+
+def averaging(callback, norm="custom"):
+    return *QUICK, *FEW, "--model.norm", norm, f"--trainer.callbacks+={callback}", "--trainer.callbacks.swa_lrs", "0.1"
+
+
+def test_custom_ends_as_builtin_does_with_lightnings_callback(main, tmp_path):
+    flags = ("--trainer.max_epochs", 3, "--data.val_images", 0)
+    for callback, norm in ((LIGHTNINGS, "builtin"), (OURS, "builtin"), (OURS, "custom")):
+        code, out, err = main("fit", *averaging(callback, norm), *flags, "--name", norm + callback[0])
+        assert code == 0, err
+        assert "epoch  4/4" in out  # the pass for the statistics
+    truth, same, ours = (weights(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt") for name in
+                         ("builtinl", "builtinb", "customb"))  # fmt: skip
+    assert truth.keys() == ours.keys()
+    for name, value in truth.items():
+        assert torch.equal(same[name], value), name
+        torch.testing.assert_close(ours[name], value, **CLOSE, msg=name)
+
+    # By hand, for the first norm: the mean over the batches of that pass.
+    data = FashionMNIST("sample", val_images=0)
+    data.prepare_data()
+    data.setup("fit")
+    batches = data.train_dataloader()
+    batches.epoch = lambda: Epoch(data.train_order(3))
+    conv = {name: ours[f"network.conv1.{name}"] for name in ("weight", "bias")}
+    outputs = [F.conv2d(images, **conv) for images, _ in itertools.islice(batches, 6)]
+    mean, var = (torch.stack([f(y, (0, 2, 3)) for y in outputs]).mean(0) for f in (torch.mean, torch.var))
+    torch.testing.assert_close(ours["network.norm1.running_mean"], mean, **CLOSE)
+    torch.testing.assert_close(ours["network.norm1.running_var"], var, **CLOSE)
+    assert ours["network.norm1.num_batches_tracked"] == len(outputs) == 6
+
+
+def test_the_average_is_left_as_it_is_and_config_yaml_gives_it_again(main, tmp_path):
+    """Without validation Lightning's callback would take one more step, away from the average."""
+    assert main("fit", *averaging(OURS), "--trainer.limit_val_batches", 0)[0] == 0
+    folder = tmp_path / "runs" / "lenet" / "0"
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    average = last["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+    for name, _ in Classifier().named_parameters():
+        assert torch.equal(last["state_dict"][name], average[name]), name
+    code, _, err = main("fit", "--config", folder / "config.yaml")
+    assert code == 0, err
+    again = tmp_path / "runs" / "lenet" / "1"
+    assert_same_weights(folder / "checkpoints" / "last.ckpt", again / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    "callback, norm, said",
+    [
+        (LIGHTNINGS, "custom", ["does not see the norm 'custom'", f"--trainer.callbacks+={OURS}"]),
+        (LIGHTNINGS, "renorm", ["norm1, a BatchRenorm", "--model.norm custom"]),
+        (OURS, "article", ["norm1, a BatchNorm", "--model.norm custom"]),
+    ],
+)
+def test_statistics_of_other_weights_are_refused(main, tmp_path, callback, norm, said):
+    code, _, err = main("fit", *averaging(callback, norm))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for words in said:
+        assert words in err
+    assert not list(tmp_path.glob("runs/lenet/*"))
+
+
+def test_a_config_that_names_one_callback_without_a_list(main, tmp_path):
+    given = f"{{class_path: {LIGHTNINGS}, init_args: {{swa_lrs: 0.1}}}}"
+    (tmp_path / "one.yaml").write_text(f"trainer:\n  callbacks: {given}\n")
+    code, _, err = main("fit", *QUICK, "--config", "one.yaml")
+    assert code == 2
+    assert f"--trainer.callbacks+={OURS}" in err
+
+
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_without_statistics_lightnings_callback_is_not_refused(main, norm):
+    assert main("fit", *averaging(LIGHTNINGS, norm), "--trainer.fast_dev_run", "true")[0] == 0
+
+
+@pytest.mark.parametrize("norm", ["custom", "builtin"])
+def test_layers_start_over_and_get_their_momentum_back(norm):
+    callback, model = StochasticWeightAveraging(0.1), Classifier(norm)
+    model.network(torch.rand(4, 1, 28, 28)).sum().backward()
+    buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
+    assert callback.pl_module_contains_batch_norm(model)
+    callback.reset_batch_norm_and_save_state(model)
+    fresh = Classifier(norm).state_dict()
+    assert all(torch.equal(buffer, fresh[name]) for name, buffer in model.named_buffers())
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.network.norm1.momentum is None
+    callback.reset_momenta()
+    assert model.network.norm1.momentum == 0.1
+
+
+def test_without_running_statistics_there_is_no_pass():
+    for model in (Classifier("group"), *(Classifier(n, {"track_running_stats": False}) for n in ("custom", "builtin"))):
+        assert not StochasticWeightAveraging.pl_module_contains_batch_norm(model)
+
+
+def test_instance_norm_is_refused_which_would_stay_at_what_it_was_reset_to():
+    model = Classifier()
+    model.network.norm2 = nn.InstanceNorm2d(16, track_running_stats=True)
+    with pytest.raises(UserError, match=r"network\.norm2, a InstanceNorm2d"):
+        StochasticWeightAveraging.pl_module_contains_batch_norm(model)
+
+
+@pytest.mark.parametrize("use_buffers", ["true", "false"])
+def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin(main, tmp_path, use_buffers):
+    flags = ("--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.9",
+             "--trainer.callbacks.use_buffers", use_buffers)  # fmt: skip
+    for norm in ("custom", "builtin"):
+        code, _, err = main("fit", *QUICK, *FEW, *flags, "--model.norm", norm, "--name", norm)
+        assert code == 0, err
+    # What fit tests at its end are the averaged weights, as they stand in the checkpoint.
+    result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
+    _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
+    assert f"test_acc   {result['test_acc']:.4f}" in out
+    custom, builtin = (weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin"))
+    assert custom.keys() == builtin.keys()
+    for name, value in builtin.items():
+        torch.testing.assert_close(custom[name], value, **CLOSE, msg=name)

@@ -1,0 +1,216 @@
+"""A run on several processes, and on several machines, is the run on one."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import QUICK, command, weights
+
+EXACT = (*QUICK[:2], "--trainer.precision", "64-true", "--trainer.sync_batchnorm", "true", "--data.flip", "true")
+CLOSE = 1e-9
+
+
+def run(cwd, name, *settings):
+    command("fit", *EXACT, "--name", name, *settings, cwd=cwd)
+    return cwd / "runs" / name / "0"
+
+
+def assert_the_same(one, other):
+    """Every parameter and buffer, and the accuracies to the last image."""
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=0, atol=CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    for name in ("steps", "epochs", "test_acc", "val_acc", "val_acc_final", "train_acc"):
+        assert results[0][name] == results[1][name], name
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-6)  # a sum in float32
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """100 steps in one process: batches of 256 images, the last of an epoch of 124."""
+    return run(tmp_path_factory.mktemp("alone"), "one", "--trainer.max_steps", 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_are_one(alone, tmp_path, count):
+    several = run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count)
+    assert_the_same(alone, several)
+    # The confusion matrix, the most confident mistakes and the filters, gathered from all processes.
+    assert len(pictures(alone)) == 3
+    assert pictures(several) == pictures(alone)
+
+
+def pictures(folder):
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, first, then):
+    folder = run(tmp_path, "changes", "--trainer.max_steps", 57, "--trainer.devices", first)
+    settings = ("--trainer.max_steps", 100, "--trainer.devices", then)
+    done = command("fit", "--resume", folder, *settings, cwd=tmp_path)
+    assert f"processes {then}, before {first}" in done.stdout
+    assert_the_same(alone, folder)
+
+
+@pytest.mark.slow
+def test_without_a_norm_slices_of_another_size_give_the_same_gradient(tmp_path):
+    """Of 100 images 34, 33 and 33, accumulated over two batches: no norm, so nothing is exchanged but gradients."""
+    settings = ("--model.norm", "none", "--data.batch_size", 100, "--trainer.accumulate_grad_batches", 2)
+    one, three = (run(tmp_path, str(n), *settings, "--trainer.max_epochs", 1, "--trainer.devices", n) for n in (1, 3))
+    assert_the_same(one, three)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_too(alone, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", "100")
+    done = subprocess.run([*torchrun, "bn_lightning", "fit", *settings], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch  1") == 1
+    assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
+    assert_the_same(alone, tmp_path / "runs/lenet/0")
+
+
+@pytest.mark.slow
+def test_a_process_that_goes_takes_the_run_with_it_and_says_so(tmp_path):
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "bn_lightning", "fit", *QUICK, "--trainer.max_epochs", "100", "--trainer.devices", "2",
+         "--trainer.accelerator", "cpu"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (tmp_path / "runs/lenet/0/checkpoints/best.ckpt").exists():
+        assert begun.poll() is None
+        time.sleep(0.05)
+    [child] = subprocess.run(["pgrep", "-P", str(begun.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(child), signal.SIGKILL)
+    out, err = begun.communicate(timeout=60)
+    assert begun.returncode == 1, out + err
+    assert "Another process of this run has gone" in err
+    assert "fit --resume runs/lenet/0" in err
+    assert "Traceback" not in err
+
+
+def test_more_processes_than_images_in_a_batch(tmp_path):
+    done = command("fit", *QUICK, "--data.batch_size", 5499, "--trainer.devices", 2, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "fewer images than there are processes (2): 5,500 training images in batches of 5499" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "runs/lenet").iterdir()) == []
+
+
+# Several machines: network namespaces that are joined by a pair of virtual cables.
+
+HOSTS = {"a": "10.187.21.1", "b": "10.187.21.2"}
+SLOW = """\
+import time
+import lightning.pytorch as pl
+
+
+class Slow(pl.Callback):
+    def on_train_batch_end(self, *args):
+        time.sleep(0.15)
+"""
+
+
+@pytest.fixture
+def hosts():
+    """Two machines, as prefixes of a command that is to run there."""
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    names = {host: f"bn-{os.getpid()}-{host}" for host in HOSTS}
+    try:
+        try:
+            for name in names.values():
+                ip("netns", "add", name)
+                ip("-n", name, "link", "set", "lo", "up")
+            ip("link", "add", "bn0", "netns", names["a"], "type", "veth", "peer", "name", "bn0", "netns", names["b"])
+            for host, name in names.items():
+                ip("-n", name, "addr", "add", f"{HOSTS[host]}/24", "dev", "bn0")
+                ip("-n", name, "link", "set", "bn0", "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs network namespaces (Linux, root, iproute2): {error}")
+        yield {host: ["ip", "netns", "exec", name] for host, name in names.items()}
+    finally:
+        for name in names.values():
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def begin_on(host, prefix, cwd, *settings):
+    """torchrun on one machine, as the README has it; the first one carries the rendezvous."""
+    torchrun = (
+        "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={HOSTS['a']}:29400", "--rdzv-id=run", f"--rdzv-conf=is_host={int(host == 'a')}",
+        f"--local-addr={HOSTS[host]}", "-m", "bn_lightning", "fit", *settings, "--ckpt_path", "last",
+    )  # fmt: skip
+    environment = os.environ | {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "GLOO_SOCKET_IFNAME": "bn0",
+        "PYTHONPATH": str(cwd),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (cwd / f"log-{host}").open("ab") as log:
+        return subprocess.Popen(
+            [*prefix, sys.executable, *map(str, torchrun)], cwd=cwd, stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def kill_all_on(prefix):
+    found = subprocess.run(["ip", "netns", "pids", prefix[-1]], capture_output=True, text=True)
+    for number in found.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
+
+
+def wait_for_step(cwd, step, runs, timeout=90):
+    """Until last.ckpt is of that step or a later one."""
+    last, end = cwd / "runs/lenet/0/checkpoints/last.ckpt", time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            if torch.load(last, weights_only=True)["global_step"] >= step:
+                return
+        logs = "".join(path.read_text()[-3_000:] for path in cwd.glob("log-*"))
+        assert time.monotonic() < end, logs
+        assert any(run.poll() is None for run in runs), logs
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_is_lost_and_comes_back(hosts, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", 110)
+    truth = run(tmp_path, "undisturbed", "--trainer.max_steps", 110)
+    settings = (*settings, "--checkpoint.every_n_train_steps", 5, "--trainer.callbacks+=slow.Slow")
+    a, b = (begin_on(host, hosts[host], tmp_path, *settings) for host in ("a", "b"))
+    try:
+        wait_for_step(tmp_path, 25, [a, b])
+        kill_all_on(hosts["b"])  # torchrun and the process that it has begun
+        wait_for_step(tmp_path, 45, [a])  # the other one goes on alone
+        b = begin_on("b", hosts["b"], tmp_path, *settings)
+        codes = [process.wait(timeout=300) for process in (a, b)]
+    finally:
+        for prefix in hosts.values():
+            kill_all_on(prefix)
+    logs = {host: (tmp_path / f"log-{host}").read_text() for host in HOSTS}
+    assert codes == [0, 0], logs
+    assert "processes 1, before 2" in logs["a"]
+    assert "processes 2, before 1" in "".join(logs.values())
+    assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
+    assert_the_same(truth, tmp_path / "runs/lenet/0")
