@@ -1,4 +1,4 @@
-"""Batch normalization by the tutorial's conventions, kept for comparison with the layer in `batchnorm.py`.
+"""Batch normalization by the tutorial's conventions, kept for comparison with `layer.BatchNorm`.
 
 The tutorial follows section 8.5, "Batch Normalization", of "Dive into Deep Learning", https://d2l.ai. It differs from
 torch's layer in three ways, each kept here on purpose:
@@ -7,6 +7,8 @@ torch's layer in three ways, each kept here on purpose:
 * the moving variance is the biased one: the batch's variance divided by m, with no correction;
 * momentum is the share of the old value that is kept (0.9), where torch's is the share of the new one (0.1).
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,13 @@ class BatchNorm(nn.Module):
         num_dims: 2 behind a linear layer, 4 behind a convolution.
         eps: added to the variance.
         momentum: the share of the old moving statistics that is kept.
+
+    Attributes:
+        only_writes_running_stats: True: in training the layer writes its moving statistics and
+            never reads them; see `recognition.py`.
     """
+
+    only_writes_running_stats: ClassVar[bool] = True
 
     moving_mean: Tensor
     moving_var: Tensor

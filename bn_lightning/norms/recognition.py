@@ -1,9 +1,19 @@
-"""Normalization layers in any network, recognized by what they keep and not by their class."""
+"""Normalization layers in any network, and what they declare about themselves.
+
+A layer is recognized by the parameters and buffers that it keeps, not by its class. It may declare
+two things by class attributes; without them the answer is no:
+
+* `prefers_channels_last`: on a CPU the layer is faster if its input is in channels-last order.
+* `only_writes_running_stats`: in training the layer writes its running statistics and never reads
+  them, so that several processes have to agree on them in evaluation only. Of torch's `_BatchNorm`
+  classes this is known.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.loss import _Loss
 
@@ -63,3 +73,26 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
         for name, module in network.named_modules()
         if any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in STATISTICS)
     }
+
+
+def prefers_channels_last(network: nn.Module) -> bool:
+    """Return whether every norm layer of a network declares that it prefers channels-last order.
+
+    A network without a norm layer prefers it too, as convolutions on a CPU do.
+    """
+    norms = [*layers(network).values(), *_torch_norms(network)]
+    return all(getattr(norm, "prefers_channels_last", False) for norm in norms)
+
+
+def _torch_norms(network: nn.Module) -> list[nn.Module]:
+    """Return torch's norm layers, which `layers` does not find if they keep nothing."""
+    classes = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return [module for module in network.modules() if isinstance(module, classes)]
+
+
+def only_writes_running_stats(network: nn.Module) -> bool:
+    """Return whether no layer of a network reads its running statistics in training."""
+    return all(
+        getattr(layer, "only_writes_running_stats", isinstance(layer, _BatchNorm))
+        for layer in with_statistics(network).values()
+    )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.errors import UserError
-from bn_lightning.norms.layer import _at_least_float32, _check, _per_channel, _values_per_channel
+from bn_lightning.norms.definition import at_least_float32, per_channel, values_per_channel
+from bn_lightning.norms.layer import check_input
 
 
 class BatchRenorm(nn.Module):
@@ -76,21 +77,22 @@ class BatchRenorm(nn.Module):
         """
         if self.num_dims is not None and input.dim() != self.num_dims:
             raise ValueError(f"expected {self.num_dims}-d input, got {input.dim()}-d: {tuple(input.shape)}")
-        _check(input, self.running_mean, self.running_std, self.training, self.eps, self.weight, self.bias)
-        x = _at_least_float32(input)
+        running = self.running_mean, self.running_std
+        check_input(input, *running, self.training, self.eps, self.weight, self.bias)
+        x = at_least_float32(input)
         if self.training:
-            if _values_per_channel(x) < 2:
+            if values_per_channel(x) < 2:
                 raise ValueError(f"expected more than 1 value per channel in training, got input of {tuple(x.shape)}")
             reduced = [dim for dim in range(x.dim()) if dim != 1]
             mean = x.mean(reduced)
-            centred = x - _per_channel(mean, x)
+            centred = x - per_channel(mean, x)
             std = (centred.square().mean(reduced) + self.eps).sqrt()
             r, d = self._correct_and_track(mean.detach(), std.detach())
             scale, shift = self.weight * r / std, self.bias + self.weight * d
         else:
-            centred = x - _per_channel(self.running_mean, x)
-            scale, shift = self.weight / _at_least_float32(self.running_std), self.bias
-        return (centred * _per_channel(scale, x) + _per_channel(shift, x)).to(input.dtype)
+            centred = x - per_channel(self.running_mean, x)
+            scale, shift = self.weight / at_least_float32(self.running_std), self.bias
+        return (centred * per_channel(scale, x) + per_channel(shift, x)).to(input.dtype)
 
     def _correct_and_track(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """r and d, (C,), by the moving averages as they were before this batch, which then enters them."""

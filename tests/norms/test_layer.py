@@ -10,18 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_lightning import BatchNorm, batch_norm
-
-SHAPES = {2: (8, 5), 3: (8, 5, 7), 4: (8, 5, 6, 4), 5: (4, 5, 3, 2, 2)}
-TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-
-
-def scattered(shape, dtype=torch.float32, seed=0):
-    """Values with another mean and deviation in each channel."""
-    generator = torch.Generator().manual_seed(seed)
-    per_channel = (-1,) + (1,) * (len(shape) - 2)
-    offset = torch.arange(shape[1], dtype=torch.float64).view(per_channel)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * (1 + offset) + 3 * offset
-    return x.to(dtype)
+from tests.support.norm_batches import SHAPES, TORCH, scattered
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
@@ -77,31 +66,6 @@ def test_layer_goes_the_way_of_torchs_over_several_steps(num_dims, options):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_dims", SHAPES)
-@pytest.mark.parametrize("training", [True, False])
-def test_layouts(layout, num_dims, training):
-    results = []
-    for layer in (BatchNorm(5), TORCH[num_dims](5)):
-        layer.double().train(training)
-        x = LAYOUTS[layout](scattered(SHAPES[num_dims], torch.float64)).requires_grad_()
-        y = layer(x)
-        y.backward(scattered(SHAPES[num_dims], torch.float64, seed=1))  # contiguous whatever the layout
-        results.append((y, x.grad, layer.weight.grad, layer.bias.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
-    if layout in ("contiguous", "channels last"):
-        assert results[0][0].stride() == x.stride()
-
-
 @pytest.mark.parametrize("num_dims", SHAPES)
 def test_derivatives_of_first_and_second_order_and_in_forward_mode(num_dims):
     shape = (2, 3, 2, 2, 2)[:num_dims] if num_dims > 2 else (4, 3)
@@ -131,47 +95,6 @@ def test_gradients_of_what_does_not_need_all_of_them():
     F.batch_norm(x, None, None, weight, bias, True).pow(3).sum().backward()
     torch.testing.assert_close(layer.weight.grad, weight.grad)
     torch.testing.assert_close(layer.bias.grad, bias.grad)
-
-
-@pytest.mark.parametrize("offset", [0, 10, 1000])
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_float32_is_as_exact_as_torchs(offset, layout):
-    """Also where the mean is large beside the deviation, which is where formulas for the variance fail.
-
-    torch's own two kernels differ by up to 40 times in the error of the gradient by the weight.
-    """
-    torch.manual_seed(0)
-    x, gradient = torch.randn(32, 6, 12, 12) + offset, torch.randn(32, 6, 12, 12)
-
-    def run(function, dtype, layout):
-        leaf = LAYOUTS[layout](x.to(dtype)).clone().requires_grad_()
-        weight, bias = torch.ones(6, dtype=dtype, requires_grad=True), torch.zeros(6, dtype=dtype, requires_grad=True)
-        y = function(leaf, None, None, weight, bias, True)
-        y.backward(gradient.to(dtype))
-        return [t.detach().double() for t in (y, leaf.grad, weight.grad, bias.grad)]
-
-    exact = run(F.batch_norm, torch.float64, layout)
-    ours = run(batch_norm, torch.float32, layout)
-    torchs = [run(F.batch_norm, torch.float32, its_layout) for its_layout in ("contiguous", "channels last")]
-    for number, truth in enumerate(exact):
-        error = (ours[number] - truth).abs().max()
-        allowed = max((its[number] - truth).abs().max() for its in torchs)
-        assert error <= 2 * allowed + 1e-6 * truth.abs().max()
-
-
-def test_keeps_no_more_for_the_backward_pass_than_torch():
-    def kept(layer, x):
-        storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), lambda t: t
-        ):
-            layer(x)
-        return sum(storages.values())
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in ("contiguous", "channels last"):
-            x = LAYOUTS[layout](scattered((8, 5, 6, 4), dtype)).requires_grad_()
-            assert kept(BatchNorm(5), x) <= kept(nn.BatchNorm2d(5), x)
 
 
 def test_function_transforms():

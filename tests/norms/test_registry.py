@@ -63,9 +63,3 @@ def test_what_is_no_norm_is_refused(name, said):
 def test_unknown_arguments_are_refused_with_the_known_ones(name, argument):
     with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}.*eps: float"):
         registry.make(name, 6, 4, {argument: 1})
-
-
-@pytest.mark.parametrize(("num_dims", "num_groups"), [(4, 0), (4, 4), (2, 6)])
-def test_groups_that_cannot_be_are_refused_with_those_that_can(num_dims, num_groups):
-    with pytest.raises(UserError, match="must be one of 1, 2, 3"):
-        registry.make("group", 6, num_dims, {"num_groups": num_groups})

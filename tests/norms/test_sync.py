@@ -129,7 +129,7 @@ def test_plugin_changes_nothing_but_the_class_and_takes_it_back(norm):
     )
 
 
-def test_plugin_refuses_what_cannot_be_kept_in_step():
+def test_plugin_refuses_what_cannot_be_synchronized():
     with pytest.raises(UserError, match=r"network\.norm1, a BatchNorm, cannot"):
         LayerSync().apply(Module("article"))
     LayerSync().apply(Module("none"))

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bn_lightning.norms.check import gradients, probes
+
+
+def test_slope_is_the_derivative_along_the_directions():
+    x, layer = torch.randn(4, 6).double(), torch.nn.Linear(6, 3).double()
+    gradient = torch.randn(4, 3).double()
+    directions = [torch.randn(t.shape).double() for t in (x, layer.weight, layer.bias)]
+    y = directions[0] @ layer.weight.T + x @ directions[1].T + directions[2]
+    expected = (y * gradient).sum().item()
+    assert gradients.slope(layer, x, gradient, directions) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_complete_gradient_misses_nothing():
+    x = probes.batch(4).requires_grad_()
+    gradient = probes.gradient_of(x.shape)
+    (dx,) = torch.autograd.grad(F.batch_norm(x, None, None, training=True), x, gradient)
+    assert gradients.missing_part(x.detach(), gradient, dx, 1e-5) == ""
+
+
+@pytest.mark.parametrize(
+    ("mean_counts", "said"),
+    [
+        (True, "no gradient flows through the variance"),
+        (False, "no gradient flows through the mean and the variance"),
+    ],
+)
+def test_a_detached_statistic_is_named(mean_counts, said):
+    x = probes.batch(4).requires_grad_()
+    gradient = probes.gradient_of(x.shape)
+    mean = x.mean((0, 2, 3), keepdim=True)
+    var = (x - mean).square().mean((0, 2, 3), keepdim=True).detach()
+    y = (x - (mean if mean_counts else mean.detach())) / (var + 1e-5).sqrt()
+    (dx,) = torch.autograd.grad(y, x, gradient)
+    assert gradients.missing_part(x.detach(), gradient, dx, 1e-5) == said
