@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from bn_lightning import LeNet
+from bn_lightning.cli import EXPERIMENT
 from bn_lightning.deploy.export import export, milliseconds
-from bn_lightning.runs.run import _keep_freed_memory
+from bn_lightning.runs.process import keep_freed_memory
 
 
 def untrained(norm: str, folder: Path) -> Path:
@@ -33,13 +34,16 @@ def untrained(norm: str, folder: Path) -> Path:
 
 def measure(ckpt: Path, folder: Path, args: argparse.Namespace) -> None:
     files = {"ONNX Runtime": folder / "model.onnx", ".pt2": folder / "model.pt2"}
-    done = {side: export(str(ckpt), path, source=args.source) for side, path in files.items()}
+    data = {"source": args.source}
+    done = {
+        side: export(str(ckpt), path, EXPERIMENT, data_settings=data)
+        for side, path in files.items()
+    }
     sizes = ", ".join(f"{path.name} {path.stat().st_size:,}" for path in (ckpt, *files.values()))
     print(f"\ncpu, threads: {args.threads[0]}; torch {torch.__version__}; bytes: {sizes}")
     sides = {"eager": done[".pt2"].eager, **{side: exported.file for side, exported in done.items()}}
-    test_images = done[".pt2"].images.test_images
     for batch_size, calls in ((1, 20), (256, 4)):
-        images = test_images[:batch_size]
+        images = done[".pt2"].inputs[:batch_size]
         times = {side: np.array(values) for side, values in milliseconds(sides, images, args.seconds, calls).items()}
         print(f"batch of {batch_size}, {len(times['eager'])} rounds")
         for side, values in times.items():
@@ -60,7 +64,7 @@ def main() -> None:
         for threads in args.threads:  # of a flag given twice the last counts
             subprocess.run([sys.executable, "-u", __file__, *sys.argv[1:], "--threads", str(threads)], check=True)
         return
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(args.threads[0])
     with tempfile.TemporaryDirectory() as folder:
         measure(args.ckpt or untrained(args.norm, Path(folder)), Path(folder), args)

@@ -11,12 +11,15 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
+from unittest import mock
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from measured import images_per_second, timed
 
 from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor
+from bn_lightning.monitoring.measurements import Measurements
 
 
 def shares(norm: str, epochs: int) -> tuple[float, float]:
@@ -25,10 +28,14 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
 
     monitor, pictures = NormMonitor(), ClosingPictures()
     hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
-    for hook in (*hooks, "_look_at_norm", "_look_at_activation"):
+    for hook in hooks:
         setattr(monitor, hook, timed(getattr(monitor, hook), spent, "monitor"))
     pictures.on_test_end = timed(pictures.on_test_end, spent, "pictures")
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for hook in ("measure_norm", "keep_activation_input"):
+            clocked = timed(getattr(Measurements, hook), spent, "monitor")
+            stack.enter_context(mock.patch.object(Measurements, hook, clocked))
         trainer = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger(folder), callbacks=[monitor, pictures],
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,

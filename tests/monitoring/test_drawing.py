@@ -8,7 +8,11 @@ def test_grid_shows_each_image_once():
     images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1).expand(7, 28, 28) * 30 + 20
     sheet = np.asarray(drawing.grid(images, [f"{n}" for n in range(7)], columns=3))
     width, height = sheet.shape[1] // 3, sheet.shape[0] // 3
-    shown = [int(sheet[row * height + 40, column * width + width // 2, 0]) for row in range(3) for column in range(3)]
+    shown = [
+        int(sheet[row * height + 40, column * width + width // 2, 0])
+        for row in range(3)
+        for column in range(3)
+    ]
     assert shown == [20, 50, 80, 110, 140, 170, 200, 255, 255]
 
 
@@ -39,4 +43,12 @@ def test_confusion_is_darkest_where_the_share_is_largest():
     def shade(row, column):
         return sheet[corner + row * side + 3, corner + column * side + 3].sum()
 
-    assert shade(0, 0) < shade(1, 1) == shade(1, 2) < shade(0, 1) < shade(0, 2) == 3 * 255 == shade(2, 2)
+    assert (
+        shade(0, 0)
+        < shade(1, 1)
+        == shade(1, 2)
+        < shade(0, 1)
+        < shade(0, 2)
+        == 3 * 255
+        == shade(2, 2)
+    )

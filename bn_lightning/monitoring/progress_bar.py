@@ -1,0 +1,80 @@
+"""The progress bar of a run."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+from torchmetrics import Metric
+
+from bn_lightning.training.task import Task
+
+
+class MetricsProgressBar(TQDMProgressBar):
+    """Lightning's bar with the figures of the epoch so far.
+
+    For a `Task` these are the loss of the last logged step, and the training value of the metric
+    that selects the best checkpoint. Other modules show what they log with `prog_bar=True`. Samples
+    per second need a data module with a `batch_size`.
+    """
+
+    # Samples per second are shown in place of Lightning's iterations per second.
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+    def __init__(self) -> None:
+        # A refresh takes some hundredths of the time of a step.
+        super().__init__(refresh_rate=10)
+        # The first batch of this epoch in this process. A resumed epoch does not begin at 0.
+        self._first_batch: int | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        # The line that is printed for an epoch counts from 1 too.
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}")
+        self._first_batch = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first_batch is None:
+            self._first_batch = batch_idx
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        logged = super().get_metrics(trainer, pl_module)
+        if not isinstance(pl_module, Task):
+            return {**self._speed(trainer), **logged}
+        shown = {"loss": logged.get("train_loss", "")}
+        if trainer.training:
+            shown |= _selected_metric(pl_module)
+        # Lightning's training means are those of the epoch before. Its number of the run is part of
+        # the folder that is printed above the bar.
+        hidden = {"v_num", *pl_module.names("train")}
+        rest = {name: value for name, value in logged.items() if name not in hidden}
+        return {**shown, **self._speed(trainer), **rest}
+
+    def _speed(self, trainer: pl.Trainer) -> dict[str, str]:
+        bar = self.train_progress_bar.format_dict
+        size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if not size or not bar["elapsed"]:
+            return {}
+        batches = bar["n"] - (self._first_batch or 0)
+        return {"samples/s": f"{batches * size / bar['elapsed']:,.0f}"}
+
+
+def _selected_metric(task: Task) -> dict[str, str]:
+    """Return the training value of the task's selected metric, in this epoch on this rank."""
+    name = task.selects[0].removeprefix("val_")
+    metric = getattr(task, f"train_{name}", None)
+    if name == "loss" or not isinstance(metric, Metric) or not metric.update_called:
+        return {}
+    # A metric of several metrics calls their compute(), which waits for the other ranks. A metric
+    # that keeps all samples takes ever longer.
+    consists_of_others = any(isinstance(part, Metric) for part in list(metric.modules())[1:])
+    keeps_samples = any(isinstance(state, list) for state in metric.metric_state.values())
+    if consists_of_others or keeps_samples:
+        return {}
+    # The function of the class, since the metric's own compute() waits for the other ranks and
+    # keeps its value, which would then be logged as that of the whole epoch.
+    value = type(metric).compute(metric)
+    is_number = isinstance(value, Tensor) and value.numel() == 1
+    return {name: f"{float(value):.3f}"} if is_number else {}

@@ -1,0 +1,179 @@
+"""Figures at the end of a test, of tasks with classes and without."""
+
+import json
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from bn_lightning import Classifier, ClosingPictures, FashionMNIST
+from bn_lightning.data.fashion_mnist import CLASSES
+from bn_lightning.monitoring import drawing
+from tests.projects.friedman.experiment import Regression, Table
+from tests.support.logs import QUIET, events_in
+
+TAGS = ["confusion_matrix", "most_confident_mistakes", "first_layer_filters"]
+
+
+def tags_after_test(folder, model, data, pictures=None):
+    """Test with the callback, and return the tags of TensorBoard."""
+    logger = TensorBoardLogger(folder)
+    trainer = pl.Trainer(logger=logger, callbacks=[pictures or ClosingPictures()], **QUIET)
+    trainer.test(model, data, verbose=False)
+    logger.experiment.flush()
+    return events_in(logger.log_dir).Tags()
+
+
+def test_the_figures_of_a_run(trained):
+    folder, printed = trained
+    assert events_in(folder).Tags()["images"] == TAGS
+    assert "no confusion matrix" not in printed and "no figure" not in printed
+
+
+def test_confusion_is_that_of_the_test(trained):
+    folder, _ = trained
+    model = Classifier.load_from_checkpoint(
+        folder / "checkpoints/best.ckpt", weights_only=True, map_location="cpu"
+    )
+    data = FashionMNIST("sample")
+    pl.Trainer(logger=False, **QUIET).test(model, data, verbose=False)
+    with torch.no_grad():
+        model.eval()
+        guess = model(data.images.test_images.unsqueeze(1) / 255).argmax(1)
+    truth = data.images.test_labels
+    counts = np.zeros((10, 10), dtype=int)
+    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
+    assert (model.confusion.numpy() == counts).all()
+    result = json.loads((folder / "result.json").read_text())
+    assert counts.trace() / counts.sum() == pytest.approx(result["test_acc"])
+
+
+def test_most_confident_mistakes(tmp_path, monkeypatch):
+    drawn = []
+
+    def grid(images, captions, *rest, **named):
+        drawn.append((images, captions))
+
+    monkeypatch.setattr(drawing, "grid", grid)
+    monkeypatch.setattr(drawing, "filters", lambda weight: None)
+    torch.manual_seed(0)
+    model, data = Classifier(), FashionMNIST("sample", batch_size=300, normalize=True)
+    tags_after_test(tmp_path, model, data, ClosingPictures(mistakes=7))
+    [(images, captions)] = drawn
+    with torch.no_grad():
+        x = (data.images.test_images.unsqueeze(1) / 255 - 0.2860) / 0.3530
+        probability, guess = F.softmax(model.eval()(x), 1).max(1)
+    labels = data.images.test_labels
+    order = (probability * (guess != labels)).argsort(descending=True)[:7]
+    assert captions == [
+        f"{CLASSES[guess[i]]} {probability[i]:.1%}\nis {CLASSES[labels[i]]}" for i in order
+    ]
+    assert torch.equal(images, data.images.test_images[order])
+
+
+def test_no_mistakes_are_drawn_where_there_are_none(tmp_path, capsys):
+    class Perfect(Classifier):
+        def test_step(self, batch, batch_idx):
+            super().test_step(batch, batch_idx)
+            return F.one_hot(batch[1], 10)
+
+    assert tags_after_test(tmp_path, Perfect(), FashionMNIST("sample"))["images"] == [
+        TAGS[0],
+        TAGS[2],
+    ]
+    assert "no figure" not in capsys.readouterr().out
+
+
+def test_a_task_without_classes(tmp_path, capsys):
+    tags = tags_after_test(tmp_path, Regression(), Table())
+    assert tags["images"] == [] and tags["graph"]
+    said = "no confusion matrix or figures of misclassified samples: this task has no classes"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+
+
+def test_nothing_is_said_without_tensorboard(capsys):
+    trainer = pl.Trainer(logger=False, callbacks=[ClosingPictures()], **QUIET)
+    trainer.test(Regression(), Table(), verbose=False)
+    assert "misclassified" not in capsys.readouterr().out
+
+
+def loader(samples=50, size=28):
+    images = torch.rand(samples, 1, size, size, generator=torch.manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(samples) % 10), batch_size=20)
+
+
+def test_data_without_pictures(tmp_path, capsys):
+    tags = tags_after_test(tmp_path, Classifier(), loader())
+    assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
+    said = "no figure of misclassified samples: the data module draws no pictures"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+
+
+def test_a_figure_that_fails_is_a_warning(tmp_path):
+    class Undrawable(FashionMNIST):
+        def draw(self, inputs):
+            raise OSError("no ink")
+
+    expected = "TensorBoard gets no figure most_confident_mistakes: OSError: no ink"
+    with pytest.warns(UserWarning, match=expected):
+        tags = tags_after_test(tmp_path, Classifier(), Undrawable("sample"))
+    assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
+
+
+def test_samples_that_cannot_be_compared_are_one_warning(tmp_path):
+    class AnySize(Classifier):
+        def forward(self, images):
+            return super().forward(F.interpolate(images, (28, 28)))
+
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().test_step(batch, batch_idx)
+
+    loaders = [loader(), loader(size=30)]
+    with pytest.warns(UserWarning) as warned:
+        tags = tags_after_test(tmp_path, AnySize(), loaders)
+    said = [str(w.message) for w in warned if "TensorBoard gets no" in str(w.message)]
+    assert len(said) == 1 and "no figure of misclassified samples: RuntimeError" in said[0]
+    assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
+
+
+@pytest.mark.parametrize("returns", ["nothing", "pairs"])
+def test_a_module_that_returns_no_logits(tmp_path, returns):
+    class Own(Classifier):
+        def test_step(self, batch, batch_idx):
+            logits = super().test_step(batch, batch_idx)
+            return None if returns == "nothing" else {"logits": logits}
+
+    tags = tags_after_test(tmp_path, Own(), FashionMNIST("sample"))
+    assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
+
+
+@pytest.mark.filterwarnings("ignore:TensorBoard gets no graph")
+@pytest.mark.parametrize(
+    ("dataset", "has_graph"),
+    [([0, 1], False), ([{"a": torch.ones(2)}], False), ([torch.ones(2)], True)],
+    ids=("numbers", "mappings", "tensors"),
+)
+def test_batches_of_any_kind(tmp_path, dataset, has_graph):
+    class Odd(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Linear(2, 2)
+
+        def test_step(self, batch, batch_idx):
+            return torch.zeros(())
+
+    tags = tags_after_test(tmp_path, Odd(), DataLoader(dataset))
+    assert tags["images"] == [] and tags["graph"] is has_graph
+
+
+def test_a_module_without_a_network_has_no_graph(tmp_path, recwarn):
+    class Plain(pl.LightningModule):
+        def test_step(self, batch, batch_idx):
+            return batch
+
+    assert not tags_after_test(tmp_path, Plain(), loader())["graph"]
+    assert not [w for w in recwarn if "TensorBoard" in str(w.message)]

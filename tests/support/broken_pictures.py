@@ -1,0 +1,35 @@
+"""Files that are no whole pictures."""
+
+import random
+
+from PIL import Image
+
+
+def broken_files(folder):
+    """Twenty files that are no whole pictures, by name."""
+    whole = folder / "whole.png"
+    Image.effect_noise((60, 60), 90).save(whole)
+    png = whole.read_bytes()
+    Image.effect_noise((60, 60), 90).convert("RGB").save(whole.with_suffix(".jpg"))
+    jpg = whole.with_suffix(".jpg").read_bytes()
+    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".gif"))
+    gif = whole.with_suffix(".gif").read_bytes()
+    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".tif"))
+    tif = whole.with_suffix(".tif").read_bytes()
+    noise = random.Random(0).randbytes
+    contents = {
+        "empty.png": b"", "text.png": b"this is no picture\n", "noise.jpg": noise(2_000),
+        "half.png": png[: len(png) // 2], "head.png": png[:30], "signature.png": png[:8],
+        "no-end.png": png[:-40], "changed.png": png[:60] + noise(200) + png[260:],
+        "bad-header.png": png[:16] + b"\xff" * 8 + png[24:], "half.jpg": jpg[: len(jpg) // 2],
+        "head.jpg": jpg[:20], "soi.jpg": jpg[:2], "garbage.jpg": jpg[:3] + noise(500),
+        "half.gif": gif[: len(gif) // 2], "head.gif": gif[:13], "half.tif": tif[: len(tif) // 2],
+        "head.tif": tif[:8],
+        "svg.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "page.bmp": b"BM" + noise(60),
+    }  # fmt: skip
+    for path in folder.iterdir():
+        path.unlink()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (50, 50), "white").save(folder / "blank.png")
+    return sorted([*contents, "blank.png"])
