@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bn_lightning.data.fashion_mnist import FashionMNIST as FashionMNIST
     from bn_lightning.errors import UserError as UserError
-    from bn_lightning.monitoring.norm_monitor import ClosingPictures as ClosingPictures
+    from bn_lightning.monitoring.figures import ClosingPictures as ClosingPictures
     from bn_lightning.monitoring.norm_monitor import NormMonitor as NormMonitor
     from bn_lightning.networks.lenet import LeNet as LeNet
     from bn_lightning.norms.convert import from_torch as from_torch
@@ -14,35 +14,50 @@ if TYPE_CHECKING:
     from bn_lightning.norms.layer import BatchNorm as BatchNorm
     from bn_lightning.norms.layer import batch_norm as batch_norm
     from bn_lightning.norms.sync import LayerSync as LayerSync
+    from bn_lightning.runs.experiment import Experiment as Experiment
     from bn_lightning.tasks.classifier import Classifier as Classifier
-    from bn_lightning.training.averaging import StochasticWeightAveraging as StochasticWeightAveraging
+    from bn_lightning.training.averaging import (
+        StochasticWeightAveraging as StochasticWeightAveraging,
+    )
     from bn_lightning.training.checkpoints import WholeCheckpointIO as WholeCheckpointIO
+    from bn_lightning.training.data_module import DataModule as DataModule
     from bn_lightning.training.resume import ExactResume as ExactResume
+    from bn_lightning.training.task import Step as Step
+    from bn_lightning.training.task import Task as Task
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Looked up on first use: `bn_lightning --help` must not pay for torch.
-_HOMES = {
-    "BatchNorm": "norms.layer",  # no module may bear a name of this list: it would hide what it holds
+# The module of each public name, imported on first use: `--help` must not pay for torch.
+# No module of this package may have a public name: it would hide the object.
+_MODULES = {
+    "BatchNorm": "norms.layer",
     "batch_norm": "norms.layer",
     "Classifier": "tasks.classifier",
-    "ClosingPictures": "monitoring.norm_monitor",
+    "ClosingPictures": "monitoring.figures",
+    "DataModule": "training.data_module",
     "ExactResume": "training.resume",
+    "Experiment": "runs.experiment",
     "FashionMNIST": "data.fashion_mnist",
     "LayerSync": "norms.sync",
     "LeNet": "networks.lenet",
     "NormMonitor": "monitoring.norm_monitor",
+    "Step": "training.task",
     "StochasticWeightAveraging": "training.averaging",
+    "Task": "training.task",
     "UserError": "errors",
     "WholeCheckpointIO": "training.checkpoints",
     "from_torch": "norms.convert",
     "to_torch": "norms.convert",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,81 +1,112 @@
-"""Every command, in one table. Light to import: --help and --version need no torch."""
+"""The table of commands, of this project and of any other. Light to import: --help needs no torch."""
 
 import importlib
 import os
 import sys
 from pathlib import Path
 
-from bn_lightning import __version__
+from bn_lightning import __version__, terminal
 from bn_lightning.errors import UserError
 
-# Command: the module whose main() runs it, and what --help says. To take a command out, delete its row and its module.
+EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
+
+# Command: the module whose `main(arguments, experiment)` runs it, and what --help says. To remove a
+# command, delete its row and its module.
 COMMANDS = {
-    "fit": ("bn_lightning.runs.run", "train LeNet, then test what was kept"),
-    "validate": ("bn_lightning.runs.run", "accuracy of a checkpoint on the validation images"),
-    "test": ("bn_lightning.runs.run", "accuracy of a checkpoint on the test images, in all and by class"),
-    "predict": ("bn_lightning.runs.run", "the class that a checkpoint gives test images, or pictures of yours"),
-    "export": ("bn_lightning.deploy.export", "make a file of a checkpoint that any runtime takes: .onnx or .pt2"),
-    "inspect": ("bn_lightning.deploy.inspection", "what a checkpoint is: network, norms, settings, figures"),
-    "compare": ("bn_lightning.studies.compare", "norms or settings, with seeds: one table and a figure"),
-    "sweep": ("bn_lightning.studies.sweep", "search settings for the best validation accuracy"),
+    "fit": ("bn_lightning.runs.run", "train, then test the checkpoint that was kept"),
+    "validate": ("bn_lightning.runs.run", "metrics of a checkpoint on the validation samples"),
+    "test": ("bn_lightning.runs.run", "metrics of a checkpoint on the test samples"),
+    "predict": (
+        "bn_lightning.deploy.predict",
+        "what a checkpoint makes of the test samples, or of your own files",
+    ),
+    "export": (
+        "bn_lightning.deploy.export",
+        "write a checkpoint as a file for any runtime: .onnx or .pt2",
+    ),
+    "inspect": (
+        "bn_lightning.deploy.inspection",
+        "show what a checkpoint is: network, norms, settings, metrics",
+    ),
+    "compare": (
+        "bn_lightning.studies.compare",
+        "train norms or settings with several seeds: one table and a figure",
+    ),
+    "sweep": ("bn_lightning.studies.sweep", "search the settings with the best validation metric"),
     "check": (
-        "bn_lightning.norms.check.properties",
+        "bn_lightning.norms.check.command",
         "examine a normalization layer: a name, or an import path to yours",
     ),
 }
 
-OF_STUDY = ("optuna", "scipy", "matplotlib", "psycopg")  # the extra of compare and sweep
+# Packages of the extra `study`.
+STUDY_PACKAGES = ("optuna", "scipy", "matplotlib", "psycopg")
 
 USAGE = """\
-usage: python -m bn_lightning COMMAND [--help | settings]
+usage: {program} COMMAND [--help | settings]
 
-LeNet on Fashion-MNIST with a batch normalization that can be swapped.
+{description}
 
 {commands}
 
-    python -m bn_lightning fit                               the article's recipe, custom batch norm, 10 epochs
-    python -m bn_lightning fit --model.norm builtin          the same with PyTorch's layer
-    python -m bn_lightning fit --config configs/smoke.yaml   a named experiment
-    python -m bn_lightning test --ckpt_path runs/lenet/0/checkpoints/best.ckpt
+    {program} fit                            train with the defaults
+    {program} fit --config configs/X.yaml    a named experiment
+    {program} fit --help                     all settings
+    {program} test --ckpt_path runs/NAME/0/checkpoints/best.ckpt
 """
 
 
-def usage() -> str:
-    """What --help prints."""
-    return USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()))
+def main(experiment: str = EXPERIMENT) -> None:
+    """Run the command in sys.argv.
 
+    Args:
+        experiment: where the project's experiment is, `package.module:NAME`. It is imported only by
+            commands that need it.
 
-def main() -> None:
-    """Run the command in sys.argv. A user's mistake ends with its message and exit code 2, a run that fails with 1."""
+    A user's mistake ends with its message and exit code 2, a run that fails with 1.
+    """
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
-        print(usage(), end="")
+        print(usage(experiment), end="")
     elif command == "--version":
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
-        # A norm of the user's lies in the current folder; a console script does not look there by itself.
+        # A user's own modules are in the current folder, where a console script does not look.
         sys.path.insert(0, str(Path.cwd()))
-        module, _ = COMMANDS[command]
-        try:
-            importlib.import_module(module).main()
-        except UserError as error:
-            _fail(str(error), error.exit_code)
-        except ModuleNotFoundError as error:
-            if error.name not in OF_STUDY:
-                raise
-            _fail(f'{command} needs {error.name}, which is not installed: pip install -e ".[study]"')
-        except BrokenPipeError:  # who reads has seen enough: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
-            sys.exit(141)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except SystemExit as exit:
-            if isinstance(exit.__context__, KeyboardInterrupt):  # for which Lightning exits with 1
-                sys.exit(130)
-            raise
+        _run(command, arguments, experiment)
     else:
-        _fail(f"There is no command {command!r}. There are {', '.join(COMMANDS)}.\nAll of them: --help")
+        _fail(f"Unknown command {command!r}. Commands: {', '.join(COMMANDS)}.\nAll of them: --help")
+
+
+def usage(experiment: str = EXPERIMENT) -> str:
+    """Return what --help prints. The description is the first line of the package's docstring."""
+    package = importlib.import_module(experiment.partition(":")[0].partition(".")[0])
+    description = (package.__doc__ or package.__name__).strip().partition("\n")[0]
+    commands = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+    return USAGE.format(program=terminal.program(), description=description, commands=commands)
+
+
+def _run(command: str, arguments: list[str], experiment: str) -> None:
+    module, _ = COMMANDS[command]
+    try:
+        importlib.import_module(module).main(arguments, experiment)
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in STUDY_PACKAGES:
+            raise
+        _fail(f'{command} needs {error.name}, which is not installed: pip install -e ".[study]"')
+    except BrokenPipeError:  # the reader has closed the pipe: `| head`
+        # What is left to write goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as exit:
+        if isinstance(exit.__context__, KeyboardInterrupt):  # for which Lightning exits with 1
+            sys.exit(130)
+        raise
 
 
 def _fail(message: str, code: int = 2) -> None:

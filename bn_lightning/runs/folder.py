@@ -21,7 +21,9 @@ NOT_RECORDED = ("config", "ckpt_path", "resume", "name", "trainer.default_root_d
 def new_folder(parent: Path) -> Path:
     """Make `parent/N` with the next free number N from 0 on. Two runs at once get two folders."""
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1)
+    number = 1 + max(
+        (int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1
+    )
     while True:
         try:
             folder = parent / str(number)
@@ -36,7 +38,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        goes_on: whether the run was begun before.
+        resuming: whether the run was begun before.
         changed: settings that are others than until now: name, (before, now).
 
     Raises:
@@ -44,9 +46,9 @@ class RunFolder:
         OSError: it cannot be written to.
     """
 
-    def __init__(self, path: Path, goes_on: bool) -> None:
+    def __init__(self, path: Path, resuming: bool) -> None:
         self.path = path
-        self.goes_on = goes_on
+        self.resuming = resuming
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._lock = filelock.FileLock(path / ".lock")
         try:
@@ -54,7 +56,7 @@ class RunFolder:
         except filelock.Timeout:
             raise UserError(f"The run in {str(path)!r} is under way in another process.") from None
         except OSError:
-            if not goes_on:
+            if not resuming:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         self._before = set(path.iterdir())
@@ -70,7 +72,7 @@ class RunFolder:
 
     def leave_nothing(self) -> None:
         """Of a run that has done nothing, remove the folder, or what was put into one that was there."""
-        if not self.goes_on:
+        if not self.resuming:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         with contextlib.suppress(OSError):
@@ -93,7 +95,11 @@ def find_last(parent: Path, speaks: bool = True) -> tuple[str, dict[str, Any]] |
     passed over.
     """
     runs = [list(_checkpoints_of(run)) for run in parent.glob("*") if is_run(run)]
-    runs = sorted(filter(None, runs), key=lambda files: max(path.stat().st_mtime for path in files), reverse=True)
+    runs = sorted(
+        filter(None, runs),
+        key=lambda files: max(path.stat().st_mtime for path in files),
+        reverse=True,
+    )
     return _first_whole(itertools.chain.from_iterable(runs), speaks)
 
 
@@ -104,7 +110,9 @@ def last_of(folder: Path, speaks: bool = True) -> tuple[str, dict[str, Any]]:
         UserError: no folder of a run, or none of its checkpoints is whole.
     """
     if not is_run(folder):
-        raise UserError(f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/lenet/0")
+        raise UserError(
+            f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/lenet/0"
+        )
     found = _first_whole(_checkpoints_of(folder), speaks)
     if found is None:
         raise UserError(
@@ -127,13 +135,20 @@ def _first_whole(paths: Iterator[Path], speaks: bool) -> tuple[str, dict[str, An
         except UserError as error:
             if speaks:
                 reason = str(error).splitlines()[1].strip()
-                print(f"WARNING: {path} is passed over, it is torn: {reason}", file=sys.stderr, flush=True)
+                print(
+                    f"WARNING: {path} is passed over, it is torn: {reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return None
 
 
 def settings_files(folder: Path) -> list[Path]:
     """What a run was begun with, and then what was changed each time it went on."""
-    return [folder / "config.yaml", *sorted(folder.glob("resumed-*.yaml"), key=lambda path: int(path.stem[8:]))]
+    return [
+        folder / "config.yaml",
+        *sorted(folder.glob("resumed-*.yaml"), key=lambda path: int(path.stem[8:])),
+    ]
 
 
 def changes(
@@ -144,14 +159,17 @@ def changes(
     for file in settings_files(folder):
         before |= flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     now = flat(settings)
-    return {n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED}
+    return {
+        n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED
+    }
 
 
 def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
     """Write `resumed-N.yaml`, which fit takes as a --config."""
     file = folder / f"resumed-{len(settings_files(folder))}.yaml"
     file.write_text(
-        yaml.safe_dump(nested({name: now for name, (_, now) in changed.items()}), sort_keys=False), encoding="utf-8"
+        yaml.safe_dump(nested({name: now for name, (_, now) in changed.items()}), sort_keys=False),
+        encoding="utf-8",
     )
     return file
 

@@ -1,27 +1,26 @@
-"""What is asked for: the settings of a run, from weak to strong.
-
-Defaults in the code, what the checkpoint of --ckpt_path or the run of --resume remembers, --config, flags.
-"""
+"""Settings of a run, from weak to strong: defaults < checkpoint < --config < flags."""
 
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from bn_lightning.deploy import predictions
+from bn_lightning import terminal
 from bn_lightning.errors import UserError
-from bn_lightning.runs import folder
+from bn_lightning.runs import experiment, folder, trust
 from bn_lightning.training import checkpoints
 
-PROGRAM = "python -m bn_lightning"
+# Defaults of every experiment.
+TRAINER_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 10}
 
 
 class Parser(LightningArgumentParser):
-    """Ends with the mistake and the nearest settings, where the usage of `fit` alone is longer than a screen."""
+    """Reports a mistake with the nearest settings. The usage of `fit` alone fills a screen."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -39,40 +38,80 @@ def _nearest(name: str, options: list[str]) -> list[str]:
 
 
 class SettingsCLI(LightningCLI):
-    """Lightning's command line, with the settings that are this project's own.
+    """Lightning's command line with the settings of this project.
+
+    Args:
+        reference: of the experiment, `package.module:NAME`.
+        arguments: a sub-command and its settings.
 
     Attributes:
+        experiment: that of the reference.
         ckpt_path: the file of the checkpoint that is used, None without one.
-        folder: of the run that goes on, or None.
-        goes_on: whether one does.
-        pictures: for predict, the pictures that are given, or None, and whether to invert them.
+        folder: of the run that is resumed, or None.
+        resuming: whether a run is resumed in its folder, and `resumes_at` its step.
     """
+
+    # The sub-commands of this command line; Lightning's others are not its own.
+    commands: tuple[str, ...] = ("fit", "validate", "test")
 
     ckpt_path: str | None = None
     folder: Path | None = None
-    goes_on: bool = False
-    pictures: tuple[list[str] | None, bool | None] = (None, None)
+    resuming: bool = False
+    resumes_at: int = 0
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def __init__(self, reference: str, arguments: list[str], **settings: Any) -> None:
+        self.reference = reference
+        self.experiment = experiment.load(reference)
+        program = terminal.program()
+        usage = {name: {"usage": f"{program} {name} [settings]"} for name in self.commands}
+        super().__init__(
+            self.experiment.task,
+            self.experiment.data,
+            args=arguments,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={"prog": program} | usage,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            **settings,
+        )
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
         # A checkpoint is never loaded in any other way than with weights_only=True.
-        # Figures are printed here, so Lightning's table is not.
+        # Metrics are printed here, so Lightning's table is not.
         skipped = {"weights_only", "verbose", "return_predictions"}
-        return {name: also | skipped for name, also in LightningCLI.subcommands().items()}
+        return {name: LightningCLI.subcommands()[name] | skipped for name in cls.commands}
+
+    # Flags
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--seed_everything",
             type=int,
             default=0,
-            help="Of weights, split and order: decides the whole run.",
+            help="Seed of the weights, the data split and the shuffling.",
         )
-        parser.add_argument("--name", type=str, default="lenet", help="A run's folder is <default_root_dir>/<name>/N.")
+        parser.add_argument(
+            "--name",
+            type=str,
+            default=self.experiment.name,
+            help="A run's folder is <default_root_dir>/<name>/N.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "data.seed")
+        try:
+            parser.set_defaults(dict(self.experiment.defaults))
+        except KeyError as error:
+            raise UserError(
+                f"The defaults of {self.reference!r} have an unknown setting: {error}"
+            ) from error
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def add_command_arguments(self) -> None:
+        """Add the flags that one sub-command alone has."""
+        if "fit" not in self.commands:
+            return
         self._parser("fit").add_argument(
             "--checkpoint.every_n_train_steps",
             type=NonNegativeInt,
@@ -83,102 +122,136 @@ class SettingsCLI(LightningCLI):
             "--resume",
             type=str | None,
             default=None,
-            help="The folder of a run, runs/NAME/N, that goes on from its last.ckpt with the settings that it had.",
+            help="Folder of a run, runs/NAME/N, to resume from its last.ckpt with its settings.",
         )
         self._parser("fit").add_argument(
             "--monitor",
             type=bool,
             default=True,
-            help="Show in TensorBoard what the norms do, and at the end what the network gets wrong.",
+            help="Show in TensorBoard what the norms do, and at the end what is misclassified.",
         )
-        predict = self._parser("predict")
-        predict.add_argument(
-            "--data.images",
-            nargs="+",
-            type=str,
-            default=None,
-            help="Pictures of yours: files, folders, patterns. By default the images of the test set.",
-        )
-        predict.add_argument(
-            "--data.invert",
-            type=bool | None,
-            default=None,
-            help="Whether dark and bright change places in them; null does so where the border is bright.",
-        )
-        predict.add_argument("--format", type=Literal[predictions.FORMATS], default="table", help="What is printed.")
-        predict.add_argument("--grid", type=str | None, default=None, help="A file for a picture of the answers.")
+
+    # Settings from a checkpoint
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.add_command_arguments()
         super().parse_arguments(parser, args)
-        subcommand = self.config.subcommand
-        config = self.config[subcommand]
+        command = self.config.subcommand
+        config = self.config[command]
         if not 0 <= config.seed_everything < 2**32:  # Lightning would take another one
-            raise UserError(f"--seed_everything is {config.seed_everything}; it must be from 0 to {2**32 - 1}.")
-        if config.ckpt_path is None and subcommand != "fit":
             raise UserError(
-                f"{subcommand} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt\n"
-                "A run prints where its checkpoints lie when it ends."
+                f"--seed_everything is {config.seed_everything}; it must be from 0 to {2**32 - 1}."
             )
-        is_first = getattr(rank_zero_only, "rank", 0) == 0
-        runs = Path(config.trainer.default_root_dir, config.name)
-        if subcommand == "fit" and config.resume is not None:
-            if config.ckpt_path is not None:
-                raise UserError("--resume and --ckpt_path are both given; a run goes on from one checkpoint.")
-            last = folder.last_of(Path(config.resume), is_first)
-            checkpoints.refuse_other_versions(*last)
-            self._goes_on_in(Path(config.resume), *last)
-            # What the run had until now is weaker than what is typed.
-            self._parser("fit").default_config_files = list(map(str, folder.settings_files(Path(config.resume))))
+        if command == "fit" and config.resume is not None:
+            self._find_run(config)
+            # The settings that the run had are weaker than flags.
+            files = map(str, folder.settings_files(Path(config.resume)))
+            self._parser("fit").default_config_files = list(files)
             super().parse_arguments(parser, args)
-            trainer = self.config.fit.trainer
-            if trainer.fast_dev_run or trainer.enable_checkpointing is False:
-                raise UserError(
-                    "--resume goes on with a run for good, and what is trained is to be kept: leave out "
-                    "--trainer.fast_dev_run and --trainer.enable_checkpointing.\n"
-                    f"To try something with its weights: --ckpt_path {self.ckpt_path} --name trial"
-                )
-            return
-        if config.ckpt_path == "last":
-            found = folder.find_last(runs, is_first)
-            if found is None:
-                if subcommand != "fit":
-                    raise UserError(f"There is no checkpoint of a run in {str(runs)!r}. Another place: --name NAME")
-                if is_first:  # the same command is to begin a run and to go on with it
-                    print(f"There is no checkpoint in {str(runs)!r} yet: a new run begins.", flush=True)
-                return
+            _refuse_dry_resume(self.config.fit, str(self.ckpt_path))
         elif config.ckpt_path is not None:
-            found = checkpoints.load(config.ckpt_path)
+            checkpoint = self._find_checkpoint(command, config)
+            if checkpoint is not None:
+                self._take_settings(command, checkpoint, parser, args)
+        elif command != "fit":
+            raise UserError(
+                f"{command} needs a checkpoint: --ckpt_path "
+                f"runs/{self.experiment.name}/0/checkpoints/last.ckpt\n"
+                "A run prints the folder of its checkpoints when it ends."
+            )
+
+    def _find_run(self, config: Namespace) -> None:
+        """Find the checkpoint of the run in --resume."""
+        if config.ckpt_path is not None:
+            raise UserError(
+                "--resume and --ckpt_path are both given; a run resumes from one checkpoint."
+            )
+        found = folder.last_of(Path(config.resume), _is_first_process())
+        checkpoints.refuse_other_versions(*found)
+        self._resume_in(Path(config.resume), *found)
+
+    def _find_checkpoint(self, command: str, config: Namespace) -> dict[str, Any] | None:
+        """Load the checkpoint of --ckpt_path; `last` without any starts a new run."""
+        runs = Path(config.trainer.default_root_dir, config.name)
+        if config.ckpt_path == "last":
+            found = folder.find_last(runs, _is_first_process())
+            if found is None and command != "fit":
+                raise UserError(
+                    f"There is no checkpoint of a run in {str(runs)!r}. Another place: --name NAME"
+                )
+            if found is None:
+                if _is_first_process():
+                    print(
+                        f"There is no checkpoint in {str(runs)!r} yet: a new run begins.",
+                        flush=True,
+                    )
+                return None
         else:
-            return
+            found = checkpoints.load(config.ckpt_path)
         self.ckpt_path, checkpoint = found
         within = Path(self.ckpt_path).absolute().parent.parent
         is_last = config.ckpt_path == "last" or Path(self.ckpt_path).name == "last.ckpt"
-        is_kept = not config.trainer.fast_dev_run and config.trainer.enable_checkpointing is not False
-        if subcommand == "fit" and is_kept and is_last and folder.is_run(within) and within.parent == runs.absolute():
-            self._goes_on_in(runs / within.name, *found)
-        # The first parse found the checkpoint; the second has what it remembers as defaults.
-        typed = config.model
+        trainer = config.trainer
+        is_kept = not trainer.fast_dev_run and trainer.enable_checkpointing is not False
+        is_own = folder.is_run(within) and within.parent == runs.absolute()
+        if command == "fit" and is_kept and is_last and is_own:
+            self._resume_in(runs / within.name, *found)
+        return checkpoint
+
+    def _take_settings(
+        self,
+        command: str,
+        checkpoint: dict[str, Any],
+        parser: LightningArgumentParser,
+        args: ArgsType,
+    ) -> None:
+        """Parse again, with the settings in the checkpoint as defaults."""
+        path = str(self.ckpt_path)
+        paths = trust.import_paths(self.experiment)
+        chosen = {name: self.config[command].get(name) for name in paths}
         try:
-            self._parser(subcommand).set_defaults(checkpoints.settings(checkpoint))
+            self._parser(command).set_defaults(
+                settings_in(checkpoint, self.experiment.data.machine_settings)
+            )
         except KeyError as error:
             raise UserError(
-                f"{self.ckpt_path!r} was not written by this project: it has a setting unknown here: {error}"
+                f"{path!r} was not written by this project: it has a setting unknown here: {error}"
             ) from error
         super().parse_arguments(parser, args)
-        if subcommand == "fit":
-            checkpoints.refuse_other_versions(*found)
-        for name in ("norm", "optimizer", "scheduler"):
-            used = self.config[subcommand].model[name]
-            if used and "." in used and used != typed[name]:
-                raise checkpoints.not_trusted(self.ckpt_path, name, used, f"--model.{name}")
+        if command == "fit":
+            checkpoints.refuse_other_versions(path, checkpoint)
+        used = {name: self.config[command].get(name) for name in paths}
+        trust.refuse_untrusted(path, used, chosen, experiment.package_of(self.reference))
 
-    def before_instantiate_classes(self) -> None:
-        if self.config.subcommand == "predict":  # of the pictures that are given the data module knows nothing
-            data = self.config.predict.data
-            self.pictures = data.pop("images"), data.pop("invert")
-
-    def _goes_on_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
-        self.goes_on, self.folder, self.ckpt_path = True, run, ckpt_path
-        self._goes_on_at = checkpoint["global_step"]
+    def _resume_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
+        self.resuming, self.folder, self.ckpt_path = True, run, ckpt_path
+        self.resumes_at = checkpoint["global_step"]
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would put what the checkpoint remembers over what was typed; `parse_arguments` has done it rightly.
+        # Lightning would let the checkpoint's settings override flags. `parse_arguments` has read
+        # them already.
         pass
+
+
+def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings in a checkpoint by their flags, without those of the machine."""
+    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    for name in machine_settings:
+        data.pop(name, None)
+    defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
+    defaults |= {f"data.{name}": value for name, value in data.items()}
+    model = checkpoint.get("hyper_parameters", {})
+    return defaults | {f"model.{name}": value for name, value in model.items()}
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _refuse_dry_resume(config: Namespace, ckpt_path: str) -> None:
+    if config.trainer.fast_dev_run or config.trainer.enable_checkpointing is False:
+        raise UserError(
+            "--resume continues a run and saves what is trained: remove --trainer.fast_dev_run and "
+            "--trainer.enable_checkpointing.\n"
+            f"To try something with its weights: --ckpt_path {ckpt_path} --name trial"
+        )

@@ -35,7 +35,9 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
         layers = recognition.with_statistics(pl_module)
         for name, layer in layers.items():
             # torch's InstanceNorm has them all, and neither counts batches nor knows a momentum of None.
-            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not all(hasattr(layer, n) for n in needed):
+            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not all(
+                hasattr(layer, n) for n in needed
+            ):
                 raise UserError(
                     f"The statistics of {name}, a {type(layer).__name__}, cannot be taken anew for averaged weights.\n"
                     "Those of the norms custom and builtin can, and of a layer of yours with num_batches_tracked, "

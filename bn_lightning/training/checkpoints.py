@@ -47,7 +47,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         self._folders: set[Path] = set()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         if "://" in str(path):  # an object store has its own way to be whole
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
@@ -60,7 +62,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
             write_whole(path, content.getbuffer())
         except OSError as error:
             try:
-                kept = f"The one before is whole: {path}" if path.exists() else "There is none from before."
+                kept = (
+                    f"The one before is whole: {path}"
+                    if path.exists()
+                    else "There is none from before."
+                )
             except OSError:  # the disk itself is gone
                 kept = ""
             raise RunFailed(
@@ -82,7 +88,9 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
         local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
         checkpoint = torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/") from None
+        raise UserError(
+            f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/"
+        ) from None
     except IsADirectoryError:
         raise UserError(
             f"{path!r} is a folder. The checkpoint that a run has kept: {Path(path, 'checkpoints', 'best.ckpt')}"
@@ -97,28 +105,14 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
         ) from error
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
-            raise UserError(f"{path!r} holds no run: its {name!r} is no dict. Give a file that fit wrote.")
+            raise UserError(
+                f"{path!r} holds no run: its {name!r} is no dict. Give a file that fit wrote."
+            )
     if "state_dict" not in checkpoint:
-        raise UserError(f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote.")
+        raise UserError(
+            f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote."
+        )
     return str(local), checkpoint
-
-
-def settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a checkpoint, as defaults for the parser."""
-    data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    for name in ("root", "mirrors"):  # of the machine that trained, and no checkpoint's to choose
-        data.pop(name, None)
-    defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
-    defaults |= {f"data.{name}": value for name, value in data.items()}
-    return defaults | {f"model.{name}": value for name, value in checkpoint.get("hyper_parameters", {}).items()}
-
-
-def not_trusted(path: str, kind: str, name: str, flag: str) -> UserError:
-    """The refusal of code that only a checkpoint names: of a norm, an optimizer or a scheduler by import path."""
-    return UserError(
-        f"{path!r} asks for the {kind} {name!r}, an import path. A file's word is not enough to run code.\n"
-        f"If you trust it, name it yourself: {flag} {name}"
-    )
 
 
 def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:

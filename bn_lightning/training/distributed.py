@@ -1,4 +1,4 @@
-"""Several processes that train together: buffers that agree, and on a CPU cores that are shared without waste."""
+"""Several processes that train together: equal buffers, and CPU cores shared without waste."""
 
 import contextlib
 import os
@@ -7,33 +7,29 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bn_lightning.norms import article, recognition
-from bn_lightning.norms.layer import BatchNorm
-
-# In training these write their running statistics and do not read them.
-ONLY_WRITE = (BatchNorm, _BatchNorm, article.BatchNorm)
+from bn_lightning.norms import recognition
 
 
-class Processes(pl.Callback):
-    """Has several processes train as one at little cost; alone it does nothing.
+class DistributedTraining(pl.Callback):
+    """Makes several processes train as one, at little cost. With one process it does nothing.
 
-    The running statistics of a run are those of its first process. DistributedDataParallel sends them to the others
-    before each step, where no norm of this project but batch renormalization looks at them; here they are sent before
-    each validation. Validation then gives the same figures whether or not the run was resumed in between.
+    The running statistics of a run are those of rank 0. DistributedDataParallel sends them to the
+    other ranks before each step, although most norm layers do not read them there. Here they are
+    sent before each validation. So a validation gives the same metrics whether or not the run was
+    resumed in between.
 
-    It belongs behind callbacks that put other weights in place for validation, such as averaged ones.
+    It has to come after callbacks that exchange the weights for validation, such as averages.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size == 1:
             return
-        if isinstance(trainer.strategy.model, DistributedDataParallel):
-            layers = recognition.with_statistics(pl_module).values()
-            if all(isinstance(layer, ONLY_WRITE) for layer in layers):
-                trainer.strategy.model.broadcast_buffers = False
+        model = trainer.strategy.model
+        only_written = recognition.only_writes_running_stats(pl_module)
+        if isinstance(model, DistributedDataParallel) and only_written:
+            model.broadcast_buffers = False
         if trainer.strategy.root_device.type == "cpu" and sys.platform == "linux":
             _keep_to_own_cores(trainer)
             _let_gloo_wait()
@@ -57,7 +53,9 @@ def _keep_to_own_cores(trainer: pl.Trainer) -> None:
     if share and len(cores) == os.cpu_count():
         first = trainer.local_rank * share
         for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(OSError):  # a thread that has just ended, or a container that forbids it
+            with contextlib.suppress(
+                OSError
+            ):  # a thread that has just ended, or a container that forbids it
                 os.sched_setaffinity(int(thread.name), cores[first : first + share])
 
 

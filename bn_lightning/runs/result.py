@@ -1,0 +1,142 @@
+"""result.json: what a run ended with, assembled, written and read."""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from bn_lightning.errors import UserError
+from bn_lightning.runs.records import Records
+from bn_lightning.training.checkpoints import write_whole
+from bn_lightning.training.data_module import DataModule
+from bn_lightning.training.task import Task
+
+
+def assemble(
+    trainer: pl.Trainer, task: Task, data: DataModule, records: Records, tested: str
+) -> dict[str, Any]:
+    """Return the flat object of result.json at the end of training; test metrics are still None.
+
+    Training metrics are running means over the last epoch. Validation metrics are those of the
+    tested weights: of the best validation when a checkpoint was selected, else of the last.
+
+    Args:
+        tested: names the weights that will be tested.
+    """
+    identity = data.identity()
+    samples, seconds = records.images, records.seconds
+    return {
+        **_metrics(task, records, tested),
+        "images_per_second": samples / seconds if samples else None,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seed": data.seed,
+        **task.facts(),
+        **{f"data_{name}": value for name, value in identity.items() if not _is_dict(value)},
+        "device": _device(trainer.strategy.root_device),
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "tested": tested,
+        **_selected(task, records),
+        "val_images_from": "test set" if data.validates_on_test_set else "training set",
+        "train_seconds": seconds,
+        **{
+            f"{name}_{key}": inner
+            for name, value in identity.items()
+            if _is_dict(value)
+            for key, inner in value.items()
+        },
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: version(name) for name in ("lightning", "torchmetrics")},
+        **_commit(),
+    }
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _metrics(task: Task, records: Records, tested: str) -> dict[str, float | None]:
+    last_epoch = records.epochs[-1] if records.epochs else {}
+    last = records.validations[-1] if records.validations else {}
+    validation = best_validation(task, records) if tested == "best.ckpt" else last
+    return {
+        **{name: last_epoch.get(name) for name in task.names("train")},
+        **{name: validation.get(name) for name in task.names("val")},
+        **dict.fromkeys(task.names("test")),
+    }
+
+
+def _selected(task: Task, records: Records) -> dict[str, float | None]:
+    """Return the selected metric by validation: the last, the best, the mean of the last three."""
+    name, _ = task.selects
+    values = [metrics[name] for metrics in records.validations]
+    return {
+        f"{name}_final": values[-1] if values else None,
+        f"{name}_best": best_validation(task, records).get(name),
+        f"{name}_mean_of_last_3": statistics.mean(values[-3:]) if values else None,
+    }
+
+
+def best_validation(task: Task, records: Records) -> dict[str, float]:
+    """Return step and metrics of the best validation; empty without any."""
+    name, mode = task.selects
+    comparable = [v for v in records.validations if v["step"] > records.best_since]
+    best = max if mode == "max" else min
+    return best(comparable, key=lambda metrics: metrics[name], default={})
+
+
+def _commit() -> dict[str, str]:
+    """Return the commit of this code's checkout, `-dirty` when it was changed; nothing elsewhere."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a folder where it hangs
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+
+
+def to_json(content: Any) -> str:
+    """Return JSON, which has no word for NaN and infinity: they become null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(content), indent=2)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` whole or not at all."""
+    write_whole(path, f"{to_json(content)}\n".encode())
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """Return the result.json of a run's folder; nothing where there is none.
+
+    Raises:
+        UserError: the file is corrupt.
+    """
+    path = run / "result.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} is not what a run has written: {error}. Remove it, or repeat the run."
+        ) from error
