@@ -1,42 +1,43 @@
-"""What a checkpoint is, behind the command `inspect`. Nothing in the file is executed, and no network is built."""
+"""The command `inspect`: what a checkpoint is.
 
-import argparse
+Nothing in the file is executed, and no network is built.
+"""
+
 import json
-import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition
-from bn_lightning.runs import records
-from bn_lightning.terminal import print_table
+from bn_lightning.runs import experiment as experiments
+from bn_lightning.runs import records, result
+from bn_lightning.runs.experiment import Experiment
+from bn_lightning.runs.settings import settings_in
 from bn_lightning.training import checkpoints
 
-SHOWN = 6  # channels of a norm; the article's first layer has as many
+SHOWN = 6  # channels of a norm that are printed one by one
 
 
-def describe(path: str) -> dict[str, Any]:
-    """What the checkpoint at `path` is, as plain data.
+def describe(path: str, experiment: Experiment) -> dict[str, Any]:
+    """Return what the checkpoint at `path` is, as plain data.
 
-    Keys: `checkpoint`, its `bytes`, when it was `written`; `step`, None if unknown; `parameters`, and by
-    layer its `layers`: their number and the shape of each; `norms`: gamma, beta and running statistics of each, by
-    channel; `settings`, by their flags; `data`: the source of the images and their sha256; `epochs` and `validations`:
-    the figures of each; `versions`, and where it was trained.
+    Keys: `checkpoint`, its `bytes`, when it was `written`; `step`, None if unknown; `parameters`,
+    and for each layer in `layers` their number and the shape of each; `norms`: gamma, beta and
+    running statistics of each, by channel; `settings`, by their flags; `data`: what identifies the
+    data; `epochs` and `validations`: the metrics of each; `versions`, and where it was trained.
 
     Raises:
-        UserError: no such file, or none that can be loaded safely.
+        UserError: no such file, or one that cannot be loaded safely.
     """
     local, checkpoint = checkpoints.load(path)
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in checkpoint["state_dict"].items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{path!r} holds no network: {name!r} in its 'state_dict' is a {type(value).__name__}.")
-        layer, _, what = name.removeprefix("network.").rpartition(".")
-        layers.setdefault(layer, {})[what] = value
-    figures = records.kept_in(checkpoint)
+    layers = _layers(path, checkpoint)
+    recorded = records.recorded_in(checkpoint)
     file = Path(local).stat()
     return {
         "checkpoint": path,
@@ -45,63 +46,88 @@ def describe(path: str) -> dict[str, Any]:
         "step": checkpoint.get("global_step"),
         "parameters": sum(_learned(values) for values in layers.values()),
         "layers": {
-            name: {"parameters": _learned(values), **{what: list(value.shape) for what, value in values.items()}}
+            name: {
+                "parameters": _learned(values),
+                **{what: list(value.shape) for what, value in values.items()},
+            }
             for name, values in layers.items()
         },
         "norms": {
             name: {what: value.tolist() for what, value in recognition.by_channel(values).items()}
             for name, values in layers.items()
-            if recognition.is_by_channel(values.values())
+            if _is_norm(values)
         },
-        "settings": checkpoints.settings(checkpoint),
-        "data": checkpoint.get("FashionMNIST", {}),
-        "epochs": figures.get("epochs", []),
-        "validations": figures.get("validations", []),
+        "settings": settings_in(checkpoint, experiment.data.machine_settings),
+        "data": experiment.data.identity_in(checkpoint),
+        "epochs": recorded.get("epochs", []),
+        "validations": recorded.get("validations", []),
         "versions": {"lightning": checkpoint.get("pytorch-lightning_version")}
         | checkpoint.get("between_steps", {}).get("surroundings", {}),
     }
 
 
-def _learned(values: dict[str, Tensor]) -> int:
-    """Parameters among what a layer keeps; buffers are told by their names, for a file does not say which they are."""
+def _layers(path: str, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return parameters and buffers by layer."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{path!r} holds no network: {name!r} in its 'state_dict' is a "
+                f"{type(value).__name__}."
+            )
+        layer, _, what = name.removeprefix("network.").rpartition(".")
+        layers.setdefault(layer, {})[what] = value
+    return layers
+
+
+def _is_norm(values: Mapping[str, Tensor]) -> bool:
+    """Return whether these are the parameters and buffers of a norm layer.
+
+    A linear layer with one output has a weight of the same shape, but a single bias.
+    """
+    sizes = {values[name].numel() for name in ("weight", "bias") if name in values}
+    return len(sizes) < 2 and recognition.is_by_channel(values.values())
+
+
+def _learned(values: Mapping[str, Tensor]) -> int:
+    """Return the number of parameters among what a layer keeps.
+
+    Buffers are recognized by their names, since a file does not say which they are.
+    """
     counted = (*recognition.STATISTICS, "num_batches")
-    return sum(value.numel() for name, value in values.items() if not any(word in name for word in counted))
+    return sum(
+        value.numel() for name, value in values.items() if not any(word in name for word in counted)
+    )
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: Mapping[str, Any], experiment: Experiment) -> None:
     print(f"{found['checkpoint']}: {found['bytes']:,} bytes, written {found['written']}")
     step = "an unknown step" if found["step"] is None else f"step {found['step']:,}"
-    print(f"after {step}, {found['parameters']:,} parameters")
-    lines = [
-        [
-            name,
-            f"{layer['parameters']:,}",
-            ", ".join(f"{what} {shape}" for what, shape in layer.items() if what != "parameters"),
-        ]
-        for name, layer in found["layers"].items()
+    print(f"after {step}, {found['parameters']:,} parameters\n")
+    _print_layers(found)
+    print()
+    _print_metrics(found, *experiment.task.selects)
+    settings = [[f"--{name}", json.dumps(value)] for name, value in found["settings"].items()]
+    versions = [[name, str(value)] for name, value in found["versions"].items()]
+    print()
+    rows = [*settings, *_data_rows(found["data"]), *versions]
+    terminal.print_table(("setting", "value"), rows, folds=1)
+
+
+def _print_layers(found: Mapping[str, Any]) -> None:
+    layers = []
+    for name, layer in found["layers"].items():
+        shapes = (f"{what} {shape}" for what, shape in layer.items() if what != "parameters")
+        layers.append([name, f"{layer['parameters']:,}", ", ".join(shapes)])
+    terminal.print_table(("layer", "parameters", "shapes"), layers, folds=2)
+    norms = [
+        [name, what, _channels(values)]
+        for name, norm in found["norms"].items()
+        for what, values in norm.items()
     ]
-    print()
-    print_table(("layer", "parameters", "shapes"), lines, folds=2)
-    if found["norms"]:
-        kept = [[n, what, _channels(values)] for n, all_of in found["norms"].items() for what, values in all_of.items()]
+    if norms:
         print()
-        print_table(("norm", "keeps", "by channel"), kept, folds=2)
-    print()
-    if found["epochs"]:
-        last = found["epochs"][-1]
-        print(
-            f"epoch {len(found['epochs'])}, finished: train loss {last['train_loss']:.3f}, acc {last['train_acc']:.3f}"
-        )
-    if found["validations"]:
-        last, best = found["validations"][-1], max(found["validations"], key=lambda figures: figures["val_acc"])
-        print(f"validation after step {last['step']:,}: loss {last['val_loss']:.3f}, acc {last['val_acc']:.3f}")
-        print(f"best validation, after step {best['step']:,}: acc {best['val_acc']:.3f}")
-    about = [[f"--{name}", json.dumps(value)] for name, value in found["settings"].items()]
-    about += [["images from", found["data"].get("source", "unknown")]]
-    about += [[f"sha256 {name}", digest] for name, digest in found["data"].get("sha256", {}).items()]
-    about += [[name, str(value)] for name, value in found["versions"].items()]
-    print()
-    print_table(("setting", "value"), about, folds=1)
+        terminal.print_table(("norm", "keeps", "by channel"), norms, folds=2)
 
 
 def _channels(values: list[float]) -> str:
@@ -111,32 +137,82 @@ def _channels(values: list[float]) -> str:
     return f"[{shown}, ...], {len(values)} from {min(values):.2f} to {max(values):.2f}"
 
 
-def main() -> None:
-    """Run `inspect` with the arguments in sys.argv."""
-    parser = argparse.ArgumentParser(
-        "python -m bn_lightning inspect",
-        description="What a checkpoint is: network, norms, settings, data, figures. Nothing in it is executed.",
+def _print_metrics(found: Mapping[str, Any], selects: str, mode: str) -> None:
+    epochs, validations = found["epochs"], found["validations"]
+    if epochs:
+        print(f"epoch {len(epochs)}, finished: train {_metrics(epochs[-1], 'train_')}")
+    if validations:
+        last = validations[-1]
+        print(f"validation after step {last['step']:,}: {_metrics(last, 'val_')}")
+    comparable = [metrics for metrics in validations if selects in metrics]
+    if comparable:
+        best = (max if mode == "max" else min)(comparable, key=lambda metrics: metrics[selects])
+        value = _metrics({selects: best[selects]}, "val_")
+        print(f"best validation, after step {best['step']:,}: {value}")
+
+
+def _metrics(metrics: Mapping[str, float], prefix: str) -> str:
+    return ", ".join(
+        f"{name.removeprefix(prefix).replace('_', ' ')} {value:.3f}"
+        for name, value in metrics.items()
+        if name != "step"
+    )
+
+
+def _data_rows(identity: Mapping[str, Any]) -> list[list[str]]:
+    """Return what identifies the data as rows of a table: `data source`, `sha256 FILE`."""
+    rows = []
+    for name, value in identity.items():
+        if isinstance(value, dict):
+            rows += [[f"{name} {key}", str(inner)] for key, inner in value.items()]
+        else:
+            rows.append([f"data {name}", str(value)])
+    return rows or [["data", "unknown"]]
+
+
+def main(arguments: list[str], reference: str) -> None:
+    """Run `inspect`; `arguments` begins with the command."""
+    args = _parser().parse_args(arguments[1:])
+    experiment = experiments.load(reference)
+    path = args.ckpt
+    of_run: dict[str, Any] = {}
+    if args.run is not None:
+        path, of_run = _of_run(Path(args.run), experiment)
+    found = describe(path, experiment)
+    if args.json:
+        print(result.to_json(found | {"result": of_run} if args.run else found))
+        return
+    _print(found, experiment)
+    if of_run:
+        # Checksums are in the table above.
+        rows = [[n, str(value)] for n, value in of_run.items() if not n.startswith("sha256")]
+        print()
+        terminal.print_table(("result of the run", "value"), rows, folds=1)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        f"{terminal.program()} inspect",
+        description="What a checkpoint is: network, norms, settings, data, metrics. Nothing in it "
+        "is executed.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("ckpt", nargs="?", metavar="CKPT", help="runs/NAME/N/checkpoints/best.ckpt")
     which.add_argument(
-        "--run", metavar="FOLDER", help="runs/NAME/N: what it ended with, and the checkpoint that it kept"
+        "--run",
+        metavar="FOLDER",
+        help="runs/NAME/N: its result, and the checkpoint that it kept",
     )
     parser.add_argument("--json", action="store_true", help="print one object, for programs")
-    args = parser.parse_args(sys.argv[2:])
-    path, result = args.ckpt, {}
-    if args.run is not None:
-        run = Path(args.run)
-        path = next((str(f) for n in ("best", "last") if (f := run / "checkpoints" / f"{n}.ckpt").is_file()), None)
-        if path is None:
-            raise UserError(f"There is no checkpoint of a run in {args.run!r}. --run runs/lenet/0")
-        result = records.read_result(run)
-    found = describe(path)
-    if args.json:
-        print(records.to_json(found | {"result": result} if args.run else found))
-        return
-    _print(found)
-    if result:
-        print()
-        rows = [[name, str(value)] for name, value in result.items() if not name.startswith("sha256")]  # said already
-        print_table(("result of the run", "value"), rows, folds=1)
+    return parser
+
+
+def _of_run(run: Path, experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    """Return the checkpoint that a run has kept, and its result."""
+    for name in ("best", "last"):
+        file = run / "checkpoints" / f"{name}.ckpt"
+        if file.is_file():
+            return str(file), result.read_result(run)
+    raise UserError(
+        f"There is no checkpoint of a run in {str(run)!r}. --run runs/{experiment.name}/0"
+    )

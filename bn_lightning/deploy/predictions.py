@@ -25,14 +25,12 @@ class Predictions:
     """The answers to a number of images.
 
     Args:
-        about: by image, what else is known of it: where it comes from, its class if that is known.
-        pixels: as the network was given them, uint8 (N, 28, 28).
+        about: for each image, what else is known of it: where it comes from, its class if known.
         probabilities: (N, C).
         names: of the classes.
     """
 
     about: Sequence[dict[str, Any]]
-    pixels: Tensor
     probabilities: Tensor
     names: Sequence[str]
 
@@ -54,24 +52,26 @@ class Predictions:
 
     def print(self, form: str) -> None:
         """Print them as one of `FORMATS`."""
-        rows = self.rows
         if form == "json":
-            print(json.dumps(rows, indent=2))
+            print(json.dumps(self.rows, indent=2))
             return
-        rows = [
-            {n: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for n, v in row.items()} for row in rows
-        ]
+        rows = [{name: _yes_or_no(value) for name, value in row.items()} for row in self.rows]
         if form == "csv":
             writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        else:
-            cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-            short = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
-            print_table([short.get(name, name) for name in rows[0]], cells)
+            return
+        cells = [
+            [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
+        ]
+        short = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
+        print_table([short.get(name, name) for name in rows[0]], cells)
 
-    def draw(self, path: Path) -> None:
-        """Write a picture with the first `MOST_DRAWN` images and their answers.
+    def draw(self, path: Path, pictures: Tensor) -> None:
+        """Write a sheet with the first `MOST_DRAWN` images and their answers.
+
+        Args:
+            pictures: of these images, uint8 (M, H, W) or (M, H, W, 3).
 
         Raises:
             RunFailed: it cannot be written.
@@ -83,20 +83,28 @@ class Predictions:
             for row in rows
         ]
         try:
-            drawing.grid(self.pixels[: len(rows)], captions).save(path)
+            drawing.grid(pictures, captions).save(path)
         except OSError as error:
-            raise RunFailed(f"The picture {str(path)!r} cannot be written: {error.strerror or error}.") from error
+            reason = error.strerror or str(error)
+            raise RunFailed(f"The picture {str(path)!r} cannot be written: {reason}.") from error
         if len(rows) < len(self.about):
-            print(f"{path} has the first {len(rows)} of {len(self.about):,} images", file=sys.stderr)
+            print(
+                f"{path} has the first {len(rows)} of {len(self.about):,} images", file=sys.stderr
+            )
+
+
+def _yes_or_no(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def refuse_place(path: Path) -> None:
-    """Refuse a place where `Predictions.draw` could not write, before anything is asked of a network.
+    """Refuse a place where `Predictions.draw` could not write, before the network is run.
 
     Raises:
-        UserError: the folder is not there, or the name ends as no picture does.
+        UserError: the folder does not exist, or the suffix is not that of a picture.
     """
     if not path.parent.is_dir():
         raise UserError(f"There is no folder {str(path.parent)!r} for --grid {path}")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--grid {path} names no kind of picture: --grid {path.with_suffix('.png')}")
+        suggested = path.with_suffix(".png")
+        raise UserError(f"--grid {path} names no kind of picture: --grid {suggested}")

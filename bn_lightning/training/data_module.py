@@ -100,12 +100,13 @@ class DataModule(pl.LightningDataModule):
         """
 
     def test_samples(self) -> tuple[Tensor, Tensor]:
-        """Return the raw samples of the test set and their targets. `export` verifies with them.
+        """Return the raw samples of the test set and their targets, for `export` and `predict`.
 
         Raises:
             UserError: the data module does not offer them.
         """
-        raise UserError(f"{type(self).__name__} has no test_samples(), which export needs.")
+        raise UserError(f"{type(self).__name__} has no test_samples(), which export and predict "
+            "need.")
 
     def example_input(self) -> Tensor:
         """Return a few raw samples, (7, ...), for tracing and for the shape of the input."""

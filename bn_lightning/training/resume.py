@@ -6,25 +6,19 @@ two steps, when one is finished and the next has not begun. Nothing depends on e
 numbers: see `seeds`.
 """
 
-import functools
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bn_lightning.errors import UserError
-from bn_lightning.training import checkpoints, lightning_internals, seeds
+from bn_lightning.training import checkpoints, lightning_internals, seeds, surroundings
 from bn_lightning.training.batches import ExactLoader
 from bn_lightning.training.losses import NonFiniteLossGuard
 from bn_lightning.training.stopping import StopRequests, is_check_due
-
-# Each look reads a file, and every checkpoint needs it.
-_version = functools.cache(version)
 
 
 class ExactResume(Checkpoint):
@@ -108,7 +102,7 @@ class ExactResume(Checkpoint):
             "resumed_at": self.resumed_at,
             "finished": self._limits(trainer) if finished else None,
             "batch": batch,
-            "surroundings": _surroundings(trainer),
+            "surroundings": surroundings.of(trainer),
         }
         lightning_internals.write_position(checkpoint, epoch, batch)
 
@@ -118,7 +112,7 @@ class ExactResume(Checkpoint):
         self._restored = checkpoint.get("between_steps")
         self._refuse_other_batches(trainer, checkpoint)
         if self._restored is not None:
-            _report_differences(trainer, self._restored["surroundings"])
+            surroundings.report_differences(trainer, self._restored["surroundings"])
             self.resumed_at = [*self._restored["resumed_at"], checkpoint["global_step"]]
             if self.resuming:
                 self._saved_at = checkpoint["global_step"]
@@ -264,26 +258,6 @@ class _End(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.resume.at_the_end(trainer)
-
-
-def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what may change the rounding of a run without being a setting."""
-    versions = {name: _version(name) for name in ("torch", "lightning")}
-    threads = torch.get_num_threads() * trainer.world_size
-    device = trainer.strategy.root_device.type
-    return {**versions, "device": device, "processes": trainer.world_size, "threads": threads}
-
-
-def _report_differences(trainer: pl.Trainer, before: dict[str, Any]) -> None:
-    now = _surroundings(trainer)
-    changed = [
-        f"{name} {now[name]}, before {before.get(name)}"
-        for name in now
-        if now[name] != before.get(name)
-    ]
-    if changed and trainer.is_global_zero:
-        what = "; ".join(changed)
-        print(f"resuming with {what}: the same run up to rounding, not to the bit", flush=True)
 
 
 def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: int) -> None:

@@ -1,5 +1,6 @@
 """The base class of tasks: everything in a LightningModule that does not depend on what is learned."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -100,7 +101,7 @@ class Task(pl.LightningModule):
     ) -> None:
         super().__init__()
         # Also the arguments of the subclass. The logger gets them with the results, at the end.
-        self.save_hyperparameters(ignore=["network", "metrics"], logger=False)
+        self.save_hyperparameters(ignore=self._objects(), logger=False)
         self.network = network
         self.optimization = Optimization(lr, optimizer, optimizer_args, scheduler, scheduler_args)
         self.optimization.check(network.parameters())
@@ -115,6 +116,13 @@ class Task(pl.LightningModule):
         self._means_are_logged = False
         self._overrides_checkpoint = False
         self._restored_metrics: dict[str, Any] = {}
+
+    @classmethod
+    def _objects(cls) -> list[str]:
+        """Return the arguments that are objects, not settings; a subclass may have such settings."""
+        is_overridden = cls.__init__ is not Task.__init__
+        settings = inspect.signature(cls).parameters if is_overridden else {}
+        return [name for name in ("network", "metrics") if name not in settings]
 
     # What a subclass says
 

@@ -1,5 +1,3 @@
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,9 @@ from PIL import Image, ImageOps
 
 from bn_lightning import Classifier
 from bn_lightning.data import pictures, sources
-from tests.conftest import command, needs_all_images
+from bn_lightning.errors import RunFailed
+from tests.conftest import needs_all_images
+from tests.support.broken_pictures import broken_files
 
 TEST = sources.load("sample").test_images
 
@@ -75,7 +75,11 @@ def test_a_camera_held_upright(tmp_path):
 def test_the_border_tells_for_all_images_of_the_data_set():
     data = sources.load("system")
     for images in (data.train_images, data.test_images):
-        border = torch.cat([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], 1).float().mean(1)
+        border = (
+            torch.cat([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], 1)
+            .float()
+            .mean(1)
+        )
         assert (border < 127).all() and (255 - border > 127).all()
 
 
@@ -89,7 +93,9 @@ def in_a_photograph(picture):
 RESIZED = {
     "twice": lambda picture: picture.resize((56, 56), Image.Resampling.BILINEAR),
     "ten times": lambda picture: picture.resize((280, 280), Image.Resampling.BICUBIC),
-    "an odd size, inverted": lambda picture: ImageOps.invert(picture.resize((101, 101), Image.Resampling.LANCZOS)),
+    "an odd size, inverted": lambda picture: ImageOps.invert(
+        picture.resize((101, 101), Image.Resampling.LANCZOS)
+    ),
 }
 
 
@@ -112,7 +118,9 @@ def test_a_thing_on_a_large_ground_is_found_and_centred(tmp_path):
     for picture in saved(tmp_path, in_a_photograph, TEST[:100]):
         assert picture.inverted
         lit = picture.pixels > 13
-        assert max(int(lit.any(0).sum()), int(lit.any(1).sum())) >= 26  # its longer side fills the picture
+        assert (
+            max(int(lit.any(0).sum()), int(lit.any(1).sum())) >= 26
+        )  # its longer side fills the picture
         inside = lit.any(1).nonzero().flatten(), lit.any(0).nonzero().flatten()
         rows += [abs(int(part[0]) - (27 - int(part[-1]))) for part in inside]
     assert np.mean(rows) < 2  # margins of the two sides
@@ -126,7 +134,9 @@ def test_transparent_is_white(tmp_path):
     assert picture.inverted and picture.pixels.float().mean() > 100
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)]
+)
 def test_values_of_32_bits_are_taken_by_their_range(tmp_path, dtype, most):
     values = TEST[0].numpy().astype("float64") / 255 * most
     Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
@@ -140,50 +150,18 @@ def test_one_colour_shows_nothing(tmp_path, size):
         pictures.read(tmp_path / "a.png")
 
 
-def broken_files(folder):
-    """Twenty files that are no whole pictures, by name."""
-    whole = folder / "whole.png"
-    Image.effect_noise((60, 60), 90).save(whole)
-    png = whole.read_bytes()
-    Image.effect_noise((60, 60), 90).convert("RGB").save(whole.with_suffix(".jpg"))
-    jpg = whole.with_suffix(".jpg").read_bytes()
-    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".gif"))
-    gif = whole.with_suffix(".gif").read_bytes()
-    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".tif"))
-    tif = whole.with_suffix(".tif").read_bytes()
-    noise = random.Random(0).randbytes
-    contents = {
-        "empty.png": b"", "text.png": b"this is no picture\n", "noise.jpg": noise(2_000),
-        "half.png": png[: len(png) // 2], "head.png": png[:30], "signature.png": png[:8], "no-end.png": png[:-40],
-        "changed.png": png[:60] + noise(200) + png[260:], "bad-header.png": png[:16] + b"\xff" * 8 + png[24:],
-        "half.jpg": jpg[: len(jpg) // 2], "head.jpg": jpg[:20], "soi.jpg": jpg[:2], "garbage.jpg": jpg[:3] + noise(500),
-        "half.gif": gif[: len(gif) // 2], "head.gif": gif[:13], "half.tif": tif[: len(tif) // 2], "head.tif": tif[:8],
-        "svg.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "page.bmp": b"BM" + noise(60),
-    }  # fmt: skip
-    for path in folder.iterdir():
-        path.unlink()
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    Image.new("RGB", (50, 50), "white").save(folder / "blank.png")
-    return sorted([*contents, "blank.png"])
-
-
-def test_broken_files_are_named_and_the_others_go_on(tmp_path, trained, main):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    names = broken_files(folder)
+def test_broken_files_are_named_and_the_others_read(tmp_path, capsys):
+    names = broken_files(tmp_path)
     assert len(names) == 20
-    Image.fromarray(TEST[0].numpy()).save(folder / "good.png")
-    given = ["--data.images", *(folder / name for name in [*names, "good.png", "missing.png"]), folder / "nothing-*"]
-    code, out, err = main("predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", *given, "--format", "csv")
-    assert code == 1
+    Image.fromarray(TEST[0].numpy()).save(tmp_path / "good.png")
+    paths = [tmp_path / name for name in [*names, "good.png", "missing.png"]]
+    (read,), unread = pictures.read_all(paths)
+    assert (read.path, unread) == (tmp_path / "good.png", 21)
+    err = capsys.readouterr().err
     for name in [*names, "missing.png"]:
-        assert f"not read: {folder / name}: " in err, name
-    assert "Traceback" not in err
-    assert "error: 21 of 22 pictures could not be read" in err
-    header, row = out.strip().splitlines()
-    assert header == "image,inverted,class,probability,runner_up,runner_up_probability"
-    assert row.startswith(f"{folder / 'good.png'},no,")
+        assert f"not read: {tmp_path / name}: " in err, name
+    with pytest.raises(RunFailed, match="None of 1 pictures could be read"):
+        pictures.read_all([tmp_path / "half.png"])
 
 
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
@@ -199,7 +177,9 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         path = tmp_path / "in" / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(b"")
-    found = [path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])]
+    found = [
+        path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])
+    ]
     assert found == ["in/d.txt", "in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg"]
     (tmp_path / "in/report.pdf").write_bytes(b"")  # Pillow writes them, and reads none
     (tmp_path / "in/folder.txt").mkdir()
@@ -207,17 +187,9 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert found == ["in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg", "in/d.txt"]
     with pytest.raises(pictures.UserError, match="There is no picture"):
         pictures.find([""])
-    assert pictures.find([f"{tmp_path}/in/*.png"]) == [tmp_path / "in/[1].png", tmp_path / "in/b.png"]
+    assert pictures.find([f"{tmp_path}/in/*.png"]) == [
+        tmp_path / "in/[1].png",
+        tmp_path / "in/b.png",
+    ]
     with pytest.raises(pictures.UserError, match=r"There is no picture in in/\*.gif"):
         pictures.find(["in/*.gif"])
-
-
-def test_predict_needs_no_data_set_for_pictures_of_ones_own(tmp_path, trained):
-    Image.fromarray(TEST[0].numpy()).save(tmp_path / "a.png")
-    done = command(
-        "predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--data.images", "a.png",
-        "--data.source", tmp_path / "nowhere", "--format", "json", "--grid", "grid.png", cwd=tmp_path,
-    )  # fmt: skip
-    assert '"image": "a.png"' in done.stdout
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 84 and np.asarray(grid).std() > 20

@@ -5,8 +5,11 @@ import shutil
 import pytest
 import torch
 
-from bn_lightning import Classifier
+from bn_lightning import Classifier, UserError
 from bn_lightning.deploy import inspection
+from bn_lightning.experiment import EXPERIMENT
+from tests.projects.friedman.experiment import EXPERIMENT as FRIEDMAN_EXPERIMENT
+from tests.support.exports import FRIEDMAN, write_regression
 
 
 def test_what_a_checkpoint_is(main, trained):
@@ -27,10 +30,20 @@ def test_what_a_checkpoint_is(main, trained):
     assert (found["step"], found["epochs"][-1]["train_loss"]) == (44, result["train_loss"])
     assert found["validations"][-1]["val_acc"] == result["val_acc_final"]
     assert (found["settings"]["model.lr"], found["settings"]["data.source"]) == (1.0, "sample")
-    assert found["data"]["sha256"]["train-images-idx3-ubyte"] == result["sha256_train-images-idx3-ubyte"]
-    versions = {name: found["versions"][name] for name in ("lightning", "torch", "device", "processes")}
+    assert (
+        found["data"]["sha256"]["train-images-idx3-ubyte"]
+        == result["sha256_train-images-idx3-ubyte"]
+    )
+    versions = {
+        name: found["versions"][name] for name in ("lightning", "torch", "device", "processes")
+    }
     torchs = result["torch"].split("+")[0]
-    assert versions == {"lightning": result["lightning"], "torch": torchs, "device": "cpu", "processes": 1}
+    assert versions == {
+        "lightning": result["lightning"],
+        "torch": torchs,
+        "device": "cpu",
+        "processes": 1,
+    }
 
 
 def test_weights_alone(main, tmp_path):
@@ -58,8 +71,13 @@ def test_it_is_printed_for_people(main, trained):
     gamma = ", ".join(f"{value:.2f}" for value in state["network.norm1.weight"])
     assert f"norm1  gamma         [{gamma}]" in out
     result = json.loads((folder / "result.json").read_text())
-    for line in ("44,878 parameters", "conv1        156  weight [6, 1, 5, 5], bias [6]", '--model.norm     ',
-                 f"test_acc           {result['test_acc']}"):  # fmt: skip
+    for line in (
+        "44,878 parameters",
+        "conv1        156  weight [6, 1, 5, 5], bias [6]",
+        "--model.norm     ",
+        "data source sample",
+        f"test_acc           {result['test_acc']}",
+    ):
         assert " ".join(line.split()) in " ".join(out.split())
 
 
@@ -67,7 +85,7 @@ def test_it_is_printed_for_people(main, trained):
 def test_norms_by_other_names(tmp_path, norm):
     model = Classifier(norm=norm)
     torch.save({"state_dict": model.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
-    found = inspection.describe(str(tmp_path / "a.ckpt"))
+    found = inspection.describe(str(tmp_path / "a.ckpt"), EXPERIMENT)
     assert found["parameters"] == sum(p.numel() for p in model.network.parameters())
     names = {"gamma", "beta", "running_mean", "running_var"}
     assert all(set(kept) == names for kept in found["norms"].values())
@@ -90,6 +108,30 @@ def test_nothing_is_executed(main, trained, tmp_path):
     code, _, err = main("inspect", "bomb.ckpt")
     assert code == 2 and "nothing in it was executed" in err
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "exploded").exists()
+
+
+def test_metrics_are_those_that_the_task_has(tmp_path, capsys):
+    ckpt = write_regression(tmp_path / "some.ckpt")
+    content = torch.load(ckpt, weights_only=True)
+    validations = [
+        {"step": step, "val_loss": rmse**2, "val_rmse": rmse, "val_r2": 0.5}
+        for step, rmse in ((4, 3.0), (8, 1.5), (12, 2.0))
+    ]
+    epochs = [{"train_loss": 6.25, "train_rmse": 2.5, "train_r2": 0.25}]
+    content["callbacks"] = {"Records": {"epochs": epochs, "validations": validations}}
+    torch.save(content, ckpt)
+    inspection.main(["inspect", str(ckpt)], FRIEDMAN)
+    out = capsys.readouterr().out
+    assert "epoch 1, finished: train loss 6.250, rmse 2.500, r2 0.250\n" in out
+    assert "validation after step 12: loss 4.000, rmse 2.000, r2 0.500\n" in out
+    assert "best validation, after step 8: rmse 1.500\n" in out
+    shown = " ".join(out.split())
+    assert "data source formula" in shown and "--data.rows 100" in shown
+    assert "--seed_everything 3" in shown and "of another machine" not in shown
+    found = inspection.describe(str(ckpt), FRIEDMAN_EXPERIMENT)
+    assert (found["validations"], found["data"]) == (validations, {"source": "formula"})
+    with pytest.raises(UserError, match="--run runs/friedman/0"):
+        inspection.main(["inspect", "--run", str(tmp_path)], FRIEDMAN)
 
 
 def test_what_is_no_checkpoint(main, tmp_path):

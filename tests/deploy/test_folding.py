@@ -1,0 +1,78 @@
+"""What is an affine map per channel is folded away, whatever its class, and nothing else is."""
+
+import pytest
+import torch
+from torch import nn
+
+from bn_lightning.deploy.folding import fold
+
+
+class Calls(nn.Sequential):
+    """conv1, norm1 and conv1 again: a fold into conv1 would change its other call."""
+
+    def forward(self, x):
+        return self[0](self[1](self[0](x)))
+
+
+class Residual(nn.Sequential):
+    """What norm1 is given goes elsewhere too."""
+
+    def forward(self, x):
+        x = self[0](x)
+        return x + self[1](x)
+
+
+class InFloat32Only(nn.Module):
+    """Affine, but it refuses the probes, which are in float64."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return 2 * x
+
+
+class Doubles(nn.Module):
+    """Affine by arithmetic of its own, with a parameter that is no number per channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((), 2.0))
+
+    def forward(self, x):
+        return x * self.gain + 0.25
+
+
+CONVOLUTION = nn.Sequential(
+    nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Dropout(), nn.Identity(), nn.ReLU()
+)
+GROUPS = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.BatchNorm1d(4))
+OTHER_CHANNELS = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(3))
+PER_SAMPLE = nn.Sequential(nn.Conv2d(2, 3, 3), nn.LayerNorm((3, 3, 3)))
+AFFINE_ON_X = nn.Sequential(nn.Linear(3, 3), nn.Hardtanh(-99, 99))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "notes"),
+    [
+        (CONVOLUTION, (4, 2, 5, 5), [f"{i} is folded into 0" for i in (1, 2, 3)]),
+        (GROUPS, (4, 4, 9), ["1 is folded into 0"]),
+        (nn.Sequential(nn.Linear(3, 3), Doubles()), (4, 3), ["1 is folded into 0"]),
+        (nn.Sequential(nn.Linear(3, 3), InFloat32Only()), (4, 3), ["1, a InFloat32Only, "]),
+        (OTHER_CHANNELS, (2, 3, 6), ["1, a BatchNorm1d, "]),
+        (PER_SAMPLE, (4, 2, 5, 5), ["1, a LayerNorm, "]),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
+        (AFFINE_ON_X, (4, 3), []),
+        (Residual(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
+        (Calls(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
+    ],
+)
+def test_fold(network, shape, notes):
+    x = torch.randn(shape)
+    for values in (*network.parameters(), *network.buffers()):
+        if values.is_floating_point():
+            values.data.uniform_(0.5, 2.0)
+    before = {name: values.clone() for name, values in network.state_dict().items()}
+    folded, found = fold(network.eval(), x)
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes)), found
+    torch.testing.assert_close(folded(x), network(x))
+    assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())

@@ -1,0 +1,64 @@
+"""Answers as a table, as CSV, as JSON, and as a sheet of pictures."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bn_lightning.deploy.predictions import Predictions, refuse_place
+from bn_lightning.errors import RunFailed, UserError
+
+NAMES = ("coat", "dress", "bag")
+ABOUT = ({"image": "a.png", "inverted": True}, {"image": "b,[c].png", "inverted": False})
+PROBABILITIES = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.05, 0.45]])
+PREDICTIONS = Predictions(ABOUT, PROBABILITIES, NAMES)
+FIRST = {"class": "dress", "probability": 0.7, "runner_up": "bag", "runner_up_probability": 0.2}
+SECOND = {"class": "coat", "probability": 0.5, "runner_up": "bag", "runner_up_probability": 0.45}
+ROWS = [{**ABOUT[0], **FIRST}, {**ABOUT[1], **SECOND}]
+
+
+def test_json(capsys):
+    PREDICTIONS.print("json")
+    assert json.loads(capsys.readouterr().out) == ROWS
+
+
+def test_csv(capsys):
+    PREDICTIONS.print("csv")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row.pop("inverted") for row in rows] == ["yes", "no"]
+    assert rows == [
+        {name: str(value) for name, value in row.items() if name != "inverted"} for row in ROWS
+    ]
+
+
+def test_a_table(capsys):
+    PREDICTIONS.print("table")
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header == ["image", "inverted", "class", "p", "runner-up", "p"]
+    assert rows[0] == ["a.png", "yes", "dress", "0.700", "bag", "0.200"]
+    assert rows[1] == ["b,[c].png", "no", "coat", "0.500", "bag", "0.450"]
+
+
+def test_a_sheet(tmp_path, capsys):
+    PREDICTIONS.draw(tmp_path / "grid.png", torch.full((2, 5, 5), 200, dtype=torch.uint8))
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.width > 2 * 84
+    assert capsys.readouterr().err == ""
+    many = Predictions(ABOUT * 201, PROBABILITIES.repeat(201, 1), NAMES)
+    many.draw(tmp_path / "grid.png", torch.zeros(400, 5, 5, dtype=torch.uint8))
+    assert capsys.readouterr().err == f"{tmp_path / 'grid.png'} has the first 400 of 402 images\n"
+    with pytest.raises(RunFailed, match="cannot be written: Is a directory"):
+        (tmp_path / "folder.png").mkdir()
+        PREDICTIONS.draw(tmp_path / "folder.png", torch.zeros(2, 5, 5, dtype=torch.uint8))
+
+
+def test_places_where_nothing_can_be_drawn(tmp_path):
+    refuse_place(tmp_path / "grid.png")
+    with pytest.raises(UserError, match=r"There is no folder 'nowhere' for --grid nowhere/a.png"):
+        refuse_place(Path("nowhere/a.png"))
+    with pytest.raises(UserError, match=r"names no kind of picture: --grid .*grid.png"):
+        refuse_place(tmp_path / "grid.nix")

@@ -1,0 +1,1 @@
+"""Friedman's regression problem, learned by a multilayer perceptron."""

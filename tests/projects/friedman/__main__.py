@@ -1,0 +1,3 @@
+from bn_lightning.cli import main
+
+main("friedman.experiment:EXPERIMENT")
