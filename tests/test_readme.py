@@ -91,8 +91,9 @@ def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):
 
 
 def test_lists_are_whole():
-    for path in (REPOSITORY / "bn_lightning").glob("[a-z]*.py"):
-        assert f"    {path.name} " in README
+    for path in (REPOSITORY / "bn_lightning").glob("[a-z]*"):
+        if path.suffix == ".py" or path.is_dir():
+            assert f"\n    {path.name}{'/' if path.is_dir() else ''} " in README
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         assert f"(configs/{path.name})" in README
         assert f"{'sweep' if path.stem == 'sweep' else 'fit'} --config configs/{path.name}" in path.read_text()
@@ -101,7 +102,8 @@ def test_lists_are_whole():
 
 
 def test_links_lead_somewhere():
-    for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md"):
+    guides = (REPOSITORY / ".github" / "guides").glob("*.md")
+    for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md", *guides):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
             headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
             slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]

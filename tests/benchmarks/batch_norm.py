@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_lightning import BatchNorm, LeNet
-from bn_lightning.runs.run import _keep_freed_memory
+from bn_lightning.runs.process import keep_freed_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = ((256, 6, 24, 24), (256, 16, 8, 8), (256, 120), (256, 84))  # at norm1 to norm4 of LeNet
@@ -157,7 +157,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-u", __file__, *sys.argv[1:], "--threads", str(threads)], check=True)
         return
     if not args.stock_allocator:
-        _keep_freed_memory()
+        keep_freed_memory()
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # LeNet.forward is compiled once for each side and mode
     torch.set_num_threads(args.threads[0])

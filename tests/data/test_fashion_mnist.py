@@ -5,7 +5,9 @@ import torch
 
 from bn_lightning import FashionMNIST, UserError
 from bn_lightning.data import sources
-from bn_lightning.data.fashion_mnist import MEAN, STD, Augmentation, Batches, Epoch, epoch_order, stratified_split
+from bn_lightning.data.fashion_mnist import MEAN, STD
+from bn_lightning.training.batches import Epoch
+from bn_lightning.training.seeds import epoch_order
 from tests.conftest import needs_all_images
 
 
@@ -14,17 +16,6 @@ def ready(**settings):
     data.prepare_data()
     data.setup("fit")
     return data
-
-
-def test_split_is_stratified_disjoint_and_by_seed():
-    labels = torch.randint(0, 10, (5_000,), generator=torch.Generator().manual_seed(0))
-    kept, held_out = stratified_split(labels, 500, seed=3)
-    assert sorted(torch.cat([kept, held_out]).tolist()) == list(range(5_000))
-    counts, share = labels[held_out].bincount(minlength=10), labels.bincount(minlength=10) / 10
-    assert (counts - share).abs().max() <= 1
-    assert torch.equal(held_out, stratified_split(labels, 500, seed=3)[1])
-    assert not torch.equal(held_out, stratified_split(labels, 500, seed=4)[1])
-    assert len(stratified_split(labels, 0, seed=3)[1]) == 0
 
 
 @needs_all_images
@@ -42,15 +33,6 @@ def test_of_the_sample_the_same_proportion_is_held_out():
     assert len(data.train_indices) == 5_500
 
 
-def test_order_is_a_function_of_seed_and_epoch():
-    order = epoch_order(1_000, seed=1, epoch=2)
-    assert sorted(order.tolist()) == list(range(1_000))
-    torch.manual_seed(5)
-    assert torch.equal(order, epoch_order(1_000, seed=1, epoch=2))
-    assert not torch.equal(order, epoch_order(1_000, seed=2, epoch=1))
-    assert not torch.equal(order, epoch_order(1_000, seed=1, epoch=3))
-
-
 def test_batches_show_each_image_once_with_its_label():
     data = ready(batch_size=256, seed=1)
     seen, labels = zip(*data.train_dataloader(), strict=True)
@@ -61,51 +43,16 @@ def test_batches_show_each_image_once_with_its_label():
     assert torch.equal(torch.cat(labels), data.images.train_labels[data.train_indices][epoch_order(5_500, 1, 0)])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_slices_of_all_processes_are_the_batch(world_size):
-    images, labels, indices = torch.arange(50, dtype=torch.uint8).view(50, 1, 1), torch.arange(50), torch.arange(50)
-
-    def batches(rank=0, world_size=1):
-        return Batches(images, labels, indices, 16, lambda: Epoch(epoch_order(50, 0, 0)), rank, world_size)
-
-    whole = [batch for _, batch in batches()]
-    shares = [[batch for _, batch in batches(rank, world_size)] for rank in range(world_size)]
-    for number, batch in enumerate(whole):
-        assert torch.equal(torch.cat([share[number] for share in shares]), batch)
-        assert len(batch) == batches().size_of(number)
-
-
 def test_an_epoch_can_begin_at_any_batch():
     data = ready(batch_size=256, seed=1, flip=True, shift=2)
     batches = data.train_dataloader()
     whole = list(batches)
     epoch = batches.epoch()
-    batches.epoch = lambda: Epoch(epoch.order, 20, epoch.augmentation)
+    batches.epoch = lambda: Epoch(epoch.order, 20, epoch.augment)
     rest = list(batches)
     assert len(rest) == 2
     for ours, truth in zip(rest, whole[20:], strict=True):
         assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_image():
-    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augmentation = Augmentation(50, seed=1, epoch=2, flip=True, shift=3)
-    whole = augmentation(images, torch.arange(50))
-    some = torch.tensor([7, 3, 49])
-    assert torch.equal(Augmentation(50, 1, 2, True, 3)(images[some], some), whole[some])
-    for other in ((2, 2), (1, 3)):
-        assert not torch.equal(Augmentation(50, *other, True, 3)(images, torch.arange(50)), whole)
-    # By hand: mirrored first, then moved, with black behind it.
-    shifts, flips = augmentation.shifts.squeeze(-1).tolist(), augmentation.flips.tolist()
-    assert {dy for dy, _ in shifts} == set(range(-3, 4)) and 10 < sum(flips) < 40
-    for image, (dy, dx), flip, result in zip(images, shifts, flips, whole, strict=True):
-        moved = torch.zeros_like(image)
-        source = image.flip(1) if flip else image
-        moved[max(dy, 0) : 28 + min(dy, 0), max(dx, 0) : 28 + min(dx, 0)] = source[
-            max(-dy, 0) : 28 + min(-dy, 0), max(-dx, 0) : 28 + min(-dx, 0)
-        ]
-        assert torch.equal(result, moved)
-    assert torch.equal(Augmentation(50, 1, 2, False, 0)(images, torch.arange(50)), images)
 
 
 def test_evaluation_sees_the_images_as_they_are():
