@@ -1,68 +1,138 @@
-"""Pictures of many runs: learning curves with bands, and accuracy against a setting."""
+"""Plots of many runs: learning curves with bands, and the test metric against a setting."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bn_lightning.studies.statistics import Run, mean_and_interval, validated_on_test_set
+from bn_lightning.studies.statistics import (
+    Run,
+    Selection,
+    mean_and_interval,
+    validated_on_test_set,
+)
+from bn_lightning.studies.variants import Variant
+
+# For each line of a plot: values of a setting, and the runs with this value.
+Points = list[tuple[float, list[Run]]]
 
 
-def learning_curves(runs: Sequence[Run], path: Path) -> None:
-    """Train loss by epoch and validation accuracy by step: means over seeds, bands from the lowest to the highest."""
+def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> None:
+    """Plot the training loss by epoch and the validation metric by step.
+
+    Lines are means over seeds; bands reach from the lowest to the highest value.
+    """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for color, (choice, of_choice) in enumerate(_by_choice(runs)):
-        losses = [[(epoch, row["train_loss"]) for epoch, row in enumerate(run.epochs, 1)] for run in of_choice]
-        _band(left, losses, choice, color)
-        accuracies = [[(row["step"], row["val_acc"]) for row in run.validations] for run in of_choice]
-        _band(right, accuracies, choice, color)
+    for color, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
+        done = [run for run in runs if run.variant == variant and run.failure is None]
+        losses = [
+            [(epoch, metrics["train_loss"]) for epoch, metrics in enumerate(run.epochs, 1)]
+            for run in done
+        ]
+        _band(left, losses, variant, color)
+        values = [
+            [(metrics["step"], metrics[selection.metric]) for metrics in run.validations]
+            for run in done
+        ]
+        _band(right, values, variant, color)
+    on_test_set = validated_on_test_set(runs)
     left.set(xlabel="epoch", ylabel="train loss")
-    right.set(xlabel="step", ylabel=f"{'test' if validated_on_test_set(runs) else 'validation'} accuracy")
-    right.legend(title="mean over seeds, lowest to highest", loc="lower right")
+    right.set(xlabel="step", ylabel=selection.test_label if on_test_set else selection.label)
+    place = "lower right" if selection.mode == "max" else "upper right"
+    right.legend(title="mean over seeds, lowest to highest", loc=place)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def _by_choice(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    choices = dict.fromkeys(run.choice for run in runs)
-    return [(choice, [run for run in runs if run.choice == choice and run.failure is None]) for choice in choices]
-
-
-def _band(axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], label: str, color: int) -> None:
+def _band(
+    axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], label: str, color: int
+) -> None:
     at = [x for x, _ in max(curves, key=len, default=[])]
     values = [[curve[i][1] for curve in curves if i < len(curve)] for i in range(len(at))]
     hue = f"C{color % 10}"
     axes.plot(at, [statistics.fmean(v) for v in values], label=label, color=hue)
-    axes.fill_between(at, list(map(min, values)), list(map(max, values)), color=hue, alpha=0.15, linewidth=0)
+    lows, highs = list(map(min, values)), list(map(max, values))
+    axes.fill_between(at, lows, highs, color=hue, alpha=0.15, linewidth=0)
 
 
-def against(setting: str, lines: dict[str, list[tuple[float, list[Run]]]], path: Path) -> None:
-    """Test accuracy against a setting that is a number: points for runs, lines through means, crosses for failures."""
+def numeric_settings(
+    runs: Iterable[Run], variants: Sequence[Variant]
+) -> dict[str, dict[str, Points]]:
+    """Return, for each setting with several values that are numbers, the lines of its plot.
+
+    A line has one point for each value. Its label are the other settings of these variants.
+    """
+    found: dict[str, dict[str, Points]] = {}
+    for name in dict.fromkeys(key for variant in variants for key, _ in variant.settings):
+        values = [dict(variant.settings).get(name, "") for variant in variants]
+        if not all(map(_is_number, values)):
+            continue
+        lines: dict[str, Points] = {}
+        for variant, value in zip(variants, values, strict=True):
+            others = " ".join(text for key, text in variant.settings if key != name)
+            own = [run for run in runs if run.variant == variant.name]
+            lines.setdefault(others, []).append((float(value), own))
+        if any(len(points) > 1 for points in lines.values()):
+            for points in lines.values():
+                points.sort(key=lambda point: point[0])
+            found[name] = lines
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def against(setting: str, lines: Mapping[str, Points], selection: Selection, path: Path) -> None:
+    """Plot the test metric against a numeric setting.
+
+    Points are runs, lines join their means, and crosses are runs that a non-finite loss has ended.
+    """
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    has_failures = False
+    failures: list[tuple[float, str]] = []
     for color, (label, points) in enumerate(lines.items()):
-        hue, means = f"C{color % 10}", []
+        hue = f"C{color % 10}"
+        means = []
         for x, runs in points:
-            done = [run for run in runs if run.failure is None]
-            accuracies = [run.result["test_acc"] for run in done if run.result["test_acc"] is not None]
-            mean, *_ = mean_and_interval(accuracies)
+            values = _test_values(runs, selection)
+            mean, *_ = mean_and_interval(values)
             if mean is not None:
                 means.append((x, mean))
-            axes.plot([x] * len(accuracies), accuracies, "o", color=hue, alpha=0.4, markersize=4)
-            failed = len(runs) - len(done)
-            has_failures |= failed > 0
-            axes.plot([x] * failed, [0.0] * failed, "x", color=hue)
-        axes.plot([x for x, _ in means], [mean for _, mean in means], color=hue, label=label or None)
-    values = [x for points in lines.values() for x, _ in points]
-    if min(values) > 0 and max(values) / min(values) >= 10:
+            axes.plot([x] * len(values), values, "o", color=hue, alpha=0.4, markersize=4)
+            failures += [(x, hue) for run in runs if run.failure is not None]
+        line = [x for x, _ in means], [mean for _, mean in means]
+        axes.plot(*line, color=hue, label=label or None)
+    bottom = _failure_level(lines, selection)
+    for x, hue in failures:
+        axes.plot(x, bottom, "x", color=hue)
+    positions = [x for points in lines.values() for x, _ in points]
+    if min(positions) > 0 and max(positions) / min(positions) >= 10:
         axes.set_xscale("log")
-    axes.set(xlabel=setting, ylabel="test accuracy" + (" (x: the loss was no number)" if has_failures else ""))
+    note = " (x: non-finite loss)" if failures else ""
+    axes.set(xlabel=setting, ylabel=selection.test_label + note)
     if any(lines):
         axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _test_values(runs: Iterable[Run], selection: Selection) -> list[float]:
+    values = [run.result.get(selection.test_metric) for run in runs if run.failure is None]
+    return [float(value) for value in values if value is not None]
+
+
+def _failure_level(lines: Mapping[str, Points], selection: Selection) -> float:
+    """Return where failed runs are drawn: at 0, or at the worst value of a minimized metric."""
+    if selection.mode == "max":
+        return 0.0
+    runs = [run for points in lines.values() for _, runs in points for run in runs]
+    return selection.worst([0.0, *_test_values(runs, selection)])

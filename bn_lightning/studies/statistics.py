@@ -1,14 +1,56 @@
-"""What many runs say together: means with intervals, and differences paired by seed."""
+"""Statistics over many runs: means with intervals, and differences paired by seed."""
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from decimal import ROUND_CEILING, Context
 from typing import Any, Literal
 
 from scipy import stats
+
+# Names in table.csv and table.json that differ from those of `Row`.
+KEYS = {"metric": "figure", "variant": "choice", "compared_by": "held_by"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The validation metric by which runs are compared, and its better direction."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+    @property
+    def label(self) -> str:
+        """The metric's name in tables and plots: `val loss` for `val_loss`."""
+        return self.metric.replace("_", " ")
+
+    @property
+    def test_metric(self) -> str:
+        """The same metric of the test set: `test_loss` for `val_loss`."""
+        return f"test_{self.metric.removeprefix('val_')}"
+
+    @property
+    def test_label(self) -> str:
+        return self.test_metric.replace("_", " ")
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        """The direction as Optuna names it."""
+        return "maximize" if self.mode == "max" else "minimize"
+
+    def has_reached(self, value: float, threshold: float) -> bool:
+        """Return whether a value is at least as good as the threshold."""
+        return value >= threshold if self.mode == "max" else value <= threshold
+
+    def worst(self, values: Iterable[float]) -> float:
+        return min(values) if self.mode == "max" else max(values)
+
+    def rank(self, value: float | None) -> float:
+        """Return a key that sorts values from best to worst, missing ones last."""
+        if value is None or math.isnan(value):
+            return math.inf
+        return -value if self.mode == "max" else value
 
 
 @dataclass(frozen=True)
@@ -16,15 +58,15 @@ class Run:
     """One run of a comparison.
 
     Attributes:
-        choice, seed: what it is a run of.
-        folder: where all about it lies.
-        failure: why it has no result; None for one that has.
+        variant, seed: what was trained.
+        folder: the run's folder.
+        failure: why the run has no result; None if it has one.
         result: its result.json.
-        epochs: the train figures of each epoch.
-        validations: step and figures of each validation.
+        epochs: the training metrics of each epoch.
+        validations: step and metrics of each validation.
     """
 
-    choice: str
+    variant: str
     seed: int
     folder: str
     failure: str | None = None
@@ -32,38 +74,49 @@ class Run:
     epochs: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
 
-    def steps_to(self, accuracy: float) -> int | None:
-        """The step of the first validation with at least that accuracy; None where there is none."""
-        return next((int(figures["step"]) for figures in self.validations if figures["val_acc"] >= accuracy), None)
+    def steps_to(self, threshold: float, selection: Selection) -> int | None:
+        """Return the step of the first validation that has reached the threshold, if any."""
+        for metrics in self.validations:
+            if selection.has_reached(metrics[selection.metric], threshold):
+                return int(metrics["step"])
+        return None
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of a run, and how two runs are held to each other: by their difference or their ratio."""
+class ReportedMetric:
+    """A metric in the table of a comparison.
+
+    Attributes:
+        value_of: returns the metric of a run, None if it has none.
+        compared_by: whether two runs are compared by their difference or by their ratio.
+        digits: number of decimals that are shown.
+    """
 
     name: str
-    of: Callable[[Run], float | None]
-    held_by: Literal["difference", "ratio"]
+    value_of: Callable[[Run], float | None]
+    compared_by: Literal["difference", "ratio"]
     digits: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of all runs of one choice.
+    """One metric over all runs of one variant.
 
-    Intervals are of 95%, by Student's t, for the mean over seeds. A ratio is the geometric mean of those of all pairs,
-    its interval that of the mean of their logarithms. The effect size is Cohen's d of the pairs: the mean of their
-    differences (or logarithms of ratios) over the standard deviation of these.
+    Intervals are 95% intervals of the mean over seeds, by Student's t. A ratio is the geometric
+    mean of the ratios of all pairs; its interval is that of the mean of their logarithms. The
+    effect size is Cohen's d of the pairs: the mean of their differences (or of the logarithms of
+    their ratios) divided by its standard deviation.
 
     Attributes:
-        runs: of this choice; n: those with this figure; failed: those without a result.
-        reference: the choice that this one is held to.
-        pairs: seeds of which both have the figure.
-        compared: the mean difference to the reference, or the ratio.
+        runs: number of runs of this variant; n: those with this metric; failed: those without a
+            result.
+        reference: the variant that this one is compared with.
+        pairs: number of seeds for which both variants have the metric.
+        compared: the mean difference from the reference, or the mean ratio to it.
     """
 
-    figure: str
-    choice: str
+    metric: str
+    variant: str
     runs: int
     n: int
     failed: int
@@ -71,7 +124,7 @@ class Row:
     sd: float | None
     low: float | None
     high: float | None
-    held_by: str
+    compared_by: str
     reference: str
     pairs: int
     compared: float | None
@@ -79,116 +132,140 @@ class Row:
     compared_high: float | None
     effect_size: float | None
 
+    def as_data(self) -> dict[str, Any]:
+        """Return the row under the column names of table.csv and table.json."""
+        return {KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+
 
 def validated_on_test_set(runs: Iterable[Run]) -> bool:
     return any(run.result.get("val_images_from") == "test set" for run in runs)
 
 
-def figures(runs: Iterable[Run], accuracy: float | None) -> list[Figure]:
-    """What a table shows: losses and accuracies, steps to that validation accuracy, and the speed."""
-    shown = {"train_loss": "train loss", "val_acc": "val acc", "test_acc": "test acc"}
+def reached_by_all(runs: Iterable[Run], selection: Selection) -> float | None:
+    """Return a threshold that the mean of each variant has reached at the end of training.
+
+    It is the final value of the worst variant, rounded to the side that it has reached.
+    """
+    finals: dict[str, list[float]] = {}
+    for run in runs:
+        if run.validations:
+            finals.setdefault(run.variant, []).append(run.validations[-1][selection.metric])
+    means = list(map(statistics.fmean, finals.values()))
+    if not means or not all(map(math.isfinite, means)):
+        return None
+    worst = selection.worst(means)
+    if selection.mode == "max":
+        return math.floor(worst * 200) / 200 or None
+    # A minimized metric may have any scale.
+    two_digits = Context(prec=2, rounding=ROUND_CEILING)
+    return float(two_digits.create_decimal(repr(worst)))
+
+
+def reported_metrics(
+    runs: Iterable[Run], selection: Selection, threshold: float | None
+) -> list[ReportedMetric]:
+    """Return the metrics of the table: training, selection, test, steps to a threshold, speed."""
+    names = {
+        "train_loss": "train loss",
+        selection.metric: selection.label,
+        selection.test_metric: selection.test_label,
+    }
     if validated_on_test_set(runs):
-        del shown["val_acc"]  # the same; and where nothing was selected, the last epoch is one among others
-        shown |= {"val_acc_best": "test acc, best epoch", "val_acc_mean_of_last_3": "test acc, mean of last 3"}
-
-    def of(name: str) -> Callable[[Run], float | None]:
-        return lambda run: run.result.get(name)
-
+        # Validation and test metric are the same, and nothing was selected: the last epoch is one
+        # among others.
+        del names[selection.metric]
+        names |= {
+            f"{selection.metric}_best": f"{selection.test_label}, best epoch",
+            f"{selection.metric}_mean_of_last_3": f"{selection.test_label}, mean of last 3",
+        }
     found = [
-        Figure(said, of(name), "difference", 4)
-        for name, said in shown.items()
+        ReportedMetric(label, _from_result(name), "difference", 4)
+        for name, label in names.items()
         if any(run.result.get(name) is not None for run in runs)
     ]
-    if accuracy is not None:
-        found.append(Figure(f"steps to {accuracy:.3f}", lambda run: run.steps_to(accuracy), "ratio", 0))
-    return [*found, Figure("images per second", of("images_per_second"), "ratio", 0)]
+    if threshold is not None:
+        name = f"steps to {_short(threshold)}"
+        found.append(
+            ReportedMetric(name, lambda run: run.steps_to(threshold, selection), "ratio", 0)
+        )
+    speed = ReportedMetric("samples per second", _from_result("images_per_second"), "ratio", 0)
+    return [*found, speed]
 
 
-def rows(runs: Sequence[Run], shown: Iterable[Figure], references: Mapping[str, str]) -> list[Row]:
-    """A row for each figure and choice: of a choice, the one that it is held to."""
-    return [_row(runs, figure, *pair) for figure in shown for pair in references.items()]
+def _from_result(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.result.get(name)
 
 
-def _row(runs: Sequence[Run], figure: Figure, choice: str, reference: str) -> Row:
-    def by_seed(choice: str) -> dict[int, float]:
-        values = {run.seed: figure.of(run) for run in runs if run.choice == choice and run.failure is None}
-        return {seed: float(value) for seed, value in values.items() if value is not None}
+def _short(value: float) -> str:
+    """Return a number with three decimals, or with six digits where it is small or large."""
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1_000 or value == 0 else f"{value:g}"
 
-    mine, others = by_seed(choice), by_seed(reference) if choice != reference else {}
-    mean, sd, low, high = mean_and_interval(list(mine.values()))
-    pairs = [(mine[seed], others[seed]) for seed in sorted(mine.keys() & others.keys())]
-    is_ratio = figure.held_by == "ratio"
-    differences = [math.log(a / b) if is_ratio else a - b for a, b in pairs]
-    center, spread, *ends = mean_and_interval(differences)
-    compared = [None if value is None else math.exp(value) if is_ratio else value for value in (center, *ends)]
+
+def rows(
+    runs: Sequence[Run], metrics: Iterable[ReportedMetric], references: Mapping[str, str]
+) -> list[Row]:
+    """Return a row for each metric and variant.
+
+    Args:
+        references: for each variant, the one that it is compared with.
+    """
+    return [_row(runs, metric, *pair) for metric in metrics for pair in references.items()]
+
+
+def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, reference: str) -> Row:
+    own_runs = [run for run in runs if run.variant == variant]
+    own = _by_seed(own_runs, metric)
+    others: dict[int, float] = {}
+    if variant != reference:
+        others = _by_seed([run for run in runs if run.variant == reference], metric)
+    pairs = [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
+    compared, compared_low, compared_high, effect_size = _compare(pairs, metric.compared_by)
+    mean, sd, low, high = mean_and_interval(list(own.values()))
     return Row(
-        figure=figure.name,
-        choice=choice,
-        runs=sum(run.choice == choice for run in runs),
-        n=len(mine),
-        failed=sum(run.failure is not None for run in runs if run.choice == choice),
+        metric=metric.name,
+        variant=variant,
+        runs=len(own_runs),
+        n=len(own),
+        failed=sum(run.failure is not None for run in own_runs),
         mean=mean,
         sd=sd,
         low=low,
         high=high,
-        held_by=figure.held_by,
+        compared_by=metric.compared_by,
         reference=reference,
         pairs=len(pairs),
-        compared=compared[0],
-        compared_low=compared[1],
-        compared_high=compared[2],
-        effect_size=center / spread if center is not None and spread else None,
+        compared=compared,
+        compared_low=compared_low,
+        compared_high=compared_high,
+        effect_size=effect_size,
     )
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None, float | None]:
-    """Mean, standard deviation and 95% interval of the mean; of one value no more than itself."""
+def _by_seed(runs: Iterable[Run], metric: ReportedMetric) -> dict[int, float]:
+    values = {run.seed: metric.value_of(run) for run in runs if run.failure is None}
+    return {seed: float(value) for seed, value in values.items() if value is not None}
+
+
+def _compare(
+    pairs: Iterable[tuple[float, float]], by: Literal["difference", "ratio"]
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Return the mean difference or ratio of pairs, the ends of its interval, the effect size."""
+    if by == "difference":
+        mean, sd, *ends = mean_and_interval([a - b for a, b in pairs])
+        found = [mean, *ends]
+    else:
+        mean, sd, *ends = mean_and_interval([math.log(a / b) for a, b in pairs])
+        found = [None if value is None else math.exp(value) for value in (mean, *ends)]
+    effect_size = mean / sd if mean is not None and sd else None
+    return found[0], found[1], found[2], effect_size
+
+
+def mean_and_interval(
+    values: Sequence[float],
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Return mean, standard deviation and 95% interval of the mean; of one value only itself."""
     if len(values) < 2:
         return (values[0] if values else None), None, None, None
     mean, sd = statistics.mean(values), statistics.stdev(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
     return mean, sd, mean - half, mean + half
-
-
-def cells(row: Row, digits: int) -> list[str]:
-    """A row as a person reads it, under `columns`."""
-
-    def number(value: float | None, sign: str = "", digits: int = digits) -> str:
-        return "" if value is None else f"{value:{sign}z,.{digits}f}"
-
-    def interval(low: float | None, high: float | None, sign: str = "", digits: int = digits) -> str:
-        return "" if low is None else f"{number(low, sign, digits)} to {number(high, sign, digits)}"
-
-    how: dict[str, Any] = {"sign": "+"} if row.held_by == "difference" else {"digits": 2}
-    compared = number(row.compared, **how) + (" times" if row.held_by == "ratio" and row.pairs else "")
-    if row.compared_low is not None:
-        compared += f" ({interval(row.compared_low, row.compared_high, **how)})"
-    return [
-        row.choice,
-        str(row.n) if row.n == row.runs else f"{row.n} of {row.runs}",
-        number(row.mean) + ("" if row.sd is None else f" ± {number(row.sd)}"),
-        interval(row.low, row.high),
-        compared,
-        number(row.effect_size, "+", 1),
-    ]
-
-
-def columns(figure: str, references: Collection[str]) -> list[str]:
-    """The heads of `cells`. Where there are several references they have their first word in common, the norm."""
-    to = min(references)
-    return [figure, "n", "mean ± sd", "95% interval", f"to {to.split()[0] if len(references) > 1 else to} (95%)", "d"]
-
-
-def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table for a README."""
-    head = [heads, ["---"] * len(heads)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
-
-
-def as_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """Without rounding."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

@@ -1,11 +1,11 @@
-"""Runs per minute of `compare --jobs 2` beside `--jobs 1`, and what a run costs beside its training.
+"""Runs per minute of `compare --jobs 2` and `--jobs 1`, and the overhead of a run.
 
     python tests/benchmarks/jobs.py [--rounds 5] [--runs 6] [--epochs 3]
 
 Both sides take turns. The cores are divided: on a machine with two, each of two workers has one
 thread, and one worker has both. The time is counted from the first end of a run to the last, so
-without the start of the workers, which happens once for each study. The overhead is the time of a run
-without its training epochs: settings, folder, validation, checkpoints, the test.
+without the start of the workers, which happens once for each study. The overhead is the time of a
+run without its training epochs: settings, folder, validation, checkpoints, the test.
 """
 
 import argparse
@@ -66,14 +66,13 @@ def main() -> None:
         overheads[1].append(one[1])
         overheads[2].append(two[1])
         print(f"round {number + 1}: {one[0]:.1f} and {two[0]:.1f} runs a minute", flush=True)
-    print(
-        f"--jobs 2 / --jobs 1: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
-    )
+    low, high = min(ratios), max(ratios)
+    median = statistics.median(ratios)
+    print(f"--jobs 2 / --jobs 1: median {median:.2f}, from {low:.2f} to {high:.2f}")
     for jobs, seconds in overheads.items():
         low, high = min(seconds), max(seconds)
-        print(
-            f"overhead of a run, --jobs {jobs}: median {statistics.median(seconds):.2f} s, {low:.2f} to {high:.2f}"
-        )
+        median = statistics.median(seconds)
+        print(f"overhead of a run, --jobs {jobs}: median {median:.2f} s, {low:.2f} to {high:.2f}")
 
 
 if __name__ == "__main__":

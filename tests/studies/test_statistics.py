@@ -1,12 +1,20 @@
-"""The statistics of a comparison, held against closed forms and SciPy's own tests."""
+"""The statistics of a comparison, verified with closed forms and SciPy's own tests."""
 
 import math
 
 import pytest
 from scipy import stats
 
-from bn_lightning.studies.statistics import Run, as_csv, cells, figures, markdown, mean_and_interval, rows
+from bn_lightning.studies.statistics import (
+    Run,
+    Selection,
+    mean_and_interval,
+    reached_by_all,
+    reported_metrics,
+    rows,
+)
 
+MAX, MIN = Selection("val_acc", "max"), Selection("val_rmse", "min")
 LOSS = {
     "a": [0.27, 0.26, 0.28, 0.25],
     "b": [0.29, 0.27, 0.31, 0.28],
@@ -15,19 +23,35 @@ LOSS = {
 
 def runs(losses=LOSS, speed=(100.0, 150.0)):
     return [
-        Run(choice, seed, f"runs/{choice}/{seed}", None, {"train_loss": loss, "images_per_second": speed[number]})
-        for number, (choice, values) in enumerate(losses.items())
+        Run(
+            variant,
+            seed,
+            f"runs/{variant}/{seed}",
+            None,
+            {"train_loss": loss, "images_per_second": speed[number]},
+        )
+        for number, (variant, values) in enumerate(losses.items())
         for seed, loss in enumerate(values)
     ]
 
 
-def of(found, figure, choice):
-    [row] = [row for row in found if (row.figure, row.choice) == (figure, choice)]
+def of(found, metric, variant):
+    [row] = [row for row in found if (row.metric, row.variant) == (metric, variant)]
     return row
 
 
-def table(of_runs, accuracy=None):
-    return rows(of_runs, figures(of_runs, accuracy), dict.fromkeys(("a", "b"), "a"))
+def table(of_runs, threshold=None, selection=MAX):
+    metrics = reported_metrics(of_runs, selection, threshold)
+    return rows(of_runs, metrics, dict.fromkeys(("a", "b"), "a"))
+
+
+def names(result, selection, threshold=None):
+    shown = reported_metrics([Run("a", 0, "", None, result)], selection, threshold)
+    return [metric.name for metric in shown]
+
+
+def curve(metric, *values):
+    return [{"step": 10 * number, metric: value} for number, value in enumerate(values, 1)]
 
 
 def test_mean_and_interval_are_those_of_scipy():
@@ -35,7 +59,8 @@ def test_mean_and_interval_are_those_of_scipy():
     reference = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(LOSS["a"]))
     assert (low, high) == pytest.approx(reference)
     assert (mean, sd) == pytest.approx((0.265, stats.tstd(LOSS["a"])))
-    # Two values: the half width is 12.706 times the standard error, t's 97.5th percentile with one degree of freedom.
+    # With two values the half width is 12.706 times the standard error: t's 97.5th percentile with
+    # one degree of freedom.
     assert mean_and_interval([0.0, 2.0])[3] == pytest.approx(1 + 12.7062, abs=1e-4)
 
 
@@ -47,7 +72,8 @@ def test_too_few_values_have_no_interval(values, known):
 def test_differences_are_of_pairs():
     row = of(table(runs()), "train loss", "b")
     reference = stats.ttest_rel(LOSS["b"], LOSS["a"])
-    assert (row.compared_low, row.compared_high) == pytest.approx(tuple(reference.confidence_interval(0.95)))
+    ends = tuple(reference.confidence_interval(0.95))
+    assert (row.compared_low, row.compared_high) == pytest.approx(ends)
     # t = d sqrt(n) for pairs
     assert row.effect_size == pytest.approx(reference.statistic / math.sqrt(4))
     assert row.pairs == 4
@@ -55,32 +81,132 @@ def test_differences_are_of_pairs():
 
 
 def test_a_ratio_is_the_geometric_mean_of_those_of_pairs():
-    row = of(table(runs()), "images per second", "b")
-    assert (row.held_by, row.compared) == ("ratio", pytest.approx(1.5))
-    assert cells(row, 0)[4] == "1.50 times (1.50 to 1.50)"
+    row = of(table(runs()), "samples per second", "b")
+    assert (row.compared_by, row.compared) == ("ratio", pytest.approx(1.5))
+    assert (row.compared_low, row.compared_high) == pytest.approx((1.5, 1.5))
 
 
 def test_a_failed_run_is_counted_and_its_pair_left_out():
-    some = [run if (run.choice, run.seed) != ("b", 2) else Run("b", 2, "runs/b/2", "NaN") for run in runs()]
+    failed = Run("b", 2, "runs/b/2", "NaN")
+    some = [run if (run.variant, run.seed) != ("b", 2) else failed for run in runs()]
     row = of(table(some), "train loss", "b")
-    assert (row.n, row.failed, row.pairs) == (3, 1, 3)
-    assert cells(row, 4)[1] == "3 of 4"
+    assert (row.runs, row.n, row.failed, row.pairs) == (4, 3, 1, 3)
     kept = (0, 1, 3)
     reference = stats.ttest_rel([LOSS["b"][i] for i in kept], [LOSS["a"][i] for i in kept])
     assert row.compared_low == pytest.approx(reference.confidence_interval(0.95).low)
 
 
-def test_steps_to_an_accuracy_are_those_of_the_first_validation_that_has_it():
-    curve = [{"step": 10, "val_acc": 0.5}, {"step": 20, "val_acc": 0.8}, {"step": 30, "val_acc": 0.7}]
-    reached = Run("a", 0, "", None, {}, [], curve)
-    assert [reached.steps_to(accuracy) for accuracy in (0.4, 0.6, 0.8, 0.81)] == [10, 20, 20, None]
-    row = of(table([reached, Run("a", 1, "", None, {}, [], curve[:1])], 0.8), "steps to 0.800", "a")
+def test_steps_to_a_value_are_those_of_the_first_validation_that_has_reached_it():
+    values = curve("val_acc", 0.5, 0.8, 0.7)
+    reached = Run("a", 0, "", None, {}, [], values)
+    found = [reached.steps_to(threshold, MAX) for threshold in (0.4, 0.6, 0.8, 0.81)]
+    assert found == [10, 20, 20, None]
+    other = Run("a", 1, "", None, {}, [], values[:1])
+    row = of(table([reached, other], 0.8), "steps to 0.800", "a")
     assert (row.n, row.failed, row.mean) == (1, 0, 20)
 
 
-def test_forms():
-    [first, *_] = lines = [cells(row, 4) for row in table(runs())[:2]]
-    assert first == ["a", "4", "0.2650 ± 0.0129", "0.2445 to 0.2855", "", ""]
-    assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |\n"
-    assert lines[1][4].startswith("+0.0225 (+0.0")
-    assert as_csv([{"a": 1, "b": "x, y"}, {"a": None, "b": ""}]) == 'a,b\n1,"x, y"\n,\n'
+def test_a_minimized_metric_has_reached_what_it_does_not_exceed():
+    reached = Run("a", 0, "", None, {}, [], curve("val_rmse", 3.0, 1.5, 2.0))
+    found = [reached.steps_to(threshold, MIN) for threshold in (4.0, 3.0, 2.0, 1.5, 1.4)]
+    assert found == [10, 10, 20, 20, None]
+    row = of(table([reached], 2.0, MIN), "steps to 2.000", "a")
+    assert (row.n, row.mean) == (1, 20)
+
+
+def test_the_default_threshold_is_one_that_the_mean_of_every_variant_has_reached():
+    finals = {"a": [0.91, 0.92], "b": [0.836, 0.84]}
+    done = [
+        Run(variant, seed, "", None, {}, [], curve("val_acc", 0.99, final))
+        for variant, values in finals.items()
+        for seed, final in enumerate(values)
+    ]
+    assert reached_by_all(done, MAX) == 0.835  # of 0.838, down to a multiple of 1/200
+    assert reached_by_all([Run("a", 0, "", "failed")], MAX) is None
+    nothing = Run("a", 0, "", None, {}, [], curve("val_acc", 0.004))
+    assert reached_by_all([nothing], MAX) is None
+
+
+@pytest.mark.parametrize(
+    ("final", "threshold"),
+    [
+        (2.7052, 2.8),
+        (0.53, 0.53),
+        (0.000123, 0.00013),
+        (12_345.6, 13_000),
+        (99.5, 100),
+        (0.0, 0.0),
+        (-1.26, -1.2),
+        (math.nan, None),
+        (math.inf, None),
+    ],
+)
+def test_the_default_threshold_of_a_minimized_metric_has_two_digits(final, threshold):
+    better = Run("a", 0, "", None, {}, [], curve("val_rmse", final - 1))
+    worse = Run("b", 0, "", None, {}, [], curve("val_rmse", 0.0, final))
+    assert reached_by_all([worse, better], MIN) == threshold
+    if threshold is not None:
+        assert worse.steps_to(threshold, MIN) and better.steps_to(threshold, MIN)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "name"),
+    [(0.8, "0.800"), (2.8, "2.800"), (0.00013, "0.00013"), (13_000, "13000"), (0, "0.000")],
+)
+def test_the_name_of_a_threshold_shows_its_digits(threshold, name):
+    assert f"steps to {name}" in names({}, MIN, threshold)
+
+
+def test_a_comparison_shows_the_metric_that_the_task_selects_by():
+    result = {"train_loss": 1.0, "val_loss": 1.0, "test_loss": 1.0}
+    found = names(result | {"val_rmse": 2.0, "test_rmse": 2.0}, MIN)
+    assert found == ["train loss", "val rmse", "test rmse", "samples per second"]
+    # If it is the loss, no metric is shown twice.
+    found = names(result, Selection("val_loss", "min"))
+    assert found == ["train loss", "val loss", "test loss", "samples per second"]
+    # A run that was not tested.
+    found = names({"train_loss": 1.0, "val_acc": 0.5, "test_acc": None}, MAX)
+    assert found == ["train loss", "val acc", "samples per second"]
+
+
+@pytest.mark.parametrize(("selection", "shown"), [(MAX, "acc"), (MIN, "rmse")])
+def test_on_the_test_set_the_last_validation_is_one_among_others(selection, shown):
+    metrics = ("train_loss", f"val_{shown}", f"test_{shown}")
+    means = (f"val_{shown}_best", f"val_{shown}_mean_of_last_3")
+    result = {"val_images_from": "test set"} | dict.fromkeys((*metrics, *means), 1.0)
+    assert names(result, selection) == [
+        "train loss",
+        f"test {shown}",
+        f"test {shown}, best epoch",
+        f"test {shown}, mean of last 3",
+        "samples per second",
+    ]
+
+
+def test_values_are_ranked_from_best_to_worst():
+    values = [2.0, None, 3.0, math.nan, 1.0]
+    assert sorted(values, key=MAX.rank)[:3] == [3.0, 2.0, 1.0]
+    assert sorted(values, key=MIN.rank)[:3] == [1.0, 2.0, 3.0]
+    assert (MAX.worst([1, 2]), MIN.worst([1, 2])) == (1, 2)
+    assert (MAX.direction, MIN.direction) == ("maximize", "minimize")
+
+
+def test_columns_of_the_data_files_keep_their_names():
+    assert list(table(runs())[0].as_data()) == [
+        "figure",
+        "choice",
+        "runs",
+        "n",
+        "failed",
+        "mean",
+        "sd",
+        "low",
+        "high",
+        "held_by",
+        "reference",
+        "pairs",
+        "compared",
+        "compared_low",
+        "compared_high",
+        "effect_size",
+    ]

@@ -1,9 +1,10 @@
-"""Kill a sweep at random moments, go on with it, and look at what its database says in the end.
+"""Kill a sweep at random moments, resume it, and verify its database in the end.
 
     python -m tests.support.sweep_kills --folder FOLDER [--kills 10] [--seed 0]
 
-The command is killed by SIGKILL at a random time after a run of it has begun, and is then given again. In the end each
-set of parameters has exactly one finished trial; what was killed stays, marked failed.
+The command is killed by SIGKILL at a random time after one of its runs has begun, and is then
+repeated. In the end each set of parameters has exactly one finished trial. Killed trials stay,
+marked as failed.
 """
 
 import argparse
@@ -31,13 +32,21 @@ FINISHED = ("COMPLETE", "PRUNED")
 
 def start(cwd: Path, *settings):
     (cwd / "sweep.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "bn_lightning", "sweep", "--config", "sweep.yaml", *map(str, settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "bn_lightning",
+        "sweep",
+        "--config",
+        "sweep.yaml",
+        *map(str, settings),
+    ]
     with (cwd / "log").open("ab") as log:
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
 
 
 def wait_for_a_trial(cwd: Path, process, after: float = 0.0) -> bool:
-    """Wait until a run has begun that was not there before that time; False if the command has ended."""
+    """Wait until a run has begun after that time; return False if the command has ended."""
     while process.poll() is None:
         if any(file.stat().st_mtime > after for file in cwd.glob("runs/sweep/trial-*/log.txt")):
             return True
@@ -46,7 +55,7 @@ def wait_for_a_trial(cwd: Path, process, after: float = 0.0) -> bool:
 
 
 def trials(storage: str):
-    """(parameters, state) of each trial, in their order."""
+    """Return (parameters, state) of each trial, in their order."""
     study = optuna.load_study(study_name="sweep", storage=storage)
     return [(tuple(sorted(trial.params.items())), trial.state.name) for trial in study.get_trials()]
 
@@ -62,7 +71,7 @@ def assert_each_was_finished_once(storage: str, least: int):
 
 
 def survive(cwd: Path, kills: int, chance: random.Random):
-    """Kill the command so many times, and let it end."""
+    """Kill the command so many times, then let it end, and return its trials."""
     for _ in range(kills):
         begun = time.time()
         process = start(cwd)
@@ -75,7 +84,9 @@ def survive(cwd: Path, kills: int, chance: random.Random):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)

@@ -1,0 +1,113 @@
+"""The objective of a sweep: one trial, trained, reported to its pruner, and measured."""
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import Trial
+
+from bn_lightning.errors import RunFailed
+from bn_lightning.runs import result
+from bn_lightning.studies import space as spaces
+from bn_lightning.studies import study, workers
+from bn_lightning.studies.progress import StudyProgress
+from bn_lightning.studies.search import Search, retry
+from bn_lightning.studies.space import Space
+from bn_lightning.studies.statistics import Selection
+
+
+class Objective:
+    """Trains with the settings of a trial, and returns the selected metric."""
+
+    def __init__(
+        self,
+        search: Search,
+        space: Space,
+        common: Sequence[str],
+        selection: Selection,
+        pool: workers.Workers,
+        progress: StudyProgress,
+    ) -> None:
+        self.search, self.space, self.common = search, space, common
+        self.selection, self.pool, self.progress = selection, pool, progress
+
+    def __call__(self, trial: Trial) -> float:
+        """Run the trial.
+
+        Raises:
+            TrialPruned: the trial was ended early, or its metric is not finite.
+            RunFailed: the run has failed for a reason that says nothing about its settings.
+        """
+        params = spaces.suggest(trial, self.space)
+        frozen = self.search.trials_of()[trial.number]
+        first = retry.retried_trial_number(frozen)
+        number = trial.number if first is None else first
+        again = "" if first is None else f" ({first} again)"
+        parent = self.search.place / f"trial-{number}"
+        trial.set_user_attr("folder", str(parent))
+        trial.set_user_attr("host", socket.gethostname())
+        pruning = _Pruning(trial, self.progress, "ends_early" in frozen.user_attrs)
+        name = f"{self.search.study.study_name}/{parent.name}"
+        arguments = [*self.common, *spaces.flags(params), "--ckpt_path", "last", "--name", name]
+        line = f"trial {trial.number}{again}: {_text(params)}"
+        try:
+            folder = self.pool.fit(arguments, parent / "log.txt", pruning)
+        except RunFailed as error:
+            failed = study.failed_run(parent)
+            reason = failed[1] if failed else str(error).splitlines()[0]
+            self._end_failed(trial, line, reason)
+            if failed:  # a result of the settings, from which the sampler learns
+                raise optuna.TrialPruned from None
+            raise
+        trial.set_user_attr("folder", str(folder))
+        return self._value(trial, line, result.read_result(folder), pruning.ends_early)
+
+    def _value(self, trial: Trial, line: str, found: dict[str, Any], ended_early: bool) -> float:
+        metric, label = self.selection.metric, self.selection.label
+        value = found[f"{metric}_final" if ended_early else metric]
+        if value is None:  # JSON has no word for NaN and infinity
+            self._end_failed(trial, line, f"non-finite {label}")
+            raise optuna.TrialPruned
+        if ended_early:
+            self.progress.end(trial.number, f"{line}: ended early, {label} {value:.4f}")
+            raise optuna.TrialPruned
+        self.progress.end(trial.number, f"{line}: {label} {value:.4f}")
+        return float(value)
+
+    def _end_failed(self, trial: Trial, line: str, reason: str) -> None:
+        trial.set_user_attr("failure", reason)
+        self.progress.end(trial.number, f"{line}: FAILED: {reason}")
+
+
+class _Pruning:
+    """Reports the validations of a run to its trial, and ends the run if the pruner says so.
+
+    Attributes:
+        ends_early: whether the pruner has ended the run, perhaps before it was resumed.
+    """
+
+    def __init__(self, trial: Trial, progress: StudyProgress, ends_early: bool) -> None:
+        self.trial, self.progress, self.ends_early = trial, progress, ends_early
+        # Validations before the run was resumed are new to a trial that is repeated.
+        self.reported = 0
+
+    def __call__(self, at: workers.Progress) -> bool:
+        self.progress.advance(self.trial.number, at.fraction)
+        for value in at.selected[self.reported :]:
+            self.reported += 1
+            self.trial.report(value, self.reported)
+        if not self.ends_early and at.fraction < 1 and self.trial.should_prune():
+            self.ends_early = True
+            self.trial.set_user_attr("ends_early", True)
+        return not self.ends_early
+
+
+def _text(params: dict[str, Any]) -> str:
+    """Return the settings of a trial as text, such as `lr 0.1, batch_size 64`."""
+    names = study.short(params)
+    return ", ".join(f"{names[name]} {_number(value)}" for name, value in params.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""What a comparison leaves, from its runs alone."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from bn_lightning.studies import compare_report
+from bn_lightning.studies.statistics import Run, Selection
+from bn_lightning.studies.variants import Variant
+
+MIN = Selection("val_rmse", "min")
+VARIANTS = [Variant(f"lr={lr}", "lr=1", (), (("model.lr", lr),)) for lr in ("1", "2")]
+
+
+def run(variant, seed, error):
+    result = {"train_loss": error, "val_rmse": error, "test_rmse": 2 * error}
+    result |= {"images_per_second": 1_000.0, "val_images_from": "training set"}
+    validations = [{"step": 10 * n, "val_rmse": error * 4 / n} for n in (1, 2, 4)]
+    return Run(variant, seed, f"{variant}/{seed}", None, result, [{"train_loss": 1.0}], validations)
+
+
+@pytest.fixture
+def written(tmp_path, capsys):
+    """The folder of a report, and what was printed."""
+    runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
+    runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss in step 3, epoch 1"))
+    compare_report.write(tmp_path, runs, VARIANTS, MIN, None)
+    return tmp_path, capsys.readouterr().out
+
+
+def test_the_table_is_printed_and_written(written):
+    place, out = written
+    text = (place / "table.txt").read_text()
+    assert out.startswith(text)
+    heads = [line.split("  ")[0] for line in text.splitlines()]
+    shown = ("train loss", "val rmse", "test rmse", "steps to 2.300", "samples per second")
+    assert [head for head in heads if head in shown] == list(shown)
+    failure = "lr=2, seed 1: non-finite loss in step 3, epoch 1 (lr=2/1)"
+    assert f"failed: {failure}\n" in text
+    assert f"- failed: {failure}" in (place / "table.md").read_text()
+    head = "| test rmse | n | mean ± sd | 95% interval | to lr=1 (95%) | d |"
+    assert head in (place / "table.md").read_text()
+    assert f"4 runs, 1 failed; table, runs and pictures are in {place}" in out
+
+
+def test_data_files_keep_their_columns(written):
+    place, _ = written
+    rows = list(csv.DictReader((place / "table.csv").open()))
+    assert list(rows[0])[:3] == ["figure", "choice", "runs"] and rows[0]["held_by"] == "difference"
+    runs = list(csv.DictReader((place / "runs.csv").open()))
+    assert list(runs[0])[:5] == ["choice", "seed", "folder", "failure", "train loss"]
+    assert [line["steps to 2.300"] for line in runs] == ["40", "20", "", ""]
+    data = json.loads((place / "table.json").read_text())
+    assert [line["choice"] for line in data["runs"]] == ["lr=1", "lr=2", "lr=1", "lr=2"]
+    [row] = [r for r in data["rows"] if (r["figure"], r["choice"]) == ("test rmse", "lr=2")]
+    assert (row["mean"], row["compared"], row["failed"]) == (2.0, -2.0, 1)
+
+
+def test_a_threshold_that_was_given_is_used(tmp_path):
+    compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5)
+    [line] = csv.DictReader((tmp_path / "runs.csv").open())
+    assert line["steps to 4.500"] == "20"
+
+
+def test_plots_are_drawn(written):
+    for name in ("curves", "model.lr"):
+        with Image.open(written[0] / f"{name}.png") as picture:
+            assert len(picture.convert("L").getcolors(256)) > 20

@@ -1,0 +1,78 @@
+"""The search space of a sweep, from a config to flags."""
+
+import json
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from bn_lightning.errors import UserError
+from bn_lightning.studies import space as spaces
+
+SECTION = {
+    "model.lr": {"low": 0.05, "high": 1.0, "log": True},
+    "model.optimizer_args.momentum": [0.5, 0.9],
+    "data.batch_size": {"low": 64, "high": 256, "step": 64},
+    "model.activation": ["relu", "gelu"],
+}
+
+
+def test_lists_and_ranges():
+    assert spaces.read(SECTION) == {
+        "model.lr": FloatDistribution(0.05, 1.0, log=True),
+        "model.optimizer_args.momentum": CategoricalDistribution([0.5, 0.9]),
+        "data.batch_size": IntDistribution(64, 256, step=64),
+        "model.activation": CategoricalDistribution(["relu", "gelu"]),
+    }
+    # One integer end makes no range of integers.
+    assert spaces.read({"x": {"low": 0, "high": 1.0}}) == {"x": FloatDistribution(0.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"low": 2.0, "high": 1.0}, "The space of model.lr is"),
+        ([], "The space of model.lr is"),
+        ({"low": "1e-3", "high": 1.0}, "1e-3 as text"),
+        ({"low": 0.0, "high": 1.0, "log": True}, "The space of model.lr is"),
+        ({"low": 0.1}, "The space of model.lr is"),
+        ({"low": 0.1, "high": 1.0, "steps": 3}, "steps"),
+        (0.5, "The space of model.lr is 0.5"),
+    ],
+)
+def test_mistakes(values, said):
+    with pytest.raises(UserError) as caught:
+        spaces.read({"model.lr": values})
+    assert said in str(caught.value)
+
+
+def test_extremes_show_each_value_of_a_list_and_the_ends_of_a_range():
+    assert spaces.extremes(spaces.read(SECTION)) == [
+        {"model.lr": 0.05},
+        {"model.lr": 1.0},
+        {"model.optimizer_args.momentum": 0.5},
+        {"model.optimizer_args.momentum": 0.9},
+        {"data.batch_size": 64},
+        {"data.batch_size": 256},
+        {"model.activation": "relu"},
+        {"model.activation": "gelu"},
+    ]
+
+
+def test_flags_are_read_as_the_values_they_were():
+    params = {"model.lr": 1e-05, "data.flip": True, "model.norm": "none", "model.scheduler": None}
+    flags = spaces.flags(params)
+    assert flags[::2] == [f"--{name}" for name in params]
+    assert flags[5] == "none"
+    assert [json.loads(flags[i]) for i in (1, 3, 7)] == [1e-05, True, None]
+
+
+def test_suggestions_are_within_the_space():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler())
+    for _ in range(20):
+        params = spaces.suggest(study.ask(), spaces.read(SECTION))
+        assert list(params) == list(SECTION)
+        assert 0.05 <= params["model.lr"] <= 1
+        assert params["model.optimizer_args.momentum"] in (0.5, 0.9)
+        assert params["data.batch_size"] in (64, 128, 192, 256)
+        assert params["model.activation"] in ("relu", "gelu")

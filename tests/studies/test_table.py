@@ -1,0 +1,39 @@
+"""The cells of a comparison's table, and its formats."""
+
+from bn_lightning.studies.statistics import Run
+from bn_lightning.studies.table import as_csv, cells, columns, markdown
+from tests.studies.test_statistics import of, runs, table
+
+
+def test_cells_of_a_difference():
+    [first, second] = [cells(row, 4) for row in table(runs())[:2]]
+    assert first == ["a", "4", "0.2650 ± 0.0129", "0.2445 to 0.2855", "", ""]
+    assert second[4].startswith("+0.0225 (+0.0")
+
+
+def test_cells_of_a_ratio():
+    row = of(table(runs()), "samples per second", "b")
+    assert cells(row, 0)[4] == "1.50 times (1.50 to 1.50)"
+    # One pair has no interval.
+    row = of(table([run for run in runs() if run.seed == 0]), "samples per second", "b")
+    assert cells(row, 0) == ["b", "1", "150", "", "1.50 times", ""]
+
+
+def test_cells_count_failed_runs():
+    failed = Run("b", 2, "runs/b/2", "NaN")
+    some = [run if (run.variant, run.seed) != ("b", 2) else failed for run in runs()]
+    assert cells(of(table(some), "train loss", "b"), 4)[1] == "3 of 4"
+    none = [run for run in runs() if run.variant == "a"] + [failed]
+    assert cells(of(table(none), "train loss", "b"), 4) == ["b", "0 of 1", "", "", "", ""]
+
+
+def test_column_names():
+    middle = ["n", "mean ± sd", "95% interval"]
+    assert columns("test acc", {"a lr=1"}) == ["test acc", *middle, "to a lr=1 (95%)", "d"]
+    # References with several other settings have the norm in common.
+    assert columns("test acc", {"a lr=1", "a lr=2"})[4] == "to a (95%)"
+
+
+def test_formats():
+    assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |\n"
+    assert as_csv([{"a": 1, "b": "x, y"}, {"a": None, "b": ""}]) == 'a,b\n1,"x, y"\n,\n'

@@ -1,0 +1,152 @@
+"""Worker processes: a run in one is the run alone, and failures leave a worker for the next."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from bn_lightning.data import sources
+from bn_lightning.errors import RunFailed
+from bn_lightning.runs import process, run
+from bn_lightning.studies import workers
+from bn_lightning.studies.workers import Workers
+from tests.conftest import assert_same_weights, on_cpu
+
+EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
+ALONE = ("--data.source", "sample", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
+QUICK = (*ALONE, "--monitor", "false")
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    """The current folder of this module's tests and of their worker."""
+    folder = tmp_path_factory.mktemp("workers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pool(cwd):
+    """One worker. What it has done before must not matter to a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.terminal, "_program", "python -m shoes")
+        with Workers(EXPERIMENT, 1, 1) as started:
+            yield started
+
+
+def go_on(progress):
+    return True
+
+
+def test_a_run_in_a_warm_worker_is_the_run_alone(pool, cwd, tmp_path):
+    settings = ("--model.norm", "none", "--seed_everything")
+    log = cwd / "warm/log.txt"
+    pool.fit([*QUICK, *settings, "0", "--name", "warm"], log, go_on)
+    folder = pool.fit([*QUICK, *settings, "1", "--name", "warm"], log, go_on)
+    assert folder.as_posix() == "runs/warm/1"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["monitor"] is False
+    # The output of a run is in its log, also what it prints without Python.
+    assert log.read_text().count("all of it is in runs/warm/") == 2
+
+    command = [sys.executable, "-m", "bn_lightning", *on_cpu(("fit", *ALONE, *settings, "1"))]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True)
+    assert done.returncode == 0
+    for name in ("best.ckpt", "last.ckpt"):
+        alone = tmp_path / "runs/lenet/0/checkpoints" / name
+        assert_same_weights(folder / "checkpoints" / name, alone)
+
+
+def test_progress_has_the_selected_metric_of_each_validation(pool, cwd):
+    seen = []
+
+    def note(progress):
+        seen.append(progress)
+        return True
+
+    settings = (*QUICK, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "11")
+    folder = pool.fit([*settings, "--name", "told"], cwd / "log.txt", note)
+    # Two validations and the end of each epoch.
+    assert [progress.fraction for progress in seen] == [0.25, 0.5, 0.5, 0.75, 1.0, 1.0]
+    assert [len(progress.selected) for progress in seen] == [1, 2, 2, 3, 4, 4]
+    result = json.loads((folder / "result.json").read_text())
+    assert seen[-1].selected[-1] == result["val_acc_final"]
+    assert max(seen[-1].selected) == result["val_acc_best"]
+
+
+def test_a_run_can_be_ended_by_its_parent(pool, cwd):
+    settings = (*QUICK, "--trainer.max_epochs", "9", "--name", "ended")
+    folder = pool.fit(settings, cwd / "log.txt", lambda progress: progress.fraction < 0.2)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["finished"] and result["epochs"] == 2
+
+
+def test_a_failed_run_does_not_end_its_worker(pool, cwd):
+    worker = pool._all[-1]
+    with pytest.raises(RunFailed, match="All settings: python -m shoes fit --help"):
+        pool.fit([*QUICK, "--model.rate", "1"], cwd / "log.txt", go_on)
+    with pytest.raises(RunFailed, match="cannot be imported"):
+        pool.fit([*QUICK, "--model.norm", "no.module"], cwd / "log.txt", go_on)
+    assert "error: The norm 'no.module'" in (cwd / "log.txt").read_text()
+    assert pool._all[-1] is worker and worker.process.is_alive()
+
+
+def test_a_process_that_dies_is_replaced(pool, cwd):
+    (cwd / "deadly.py").write_text("import os\n\ndef norm(**_):\n    os._exit(3)\n")
+    with pytest.raises(RunFailed, match=r"Its process has died \(exit code 3\)"):
+        pool.fit([*QUICK, "--model.norm", "deadly.norm"], cwd / "log.txt", go_on)
+
+    def fault(progress):
+        raise ZeroDivisionError
+
+    # What the parent raises ends the process of the run, too.
+    with pytest.raises(ZeroDivisionError):
+        pool.fit([*QUICK, "--name", "fault"], cwd / "log.txt", fault)
+    assert len(pool._all) == 3
+    folder = pool.fit([*QUICK, "--name", "after"], cwd / "log.txt", go_on)
+    assert json.loads((folder / "result.json").read_text())["finished"]
+
+
+def test_the_runs_of_a_process_read_the_same_data_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    process.set_up()
+    roots = []
+    load = sources.load
+
+    def loading(source, root, *args, **kwargs):
+        roots.append(str(root))
+        return load(source, root, *args, **kwargs)
+
+    monkeypatch.setattr(sources, "load", loading)
+    monkeypatch.setattr(workers._WarmCLI, "_earlier", workers.deque(maxlen=4))
+    modules = []
+    for root in ("a", "a", "b", "a"):
+        arguments = ["fit", *QUICK, "--trainer.limit_train_batches", "2", "--data.root", root]
+        modules.append(run.command_line(arguments, EXPERIMENT, workers._WarmCLI).datamodule)
+        workers._WarmCLI.forget_trainers()
+    assert roots == ["a", "b"]
+    # The networks of earlier runs can be freed.
+    assert all(module.trainer is None for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_epochs": 3, "accumulate_grad_batches": 4}, 9),
+        ({"max_epochs": 3, "max_steps": 5}, 5),
+        ({"max_epochs": -1}, float("inf")),
+        ({"max_epochs": 3, "num_training_batches": float("inf")}, float("inf")),
+    ],
+)
+def test_the_length_of_a_run(settings, steps):
+    class Trainer:
+        max_steps, num_training_batches, accumulate_grad_batches = -1, 10, 1
+
+    trainer = Trainer()
+    vars(trainer).update(settings)
+    assert workers._planned_steps(trainer) == steps
