@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.data import pictures, sources
+from bn_lightning.data import mirrors, pictures, sources
 from bn_lightning.data.augmentation import Augmentation
 from bn_lightning.data.splits import stratified_split
 from bn_lightning.errors import UserError
@@ -73,7 +73,7 @@ class FashionMNIST(DataModule):
         self,
         source: str = "auto",
         root: str = "data",
-        mirrors: list[str] = list(sources.MIRRORS),  # noqa: B006  # never changed, shown by --help
+        mirrors: list[str] = list(mirrors.MIRRORS),  # noqa: B006  # never changed, shown by --help
         batch_size: int = 256,
         val_images: int = 5_000,
         normalize: bool = False,
@@ -146,9 +146,6 @@ class FashionMNIST(DataModule):
 
     def test_dataloader(self) -> TensorBatches:
         return self.batches(*self.test_samples())
-
-    def predict_dataloader(self) -> TensorBatches:
-        return self.test_dataloader()
 
     def describe(self) -> str:
         return f"Fashion-MNIST from {self._loaded.place} ({self._loaded.source})"

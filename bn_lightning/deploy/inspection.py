@@ -20,6 +20,7 @@ from bn_lightning.runs import records, result
 from bn_lightning.runs.experiment import Experiment
 from bn_lightning.runs.settings import settings_in
 from bn_lightning.training import checkpoints
+from bn_lightning.training.task import Task
 
 SHOWN = 6  # channels of a norm that are printed one by one
 
@@ -106,7 +107,7 @@ def _print(found: Mapping[str, Any], experiment: Experiment) -> None:
     print(f"after {step}, {found['parameters']:,} parameters\n")
     _print_layers(found)
     print()
-    _print_metrics(found, *experiment.task.selects)
+    _print_metrics(found, experiment.task)
     settings = [[f"--{name}", json.dumps(value)] for name, value in found["settings"].items()]
     versions = [[name, str(value)] for name, value in found["versions"].items()]
     print()
@@ -137,16 +138,17 @@ def _channels(values: list[float]) -> str:
     return f"[{shown}, ...], {len(values)} from {min(values):.2f} to {max(values):.2f}"
 
 
-def _print_metrics(found: Mapping[str, Any], selects: str, mode: str) -> None:
+def _print_metrics(found: Mapping[str, Any], task: type[Task]) -> None:
     epochs, validations = found["epochs"], found["validations"]
     if epochs:
         print(f"epoch {len(epochs)}, finished: train {_metrics(epochs[-1], 'train_')}")
     if validations:
         last = validations[-1]
         print(f"validation after step {last['step']:,}: {_metrics(last, 'val_')}")
+    selects, _ = task.selects
     comparable = [metrics for metrics in validations if selects in metrics]
     if comparable:
-        best = (max if mode == "max" else min)(comparable, key=lambda metrics: metrics[selects])
+        best = task.best(comparable)
         value = _metrics({selects: best[selects]}, "val_")
         print(f"best validation, after step {best['step']:,}: {value}")
 

@@ -57,7 +57,7 @@ def closing(result: Mapping[str, Any], task: Task, folder: Path) -> str:
             f"mean of the last three {_number(result[f'{name}_mean_of_last_3'])}"
         )
     lines.append(f"{result['images_per_second'] or 0:,.1f} samples/sec on {result['device']}")
-    return "\n".join([*lines, *task.summary(result), ""])
+    return "\n".join([*lines, *task.summary(), ""])
 
 
 def _number(value: float | None) -> str:

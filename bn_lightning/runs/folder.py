@@ -111,7 +111,7 @@ def last_of(folder: Path, speaks: bool = True) -> tuple[str, dict[str, Any]]:
     """
     if not is_run(folder):
         raise UserError(
-            f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/lenet/0"
+            f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/NAME/0"
         )
     found = _first_whole(_checkpoints_of(folder), speaks)
     if found is None:

@@ -5,6 +5,7 @@ import math
 import platform
 import statistics
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,9 @@ def _selected(task: Task, records: Records) -> dict[str, float | None]:
     }
 
 
-def best_validation(task: Task, records: Records) -> dict[str, float]:
+def best_validation(task: Task, records: Records) -> Mapping[str, float]:
     """Return step and metrics of the best validation; empty without any."""
-    name, mode = task.selects
-    comparable = [v for v in records.validations if v["step"] > records.best_since]
-    best = max if mode == "max" else min
-    return best(comparable, key=lambda metrics: metrics[name], default={})
+    return task.best(v for v in records.validations if v["step"] > records.best_since)
 
 
 def _commit() -> dict[str, str]:

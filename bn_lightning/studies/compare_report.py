@@ -8,7 +8,7 @@ from typing import Any
 
 from bn_lightning import terminal
 from bn_lightning.runs import result
-from bn_lightning.studies import plots, statistics, table
+from bn_lightning.studies import compare_table, plots, statistics
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 from bn_lightning.training import checkpoints
@@ -43,16 +43,16 @@ def write(
     ]
     tables: list[Table] = []
     for metric in metrics:
-        heads = table.columns(metric.name, set(references.values()))
+        heads = compare_table.heads(metric.name, set(references.values()))
         own = [row for row in rows if row.metric == metric.name]
-        tables.append((heads, [table.cells(row, metric.digits) for row in own]))
+        tables.append((heads, [compare_table.cells(row, metric.digits) for row in own]))
     text = _plain(tables, failures)
     print(text, end="")
     data = [row.as_data() for row in rows]
     files = {
         "table.md": _markdown(tables, failures),
-        "table.csv": table.as_csv(data),
-        "runs.csv": table.as_csv(of_runs),
+        "table.csv": compare_table.as_csv(data),
+        "runs.csv": compare_table.as_csv(of_runs),
         "table.json": result.to_json({"rows": data, "runs": of_runs}) + "\n",
         "table.txt": text,
     }
@@ -82,5 +82,5 @@ def _plain(tables: Sequence[Table], failures: Sequence[str]) -> str:
 
 
 def _markdown(tables: Sequence[Table], failures: Sequence[str]) -> str:
-    text = "\n".join(table.markdown(*parts) for parts in tables)
+    text = "\n".join(compare_table.markdown(*parts) for parts in tables)
     return text + "".join(f"\n- failed: {line}" for line in failures)

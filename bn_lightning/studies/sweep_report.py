@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bn_lightning import terminal
 from bn_lightning.runs import folder
-from bn_lightning.studies import table
+from bn_lightning.studies import compare_table
 from bn_lightning.studies.search import Search
 from bn_lightning.studies.statistics import Selection
 from bn_lightning.training import checkpoints
@@ -33,7 +33,7 @@ def write(
     """
     trials = ranked(search.done(), selection)
     lines = [_data(trial, selection) for trial in trials]
-    checkpoints.write_whole(search.place / "trials.csv", table.as_csv(lines).encode())
+    checkpoints.write_whole(search.place / "trials.csv", compare_table.as_csv(lines).encode())
     shown = [column for column in lines[0] if column not in ("host", "failure")]
     rows = [[_cell(line.get(column)) for column in shown] for line in lines[:10]]
     heads = [column.rpartition(".")[2] for column in shown]

@@ -1,6 +1,6 @@
 """Image classification: cross-entropy, accuracy, and the confusion matrix."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Classifier(Task):
     def facts(self) -> dict[str, Any]:
         return {"norm": self.hparams["norm"]}
 
-    def summary(self, result: Mapping[str, Any]) -> list[str]:
+    def summary(self) -> list[str]:
         """Return what the article prints at its end: gamma and beta of the first norm layer."""
         first = next(iter(recognition.layers(self.network).values()), None)
         if first is None:

@@ -15,7 +15,7 @@ from bn_lightning.norms import recognition
 
 
 class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
-    """Lightning's callback, which ends with a pass over the training images for the statistics of averaged weights.
+    """Lightning's callback, which ends with a pass over the training samples for the statistics of averaged weights.
 
     Lightning's own takes that pass for subclasses of torch's `_BatchNorm` only, and without a word leaves other layers
     with the statistics of other weights. This one takes it for any layer with `num_batches_tracked`,

@@ -99,6 +99,10 @@ class DataModule(pl.LightningDataModule):
         Called by processes that train several runs, before `prepare_data`.
         """
 
+    def predict_dataloader(self) -> Any:
+        """Return the loader of `predict`, by default of the test samples."""
+        return self.batches(*self.test_samples())
+
     def test_samples(self) -> tuple[Tensor, Tensor]:
         """Return the raw samples of the test set and their targets, for `export` and `predict`.
 

@@ -1,4 +1,7 @@
-"""Optimizer and learning-rate schedule: built from names and arguments, and checked before a run."""
+"""Optimizer and learning-rate schedule, built from names and checked before a run.
+
+A new setting is first an argument of `Task`, which makes it a flag, and then one of `Optimization`.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping

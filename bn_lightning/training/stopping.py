@@ -1,4 +1,7 @@
-"""Early stopping of a run by signals and by the time limit.
+"""Reasons to stop a run early that come from outside: signals and the time limit.
+
+Losses that are not finite are a reason of their own, in `losses`. A callback that watches a metric
+sets `trainer.should_stop`, as Lightning's EarlyStopping does.
 
 A stop is a collective decision: if one rank wants to stop, all ranks stop after the same step.
 """

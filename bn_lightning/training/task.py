@@ -1,7 +1,7 @@
 """The base class of tasks: everything in a LightningModule that does not depend on what is learned."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -54,8 +54,8 @@ class Task(pl.LightningModule):
     Args:
         network: what is trained. Its weights have the prefix `network.` in a checkpoint.
         metrics: torchmetrics by name, each updated with (outputs, targets). They are logged as
-            means over an epoch: `acc` becomes `train_acc`, `val_acc` and `test_acc`. The loss is
-            one already.
+            means over an epoch: `rmse` becomes `train_rmse`, `val_rmse` and `test_rmse`. The loss
+            is one already.
         lr: learning rate; of OneCycleLR the peak.
         optimizer: a class of `torch.optim`, or an import path.
         optimizer_args: further arguments of the optimizer, such as
@@ -138,8 +138,8 @@ class Task(pl.LightningModule):
         """Return what result.json is to say about the network, as plain data."""
         return {}
 
-    def summary(self, result: Mapping[str, Any]) -> list[str]:
-        """Return lines for the end of a run, after its metrics. `result` is that of result.json."""
+    def summary(self) -> list[str]:
+        """Return lines for the end of a run, after its metrics."""
         return []
 
     def test_report(self) -> str:
@@ -147,6 +147,13 @@ class Task(pl.LightningModule):
         return "no table of classes: this task has no classes"
 
     # Metrics
+
+    @classmethod
+    def best(cls, validations: Iterable[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the best of some validations by the metric that selects; empty without any."""
+        name, mode = cls.selects
+        best = max if mode == "max" else min
+        return best(validations, key=lambda metrics: metrics[name], default={})
 
     def names(self, stage: Stage) -> list[str]:
         """Return the names of the stage's metrics in logs and records, the loss first."""
@@ -259,6 +266,7 @@ class Task(pl.LightningModule):
         self._log_means("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return what `predict` prints: with classes, probabilities (B, C)."""
         return self(batch[0])  # type: ignore[no-any-return]
 
     # Checkpoints

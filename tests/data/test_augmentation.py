@@ -1,10 +1,14 @@
+"""Mirrors and shifts of training images."""
+
+import pytest
 import torch
 
 from bn_lightning.data.augmentation import Augmentation
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
-    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=generator)
     augmentation = Augmentation(50, seed=1, epoch=2, flip=True, shift=3)
     whole = augmentation(images, torch.arange(50))
     some = torch.tensor([7, 3, 49])
@@ -22,3 +26,34 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
         ]
         assert torch.equal(result, moved)
     assert torch.equal(Augmentation(50, 1, 2, False, 0)(images, torch.arange(50)), images)
+
+
+def test_the_part_that_is_switched_off_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=generator)
+    flips = Augmentation(50, 1, 2, flip=True, shift=0)(images, torch.arange(50))
+    for image, flipped in zip(images, flips, strict=True):
+        assert torch.equal(flipped, image) or torch.equal(flipped, image.flip(1))
+    shifts = Augmentation(50, 1, 2, flip=False, shift=27)
+    assert not shifts.flips.any()
+    # A shift by 27 of 28 pixels leaves a line at most.
+    moved = shifts(images, torch.arange(50))
+    assert moved.shape == images.shape and moved.dtype == images.dtype
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_images_need_not_be_square(shape):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (20, *shape), dtype=torch.uint8, generator=generator)
+    augmentation = Augmentation(20, seed=1, epoch=0, flip=True, shift=1)
+    for image, (dy, dx), flip, result in zip(
+        images,
+        augmentation.shifts.squeeze(-1).tolist(),
+        augmentation.flips.tolist(),
+        augmentation(images, torch.arange(20)),
+        strict=True,
+    ):
+        source = image.flip(1) if flip else image
+        expected = torch.zeros(shape[0] + 2, shape[1] + 2, dtype=torch.uint8)
+        expected[1 + dy : 1 + dy + shape[0], 1 + dx : 1 + dx + shape[1]] = source
+        assert torch.equal(result, expected[1:-1, 1:-1])

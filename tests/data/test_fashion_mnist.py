@@ -1,10 +1,13 @@
+"""Fashion-MNIST as a data module."""
+
 import gzip
 
 import pytest
 import torch
+from PIL import Image
 
 from bn_lightning import FashionMNIST, UserError
-from bn_lightning.data import sources
+from bn_lightning.data import files, sources
 from bn_lightning.data.fashion_mnist import MEAN, STD
 from bn_lightning.training.batches import Epoch
 from bn_lightning.training.seeds import epoch_order
@@ -38,9 +41,10 @@ def test_batches_show_each_image_once_with_its_label():
     seen, labels = zip(*data.train_dataloader(), strict=True)
     assert [len(batch) for batch in labels] == [256] * 21 + [124]
     assert len(data.train_dataloader()) == 22
-    expected = data.images.train_images[data.train_indices][epoch_order(5_500, 1, 0)]
+    visited = data.train_indices[epoch_order(5_500, 1, 0)]
+    expected = data.images.train_images[visited]
     assert torch.equal(torch.cat(seen), expected.unsqueeze(1) / 255)
-    assert torch.equal(torch.cat(labels), data.images.train_labels[data.train_indices][epoch_order(5_500, 1, 0)])
+    assert torch.equal(torch.cat(labels), data.images.train_labels[visited])
 
 
 def test_an_epoch_can_begin_at_any_batch():
@@ -65,14 +69,15 @@ def test_evaluation_sees_the_images_as_they_are():
 
 def test_pixels_are_in_0_to_1_or_standardized():
     [images, _], *_ = ready().test_dataloader()
-    assert (images.min(), images.max(), images.dtype, images.shape[1:]) == (0, 1, torch.float32, (1, 28, 28))
+    assert (images.min(), images.max(), images.dtype) == (0, 1, torch.float32)
+    assert images.shape[1:] == (1, 28, 28)
     [standardized, _], *_ = ready(normalize=True).test_dataloader()
     torch.testing.assert_close(standardized, (images - MEAN) / STD)
 
 
 @needs_all_images
 def test_mean_and_deviation_are_those_of_the_training_pixels():
-    with gzip.open(sources.SYSTEM / f"{sources.TRAIN_IMAGES}.gz") as stream:
+    with gzip.open(sources.SYSTEM / f"{files.TRAIN_IMAGES}.gz") as stream:
         content = stream.read()[16:]
     pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).double() / 255
     assert pixels.mean().item() == pytest.approx(MEAN, abs=5e-5)
@@ -89,8 +94,105 @@ def test_without_validation_images_the_test_set_validates():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"batch_size": 0}, {"val_images": 60_000}, {"val_images": -1}, {"seed": -1}, {"shift": 28}]
+    "setting",
+    [
+        {"batch_size": 0},
+        {"val_images": 60_000},
+        {"val_images": -1},
+        {"seed": -1},
+        {"shift": 28},
+        {"shift": -1},
+    ],
 )
 def test_wrong_settings(setting):
-    with pytest.raises(UserError):
+    [(name, value)] = setting.items()
+    with pytest.raises(UserError, match=f"{name} is {value};"):
         FashionMNIST(**setting)
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_loaders_and_draw_share_one_preprocessing(normalize):
+    data = ready(normalize=normalize)
+    raw, labels = data.test_samples()
+    inputs, _ = data.test_dataloader().take(torch.arange(1_000))
+    assert torch.equal(inputs, data.preprocessing(raw))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert loader.preprocessing is data.preprocessing
+    assert len(raw) == len(labels) == 1_000 and raw.dtype == torch.uint8
+    assert torch.equal(data.draw(inputs), raw)  # exactly
+    assert torch.equal(data.draw(inputs.to(torch.float64)), raw)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_each_shade_is_drawn_as_it_was(normalize):
+    data = FashionMNIST(normalize=normalize)
+    shades = torch.arange(256, dtype=torch.uint8).repeat(49).view(16, 28, 28)
+    assert torch.equal(data.draw(data.preprocessing(shades)), shades)
+    beyond = data.preprocessing(shades) * 3 + 1
+    assert data.draw(beyond).max() == 255  # what is not a picture is drawn as far as it goes
+    assert data.draw(-beyond).min() == 0
+
+
+def test_raw_samples_are_not_changed_by_it():
+    data = ready(normalize=True)
+    raw, _ = data.test_samples()
+    before = raw.clone()
+    data.preprocessing(raw)
+    assert torch.equal(raw, before)
+
+
+# What it declares
+
+
+def test_images_are_shared_by_runs_that_read_the_same_place(tmp_path):
+    one = ready()
+    same = FashionMNIST("sample", batch_size=7, val_images=0, seed=5, normalize=True)
+    same.reuse(one)
+    assert same.images is one.images
+    same.prepare_data()
+    assert same.images is one.images  # and are not read again
+    for other in (
+        FashionMNIST("system"),
+        FashionMNIST("auto"),
+        FashionMNIST("sample", root=str(tmp_path)),
+        FashionMNIST("sample", mirrors=["https://example.org"]),
+    ):
+        other.reuse(one)
+        assert other.images is None
+
+
+def test_what_identifies_the_data():
+    identity = ready().identity()
+    assert identity["source"] == "sample"
+    assert identity["sha256"] == {file.name: file.sha256 for file in sources.SAMPLED}
+    identity = ready(val_images=0, batch_size=3, seed=4).identity()
+    assert identity["source"] == "sample"
+
+
+def test_settings_of_the_machine_and_of_the_source():
+    assert FashionMNIST.machine_settings == ("root", "mirrors")
+    assert FashionMNIST.source_settings == ("source",)
+    assert set(FashionMNIST.fixed_settings) == {"seed", "val_images"}
+    assert {*FashionMNIST.machine_settings, "source", "val_images"} <= set(FashionMNIST().hparams)
+
+
+def test_its_own_checkpoints_say_what_it_was_trained_on():
+    identity = {"source": "sample", "sha256": {"a": "1"}}
+    assert FashionMNIST.identity_in({"data": identity}) == identity
+    # Version 0.1.0 used the name of the class.
+    assert FashionMNIST.identity_in({"FashionMNIST": identity}) == identity
+
+
+def test_files_of_a_person_are_raw_samples(tmp_path):
+    raw, _ = ready().test_samples()
+    for number in (0, 1):
+        Image.fromarray(raw[number].numpy()).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    names = [str(tmp_path / name) for name in ("1.png", "0.png", "broken.png")]
+    pixels, about, unread = FashionMNIST().read_files(names, invert=False)
+    assert torch.equal(pixels, raw[[1, 0]])
+    expected = [{"image": name, "inverted": False} for name in names[:2]]
+    assert (about, unread) == (expected, 1)

@@ -1,3 +1,5 @@
+"""Validation samples are split off by class and by seed."""
+
 import torch
 
 from bn_lightning.data.splits import stratified_split
@@ -12,3 +14,17 @@ def test_split_is_stratified_disjoint_and_by_seed():
     assert torch.equal(held_out, stratified_split(labels, 500, seed=3)[1])
     assert not torch.equal(held_out, stratified_split(labels, 500, seed=4)[1])
     assert len(stratified_split(labels, 0, seed=3)[1]) == 0
+
+
+def test_both_parts_are_in_the_order_of_the_data_set():
+    labels = torch.arange(100) % 7
+    for part in stratified_split(labels, 30, seed=0):
+        assert part.dtype == torch.int64
+        assert part.tolist() == sorted(part.tolist())
+
+
+def test_classes_of_very_different_sizes():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    for seed in range(5):
+        _, held_out = stratified_split(labels, 100, seed)
+        assert labels[held_out].bincount().tolist() == [90, 9, 1]

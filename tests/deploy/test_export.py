@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_lightning.data import sources
+from bn_lightning.data import files
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.deploy import export
 from bn_lightning.deploy.served import restore
@@ -155,7 +155,7 @@ def test_what_the_file_says_of_itself(trained, tmp_path, suffix):
     assert about["producer"].startswith("bn_lightning ") and about["torch"] == torch.__version__
     assert about["checkpoint"] == "lenet/0/checkpoints/best.ckpt"
     assert (about["norm"], about["seed"], about["data_source"]) == ("custom", 0, "sample")
-    assert about["data_sha256"][sources.TEST_IMAGES] == sources.SAMPLED[2].sha256
+    assert about["data_sha256"][files.TEST_IMAGES] == files.SAMPLED[2].sha256
     assert about["global_step"] in (22, 44)
     assert about["val_acc"] == result["val_acc"] and about.get("commit") == result.get("commit")
     assert (about["test_acc"], about["test_images"]) == (done.metrics["test_acc"], len(done.inputs))

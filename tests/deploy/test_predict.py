@@ -137,9 +137,6 @@ class HighOrLow(Table):
         super().setup(stage)
         self.targets = (self.targets > 14).long()
 
-    def predict_dataloader(self):
-        return self.test_dataloader()
-
 
 class Signs(Regression):
     def predict_step(self, batch, batch_idx):

@@ -1,7 +1,7 @@
 """The cells of a comparison's table, and its formats."""
 
 from bn_lightning.studies.statistics import Run
-from bn_lightning.studies.table import as_csv, cells, columns, markdown
+from bn_lightning.studies.compare_table import as_csv, cells, heads, markdown
 from tests.studies.test_statistics import of, runs, table
 
 
@@ -29,9 +29,9 @@ def test_cells_count_failed_runs():
 
 def test_column_names():
     middle = ["n", "mean ± sd", "95% interval"]
-    assert columns("test acc", {"a lr=1"}) == ["test acc", *middle, "to a lr=1 (95%)", "d"]
+    assert heads("test acc", {"a lr=1"}) == ["test acc", *middle, "to a lr=1 (95%)", "d"]
     # References with several other settings have the norm in common.
-    assert columns("test acc", {"a lr=1", "a lr=2"})[4] == "to a (95%)"
+    assert heads("test acc", {"a lr=1", "a lr=2"})[4] == "to a (95%)"
 
 
 def test_formats():
