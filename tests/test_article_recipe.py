@@ -1,4 +1,4 @@
-"""The article's recipe on all of Fashion-MNIST, through the command that the README names. Minutes, so marked slow."""
+"""The article's recipe on all of Fashion-MNIST, through the command that the README names."""
 
 import json
 
@@ -15,7 +15,9 @@ def fit(cwd, config, *flags):
     [folder] = (cwd / "runs").glob("*/0")
     events = EventAccumulator(str(folder))
     events.Reload()
-    return json.loads((folder / "result.json").read_text()), [e.value for e in events.Scalars("train_loss")]
+    return json.loads((folder / "result.json").read_text()), [
+        e.value for e in events.Scalars("train_loss")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +25,14 @@ def two_epochs(tmp_path_factory):
     """Result and losses of two epochs, by norm."""
     flags = ("--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, "--model.norm")
     norms = ("custom", "builtin", "article", "none")
-    return {norm: fit(tmp_path_factory.mktemp(norm), "article.yaml", *flags, norm) for norm in norms}
+    return {
+        norm: fit(tmp_path_factory.mktemp(norm), "article.yaml", *flags, norm) for norm in norms
+    }
 
 
 @pytest.mark.parametrize("norm", ["custom", "builtin", "article"])
 def test_two_epochs_learn(two_epochs, norm):
-    """After two epochs three seeds gave a train loss of 0.46 to 0.48 and a train accuracy of 0.82 to 0.84."""
+    """After two epochs three seeds gave a loss of 0.46 to 0.48 and an accuracy of 0.82 to 0.84."""
     result, _ = two_epochs[norm]
     assert result["steps"] == 470  # two times 60,000 images in batches of 256
     assert 0.43 < result["train_loss"] < 0.52
@@ -49,7 +53,9 @@ def test_without_a_norm_it_hardly_learns(two_epochs):
 def test_builtin_config_is_the_article_with_torchs_layer(two_epochs, tmp_path):
     result, _ = fit(tmp_path, "builtin.yaml", "--trainer.max_epochs", 2)
     same = ("train_loss", "train_acc", "test_loss", "test_acc", "norm", "steps")
-    assert {name: result[name] for name in same} == {name: two_epochs["builtin"][0][name] for name in same}
+    assert {name: result[name] for name in same} == {
+        name: two_epochs["builtin"][0][name] for name in same
+    }
 
 
 def test_bfloat16_reaches_the_loss_of_float32(tmp_path):
@@ -57,7 +63,9 @@ def test_bfloat16_reaches_the_loss_of_float32(tmp_path):
     for precision in ("32-true", "bf16-mixed"):
         cwd = tmp_path / precision
         cwd.mkdir()
-        result, _ = fit(cwd, "article.yaml", "--trainer.max_epochs", 1, "--trainer.precision", precision)
+        result, _ = fit(
+            cwd, "article.yaml", "--trainer.max_epochs", 1, "--trainer.precision", precision
+        )
         assert result["precision"] == precision
         losses[precision] = result["train_loss"]
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], abs=0.05)

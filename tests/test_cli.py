@@ -1,44 +1,109 @@
+"""The table of commands: help, exit codes, and whose program it is."""
+
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from bn_lightning import __version__, cli
-from tests.conftest import command
+import bn_lightning
+from bn_lightning import UserError, __version__, cli, terminal
+from bn_lightning.errors import RunFailed
+from bn_lightning.training.stopping import Stopped
+from tests.conftest import PROJECTS, QUICK, command, on_cpu
+
+FRIEDMAN = "friedman.experiment:EXPERIMENT"
+HEAVY = ("torch", "lightning", "torchmetrics", "rich", "numpy", "jsonargparse")
 
 
-def without_torch(*arguments):
-    """What the command line prints, in a process that fails when it has imported torch."""
-    code = f"import sys; sys.argv[1:] = {list(arguments)}; from bn_lightning.cli import main; main()"
-    code += "; assert 'torch' not in sys.modules"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def light(module, *arguments):
+    """Return what `python -m MODULE` prints; it fails where something heavy was imported."""
+    code = (
+        f"import runpy, sys; sys.argv = ['x', *{list(arguments)}]\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        f"finally: assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECTS)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+# Help
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_help_names_each_command_and_needs_no_torch(arguments):
-    printed = without_torch(*arguments)
+def test_help_names_each_command_and_needs_no_torch(monkeypatch, arguments):
+    printed = light("bn_lightning", *arguments)
+    monkeypatch.setattr(terminal, "_program", "python -m bn_lightning")
     assert printed == cli.usage()
     assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
+    assert printed.startswith("usage: python -m bn_lightning COMMAND")
+    assert bn_lightning.__doc__.splitlines()[0] in printed
+
+
+def test_help_of_another_project_has_its_name_and_its_docstring(monkeypatch):
+    printed = light("friedman", "--help")
+    assert printed.startswith("usage: python -m friedman COMMAND")
+    assert "\nFriedman's regression problem, learned by a multilayer perceptron.\n" in printed
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
+    assert "bn_lightning" not in printed
+    monkeypatch.syspath_prepend(PROJECTS)
+    monkeypatch.setattr(terminal, "_program", "python -m friedman")
+    assert printed == cli.usage(FRIEDMAN)
+
+
+def test_a_package_without_a_docstring_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "silent_project").mkdir()
+    (tmp_path / "silent_project/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "\nsilent_project\n" in cli.usage("silent_project.experiment:EXPERIMENT")
 
 
 def test_version():
-    assert without_torch("--version") == f"bn_lightning {__version__}\n"
-
-
-def test_unknown_command(main):
-    code, out, err = main("fti")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: There is no command 'fti'. There are fit, ")
+    for module in ("bn_lightning", "friedman"):
+        assert light(module, "--version") == f"bn_lightning {__version__}\n"
 
 
 @pytest.mark.parametrize("name", ["fit", "test"])
 def test_help_of_a_command(tmp_path, name):
     printed = command(name, "--help", cwd=tmp_path).stdout
-    for setting in ("--model.norm", "--model.lr", "--data.source", "--data.val_images", "--trainer.max_epochs",
-                    "--seed_everything", "--ckpt_path", "--name"):  # fmt: skip
+    for setting in (
+        *("--model.norm", "--model.lr", "--model.optimizer", "--model.memory_format"),
+        *("--data.source", "--data.val_images", "--data.batch_size", "--trainer.max_epochs"),
+        *("--seed_everything", "--ckpt_path", "--name"),
+    ):
         assert setting in printed
     assert "`custom` (from scratch)" in printed or "custom" in printed
+    assert printed.startswith(f"usage: python -m bn_lightning {name} [settings]")
+    assert ("--resume" in printed) == ("--monitor" in printed) == (name == "fit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_a_command_of_another_project(tmp_path):
+    printed = command("fit", "--help", cwd=tmp_path, module="friedman").stdout
+    assert printed.startswith("usage: python -m friedman fit [settings]")
+    assert "--model.width" in printed and "--data.rows" in printed
+    assert "--model.norm_args" not in printed and "--data.source" not in printed
+
+
+# Commands
+
+
+def test_unknown_command(main):
+    code, out, err = main("fti")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: Unknown command 'fti'. Commands: fit, ")
+    assert all(name in err for name in cli.COMMANDS)
+
+
+def test_each_command_has_a_module_with_a_main():
+    import importlib
+
+    for name, (module, text) in cli.COMMANDS.items():
+        assert callable(importlib.import_module(module).main), name
+        assert text[0].islower() and not text.endswith(".")
 
 
 @pytest.mark.parametrize("package", ["optuna", "matplotlib"])
@@ -47,14 +112,99 @@ def test_a_command_without_its_extra_says_what_to_install(package):
     code += "from bn_lightning.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f'error: sweep needs {package}, which is not installed: pip install -e ".[study]"\n'
+    install = 'pip install -e ".[study]"'
+    assert done.stderr == f"error: sweep needs {package}, which is not installed: {install}\n"
 
 
 def test_console_script(tmp_path):
-    from pathlib import Path
-
     script = Path(sys.executable).with_name("bn_lightning")
     if not script.exists():
         pytest.skip("the package is not installed in this environment")
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == f"bn_lightning {__version__}\n"
+
+    def run(*arguments):
+        return subprocess.run([script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("--version").stdout == f"bn_lightning {__version__}\n"
+    assert run("--help").stdout.startswith("usage: bn_lightning COMMAND")
+
+
+# How a command ends
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Return what runs a command that raises an exception, and gives its exit code."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": ("planted_command", "raises")})
+    monkeypatch.setattr(sys, "argv", ["x", "fail", "--fast"])
+
+    def run(error, before=None):
+        module = type(sys)("planted_command")
+
+        def main(arguments, experiment):
+            assert (arguments, experiment) == (["fail", "--fast"], FRIEDMAN)
+            if before is None:
+                raise error
+            try:
+                raise before
+            except BaseException:
+                # As Lightning does; Python keeps the first as the context of the second.
+                raise error  # noqa: B904
+
+        module.main = main
+        monkeypatch.setitem(sys.modules, "planted_command", module)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(FRIEDMAN)
+        return ended.value.code
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (UserError("no such norm"), 2, "error: no such norm\n"),
+        (RunFailed("a full disk"), 1, "error: a full disk\n"),
+        (ModuleNotFoundError("x", name="scipy"), 2, "error: fail needs scipy, which is not"),
+        (KeyboardInterrupt(), 130, ""),
+        (Stopped(143), 143, ""),
+        (Stopped(0), 0, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(planted, capsys, error, code, printed):
+    assert planted(error) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(printed) and "Traceback" not in err
+
+
+def test_an_interrupt_that_lightning_has_made_an_exit(planted):
+    assert planted(SystemExit(1), before=KeyboardInterrupt()) == 130
+    assert planted(SystemExit(1), before=ValueError()) == 1
+
+
+def test_a_module_that_is_missing_for_another_reason_keeps_its_traceback(planted):
+    with pytest.raises(ModuleNotFoundError, match="typo"):
+        planted(ModuleNotFoundError("typo", name="typo"))
+
+
+@pytest.mark.parametrize("form", ["csv", "table"])
+def test_what_reads_may_stop_reading(trained, tmp_path, form):
+    given = [sys.executable, "-m", "bn_lightning", "predict", "--format", form]
+    given += ["--ckpt_path", trained[0] / "checkpoints" / "best.ckpt"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(given, **pipes, cwd=tmp_path) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_fit_that_nobody_reads_leaves_no_word(tmp_path):
+    given = [sys.executable, "-m", "bn_lightning", *on_cpu(("fit", *QUICK))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(given, **pipes, cwd=tmp_path) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert b"cannot continue" not in said and b"Traceback" not in said
+    assert process.returncode == 141

@@ -19,7 +19,9 @@ from bn_lightning.norms import registry
 from tests.conftest import REPOSITORY, command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-FIT = sorted(set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M)))
+FIT = sorted(
+    set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M))
+)
 
 
 @pytest.mark.parametrize("line", FIT)
@@ -44,13 +46,17 @@ def test_fit_commands_run(main, trained, tmp_path, line):
 
 def example(word="class RMSNorm"):
     """The one Python block of the README with that word in it."""
-    [code] = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code]
+    [code] = [
+        code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code
+    ]
     return code
 
 
 def run(code, cwd):
     (cwd / "script.py").write_text(code)
-    done = subprocess.run([sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,7 +65,11 @@ def test_five_lines_of_python_do_it(tmp_path):
     code = example("L.Trainer").replace("max_epochs=10", "max_epochs=1, accelerator='cpu'")
     code = code.replace("FashionMNIST()", "FashionMNIST('sample')")
     assert "test_acc" in run(code, tmp_path)
-    tags = EventAccumulator(str(tmp_path / "lightning_logs/version_0"), size_guidance={"images": 0}).Reload().Tags()
+    tags = (
+        EventAccumulator(str(tmp_path / "lightning_logs/version_0"), size_guidance={"images": 0})
+        .Reload()
+        .Tags()
+    )
     assert tags["images"] and "activation_input/4/p50" in tags["scalars"]
 
 
@@ -72,13 +82,17 @@ def test_a_norm_of_a_notebook(tmp_path):
 def test_an_exported_file_is_used_with_numpy_and_onnxruntime_alone(main, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    code, _, err = main("export", trained[0] / "checkpoints/best.ckpt", "model.onnx", "--source", "sample")
+    code, _, err = main(
+        "export", trained[0] / "checkpoints/best.ckpt", "model.onnx", "--source", "sample"
+    )
     assert code == 0, err
     np.save(tmp_path / "mine.npy", sources.load("sample").test_images[:5].numpy())
     text = example("onnxruntime").replace("np.zeros((5, 28, 28), np.uint8)", "np.load('mine.npy')")
     assert "mine.npy" in text and len(text.splitlines()) <= 10
     assert re.findall(r"^import (\w+)", text, flags=re.M) == ["numpy", "onnxruntime"]
-    code, out, _ = main("predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--format", "json")
+    code, out, _ = main(
+        "predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--format", "json"
+    )
     assert ast.literal_eval(run(text, tmp_path)) == [row["class"] for row in json.loads(out)[:5]]
 
 
@@ -96,7 +110,10 @@ def test_lists_are_whole():
             assert f"\n    {path.name}{'/' if path.is_dir() else ''} " in README
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         assert f"(configs/{path.name})" in README
-        assert f"{'sweep' if path.stem == 'sweep' else 'fit'} --config configs/{path.name}" in path.read_text()
+        assert (
+            f"{'sweep' if path.stem == 'sweep' else 'fit'} --config configs/{path.name}"
+            in path.read_text()
+        )
     for name in cli.COMMANDS:
         assert f"| `python -m bn_lightning {name}" in README
 
@@ -106,5 +123,9 @@ def test_links_lead_somewhere():
     for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md", *guides):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
             headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
-            slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
-            assert link.removeprefix("#") in slugs if link[0] == "#" else (page.parent / link).exists(), link
+            slugs = [
+                re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
+            ]
+            assert (
+                link.removeprefix("#") in slugs if link[0] == "#" else (page.parent / link).exists()
+            ), link

@@ -1,6 +1,5 @@
-"""What is seen at a real terminal: a pseudo-terminal, where the system has one."""
+"""What a person sees at a terminal: the program's name and tables."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,52 +9,69 @@ from PIL import Image
 
 from bn_lightning import terminal
 from bn_lightning.data import sources
-from tests.conftest import QUICK, on_cpu
+from tests.support.pseudo_terminal import at_a_terminal
 
-pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
-termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
-
-
-def at_a_terminal(*arguments, cwd, **environment):
-    """Exit code and all that the command writes where its output is a terminal."""
-    ours, its = pty.openpty()
-    termios.tcsetwinsize(its, (40, 150))
-    env = {n: v for n, v in os.environ.items() if n not in ("NO_COLOR", "COLUMNS")} | {"TERM": "xterm-256color"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bn_lightning", *on_cpu(arguments)],
-        stdin=its, stdout=its, stderr=its, cwd=cwd, env=env | environment,
-    )  # fmt: skip
-    os.close(its)
-    seen = b""
-    while True:
-        try:
-            part = os.read(ours, 65_536)
-        except OSError:  # Linux's word for the end
-            break
-        if not part:
-            break
-        seen += part
-    os.close(ours)
-    return process.wait(), seen.decode()
+# The name of the program
 
 
-def test_progress_with_loss_accuracy_and_speed(tmp_path):
-    code, seen = at_a_terminal("fit", *QUICK, cwd=tmp_path)
-    assert code == 0
-    bars = re.findall(r"Epoch 1:.*?\d+/22 .*?loss=([\d.]+), acc=([\d.]+), images/s=([\d,]+), val_acc=([\d.]+)", seen)
-    assert bars
-    loss, acc, speed, val_acc = (float(value.replace(",", "")) for value in bars[-1])
-    assert 0 < loss < 3 and 0.1 < acc <= 1 and 0.1 < val_acc <= 1 and speed > 100
-    assert "v_num" not in seen
-    assert len(re.findall(r"epoch  [12]/2  train loss", seen)) == 2
-    assert "\x1b[1mclass" in seen  # bold
-    assert "look at it with: tensorboard --logdir runs" in seen
+def printed_by(*command, cwd):
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=cwd
+    ).stdout.strip()
+
+
+def test_the_program_is_called_as_it_was_started(tmp_path):
+    (tmp_path / "toy").mkdir()
+    for file in ("toy/__init__.py", "toy/__main__.py", "toy/other.py", "script.py"):
+        (tmp_path / file).write_text("from bn_lightning import terminal\nprint(terminal.program())")
+    (tmp_path / "toy/__init__.py").write_text("")
+    assert printed_by("-m", "toy", cwd=tmp_path) == "python -m toy"
+    assert printed_by("-m", "toy.other", cwd=tmp_path) == "python -m toy.other"
+    assert printed_by("script.py", cwd=tmp_path) == "script.py"
+    assert printed_by(tmp_path / "script.py", cwd=tmp_path) == "script.py"
+
+
+def test_a_process_is_told_the_name_of_the_program_that_has_started_it(monkeypatch):
+    monkeypatch.setattr(terminal, "_program", None)
+    own = terminal.program()
+    terminal.set_program("shoes")
+    assert terminal.program() == "shoes"
+    terminal.set_program(None)
+    assert terminal.program() == own
+
+
+# Tables
+
+
+def test_names_are_printed_as_they_are(capsys):
+    names = ["shoe[draft].png", ":smile:.png", "a[/b]c.png", "x" * 300]
+    terminal.print_table(("image", "class"), [[name, "Bag"] for name in names])
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows] == [[name, "Bag"] for name in names]
+
+
+def test_a_table_is_text_with_numbers_to_the_right(capsys):
+    rows = [["custom", 0.5, "a"], ["x", -12, "bc"], ["", "", "d"]]
+    text = terminal.table(("norm", "value", "note"), rows)
+    assert text.splitlines() == [
+        "norm    value  note",
+        "custom    0.5  a",
+        "x         -12  bc",
+        "               d",
+    ]
+    assert capsys.readouterr().out == ""
+    terminal.print_table(("norm", "value", "note"), rows)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_table_without_rows_has_its_header():
+    assert terminal.table(("norm", "value"), []) == "norm  value"
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_no_colours_where_they_are_not_wanted(trained, tmp_path, environment):
-    folder, _ = trained
-    code, seen = at_a_terminal("inspect", folder / "checkpoints/best.ckpt", cwd=tmp_path, **environment)
+    best = trained[0] / "checkpoints/best.ckpt"
+    code, seen = at_a_terminal("inspect", best, cwd=tmp_path, **environment)
     assert code == 0
     colours = re.findall(r"\x1b\[[\d;]*m", seen)
     assert not any(re.search(r"\[(3|4|9|10)\d", colour) for colour in colours)
@@ -67,13 +83,6 @@ def test_quiet_where_the_output_is_no_terminal(trained):
     assert "\x1b" not in printed and "\r" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("epoch ")]) == 2
     assert len(printed.splitlines()) < 30
-
-
-def test_names_are_printed_as_they_are(capsys):
-    names = ["shoe[draft].png", ":smile:.png", "a[/b]c.png", "x" * 300]
-    terminal.print_table(("image", "class"), [[name, "Bag"] for name in names])
-    _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split() for row in rows] == [[name, "Bag"] for name in names]
 
 
 def test_a_long_name_leaves_room_for_the_answer(trained, tmp_path):

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from bn_lightning.errors import RunFailed, UserError
 
 SIDE = 28
-FILLED = 0.85  # of the longer side; what the data set's 70,000 images show fills 25 of 28 pixels or more
+FILLED = (
+    0.85  # of the longer side; what the data set's 70,000 images show fills 25 of 28 pixels or more
+)
 CLOSE = 0.05  # of the greatest distance of two colours: the paper's "close to the color of the corner pixels"
 # Of what Pillow can read by itself: the first are only named by it, and EPS is a program that Ghostscript would run.
 NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -31,7 +33,11 @@ NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 @cache  # not when this is imported: Pillow then loads all that it can read
 def formats() -> dict[str, str]:
     """The formats that are read, by suffix."""
-    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in {*Image.OPEN} - NOT_READ}
+    return {
+        suffix: name
+        for suffix, name in Image.registered_extensions().items()
+        if name in {*Image.OPEN} - NOT_READ
+    }
 
 
 class PictureError(UserError):
@@ -59,8 +65,14 @@ def find(given: Iterable[str]) -> list[Path]:
     for name in given:
         path = Path(name)
         if name and path.is_dir():
-            here = [file for file in path.rglob("*") if file.suffix.lower() in formats() and file.is_file()]
-        elif any(sign in name for sign in "*?[") and not path.exists():  # a shell that leaves patterns alone
+            here = [
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in formats() and file.is_file()
+            ]
+        elif (
+            any(sign in name for sign in "*?[") and not path.exists()
+        ):  # a shell that leaves patterns alone
             matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
             here = [file for file in matching if file.is_file()]
         else:
@@ -95,8 +107,14 @@ def read(path: Path, invert: bool | None = None) -> Picture:
                 picture = _to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None
-    except Exception as error:  # Pillow raises whatever its decoders do: SyntaxError, struct.error, EOFError
-        reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
+    except (
+        Exception
+    ) as error:  # Pillow raises whatever its decoders do: SyntaxError, struct.error, EOFError
+        reason = (
+            "not a picture that can be read"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error)
+        )
         raise PictureError(f"{path}: {reason or type(error).__name__}") from error
     colours = np.asarray(picture, dtype=np.float32)
     ground = np.median(colours[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
@@ -106,7 +124,9 @@ def read(path: Path, invert: bool | None = None) -> Picture:
     if invert is None:
         grey = np.asarray(picture.convert("L"))
         border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-        invert = bool(border.mean() > 127)  # right for all 70,000 images of the data set, inverted or not
+        invert = bool(
+            border.mean() > 127
+        )  # right for all 70,000 images of the data set, inverted or not
     if picture.size != (SIDE, SIDE):
         picture = _trim_and_fit(picture, shown, ground)
     grey = np.asarray(picture.convert("L"))
@@ -131,7 +151,9 @@ def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Pi
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):  # 16 and 32 bits of grey, which Pillow would cut off at 255
+    if picture.mode.startswith(
+        ("I", "F")
+    ):  # 16 and 32 bits of grey, which Pillow would cut off at 255
         values = np.asarray(picture, dtype=np.float64)
         most = next((most for most in (1, 255, 65_535) if values.max() <= most), 65_535)
         most = 65_535 if picture.mode.startswith("I;16") else most

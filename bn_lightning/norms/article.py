@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 
 def batch_norm(
-    X: Tensor, gamma: Tensor, beta: Tensor, moving_mean: Tensor, moving_var: Tensor, eps: float, momentum: float
+    X: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    moving_mean: Tensor,
+    moving_var: Tensor,
+    eps: float,
+    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize a batch, and return the result with the new moving mean and variance.
 
@@ -58,7 +64,9 @@ class BatchNorm(nn.Module):
     moving_mean: Tensor
     moving_var: Tensor
 
-    def __init__(self, num_features: int, num_dims: int, eps: float = 1e-5, momentum: float = 0.9) -> None:
+    def __init__(
+        self, num_features: int, num_dims: int, eps: float = 1e-5, momentum: float = 0.9
+    ) -> None:
         super().__init__()
         shape = (1, num_features) if num_dims == 2 else (1, num_features, 1, 1)
         self.eps = eps

@@ -71,7 +71,11 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in network.named_modules()
-        if any(word in buffer for buffer, _ in module.named_buffers(recurse=False) for word in STATISTICS)
+        if any(
+            word in buffer
+            for buffer, _ in module.named_buffers(recurse=False)
+            for word in STATISTICS
+        )
     }
 
 

@@ -76,13 +76,17 @@ class BatchRenorm(nn.Module):
                 parameters (16-bit input goes with float32 ones), or with less than 2 values per channel in training.
         """
         if self.num_dims is not None and input.dim() != self.num_dims:
-            raise ValueError(f"expected {self.num_dims}-d input, got {input.dim()}-d: {tuple(input.shape)}")
+            raise ValueError(
+                f"expected {self.num_dims}-d input, got {input.dim()}-d: {tuple(input.shape)}"
+            )
         running = self.running_mean, self.running_std
         check_input(input, *running, self.training, self.eps, self.weight, self.bias)
         x = at_least_float32(input)
         if self.training:
             if values_per_channel(x) < 2:
-                raise ValueError(f"expected more than 1 value per channel in training, got input of {tuple(x.shape)}")
+                raise ValueError(
+                    f"expected more than 1 value per channel in training, got input of {tuple(x.shape)}"
+                )
             reduced = [dim for dim in range(x.dim()) if dim != 1]
             mean = x.mean(reduced)
             centred = x - per_channel(mean, x)
@@ -96,7 +100,9 @@ class BatchRenorm(nn.Module):
 
     def _correct_and_track(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """r and d, (C,), by the moving averages as they were before this batch, which then enters them."""
-        seen = self.num_batches_tracked.to(std.dtype)  # stays a tensor: to read it would hold up a GPU at every step
+        seen = self.num_batches_tracked.to(
+            std.dtype
+        )  # stays a tensor: to read it would hold up a GPU at every step
         grown = torch.where(seen < self.warmup, seen / max(self.warmup, 1), 1.0)
         r_max, d_max = 1 + (self.r_max - 1) * grown, self.d_max * grown
         r = (std / self.running_std).clamp(1 / r_max, r_max)
@@ -108,4 +114,6 @@ class BatchRenorm(nn.Module):
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "r_max", "d_max", "warmup")
-        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)}" for name in names)])
+        return ", ".join(
+            [str(self.num_features), *(f"{name}={getattr(self, name)}" for name in names)]
+        )

@@ -109,8 +109,9 @@ class DataModule(pl.LightningDataModule):
         Raises:
             UserError: the data module does not offer them.
         """
-        raise UserError(f"{type(self).__name__} has no test_samples(), which export and predict "
-            "need.")
+        raise UserError(
+            f"{type(self).__name__} has no test_samples(), which export and predict need."
+        )
 
     def example_input(self) -> Tensor:
         """Return a few raw samples, (7, ...), for tracing and for the shape of the input."""

@@ -41,10 +41,16 @@ def measure(ckpt: Path, folder: Path, args: argparse.Namespace) -> None:
     }
     sizes = ", ".join(f"{path.name} {path.stat().st_size:,}" for path in (ckpt, *files.values()))
     print(f"\ncpu, threads: {args.threads[0]}; torch {torch.__version__}; bytes: {sizes}")
-    sides = {"eager": done[".pt2"].eager, **{side: exported.file for side, exported in done.items()}}
+    sides = {
+        "eager": done[".pt2"].eager,
+        **{side: exported.file for side, exported in done.items()},
+    }
     for batch_size, calls in ((1, 20), (256, 4)):
         images = done[".pt2"].inputs[:batch_size]
-        times = {side: np.array(values) for side, values in milliseconds(sides, images, args.seconds, calls).items()}
+        times = {
+            side: np.array(values)
+            for side, values in milliseconds(sides, images, args.seconds, calls).items()
+        }
         print(f"batch of {batch_size}, {len(times['eager'])} rounds")
         for side, values in times.items():
             ratios = values / times["eager"]
@@ -53,16 +59,23 @@ def measure(ckpt: Path, folder: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--norm", default="custom", help="of the untrained network")
     parser.add_argument("--source", default="auto", help="of the images")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process for each number")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="a process for each number"
+    )
     parser.add_argument("--seconds", type=float, default=4, help="for each size of batch")
     args = parser.parse_args()
     if len(args.threads) > 1:
         for threads in args.threads:  # of a flag given twice the last counts
-            subprocess.run([sys.executable, "-u", __file__, *sys.argv[1:], "--threads", str(threads)], check=True)
+            subprocess.run(
+                [sys.executable, "-u", __file__, *sys.argv[1:], "--threads", str(threads)],
+                check=True,
+            )
         return
     keep_freed_memory()
     torch.set_num_threads(args.threads[0])

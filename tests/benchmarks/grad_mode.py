@@ -33,7 +33,8 @@ def main() -> None:
                 network = copy.deepcopy(model)
                 with torch.set_grad_enabled(with_gradients):
                     right = [
-                        (network(x).argmax(1) == y) for x, y in zip(images.split(size), labels.split(size), strict=True)
+                        (network(x).argmax(1) == y)
+                        for x, y in zip(images.split(size), labels.split(size), strict=True)
                     ]
                 name = f"{'gradients enabled' if with_gradients else 'no_grad'}, batches of {size}"
                 accuracies.setdefault(name, []).append(float(torch.cat(right).float().mean()))

@@ -27,7 +27,12 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
     spent = {"monitor": 0.0, "pictures": 0.0}
 
     monitor, pictures = NormMonitor(), ClosingPictures()
-    hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+    hooks = (
+        "on_train_batch_start",
+        "on_before_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    )
     for hook in hooks:
         setattr(monitor, hook, timed(getattr(monitor, hook), spent, "monitor"))
     pictures.on_test_end = timed(pictures.on_test_end, spent, "pictures")
@@ -49,23 +54,38 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--norm", default="custom")
     args = parser.parse_args()
 
     def say(what: str, values: list[float], unit: str) -> None:
-        print(f"{what}: {statistics.median(values):.3f}{unit} ({min(values):.3f} to {max(values):.3f})", flush=True)
+        print(
+            f"{what}: {statistics.median(values):.3f}{unit} ({min(values):.3f} to {max(values):.3f})",
+            flush=True,
+        )
 
     measured = [shares(args.norm, args.epochs) for _ in range(args.rounds)]
     say("share of the epochs", [100 * share for share, _ in measured], "%")
     say("pictures at the end", [seconds for _, seconds in measured], " s")
-    settings = ("--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0", "--model.norm", args.norm)
+    settings = (
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.limit_val_batches",
+        "0",
+        "--model.norm",
+        args.norm,
+    )
     settings += ("--trainer.max_epochs", str(args.epochs))
     ratios = []
     for _ in range(args.rounds):
-        speeds = {monitor: images_per_second(*settings, "--monitor", monitor) for monitor in ("true", "false")}
+        speeds = {
+            monitor: images_per_second(*settings, "--monitor", monitor)
+            for monitor in ("true", "false")
+        }
         print({monitor: f"{speed:,.0f} images/s" for monitor, speed in speeds.items()}, flush=True)
         ratios.append(speeds["true"] / speeds["false"])
     say("images per second with it, to those without", ratios, "")

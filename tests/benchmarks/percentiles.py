@@ -24,12 +24,27 @@ PERCENTILES = (15, 50, 85)
 
 def run(norm: str, seed: int, epochs: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps (S,) and percentiles (4, 3, S), by activation."""
-    command = [sys.executable, "-m", "bn_lightning", "fit", "--config", "configs/article.yaml", "--model.norm", norm]
+    command = [
+        sys.executable,
+        "-m",
+        "bn_lightning",
+        "fit",
+        "--config",
+        "configs/article.yaml",
+        "--model.norm",
+        norm,
+    ]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(epochs)]
     command += ["--trainer.default_root_dir", str(folder), "--name", f"{norm}-{seed}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    events = EventAccumulator(str(folder / f"{norm}-{seed}" / "0"), size_guidance={"scalars": 0}).Reload()
-    curves = {(a, p): events.Scalars(f"activation_input/{a}/p{p}") for a in ACTIVATIONS for p in PERCENTILES}
+    events = EventAccumulator(
+        str(folder / f"{norm}-{seed}" / "0"), size_guidance={"scalars": 0}
+    ).Reload()
+    curves = {
+        (a, p): events.Scalars(f"activation_input/{a}/p{p}")
+        for a in ACTIVATIONS
+        for p in PERCENTILES
+    }
     steps = np.array([event.step for event in curves[1, 50]])
     values = [[[event.value for event in curves[a, p]] for p in PERCENTILES] for a in ACTIVATIONS]
     return steps, np.array(values)
@@ -42,11 +57,15 @@ def drift(steps: np.ndarray, percentiles: np.ndarray, epochs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--norms", nargs="+", default=["custom", "none"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--figure", help="draw the curves of the first seed here (needs matplotlib)")
+    parser.add_argument(
+        "--figure", help="draw the curves of the first seed here (needs matplotlib)"
+    )
     args = parser.parse_args()
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -56,8 +75,13 @@ def main() -> None:
                 print(f"{norm}, seed {seed}: done", flush=True)
     for norm in args.norms:
         for a in ACTIVATIONS:
-            drifts = [drift(steps, p[a - 1], args.epochs) for steps, p in (curves[norm, n] for n in args.seeds)]
-            print(f"{norm:8} activation {a}  drift {np.mean(drifts):6.2f}  ({min(drifts):.2f} to {max(drifts):.2f})")
+            drifts = [
+                drift(steps, p[a - 1], args.epochs)
+                for steps, p in (curves[norm, n] for n in args.seeds)
+            ]
+            print(
+                f"{norm:8} activation {a}  drift {np.mean(drifts):6.2f}  ({min(drifts):.2f} to {max(drifts):.2f})"
+            )
     if args.figure:
         draw({norm: curves[norm, args.seeds[0]] for norm in args.norms}, args.figure)
 
@@ -65,7 +89,9 @@ def main() -> None:
 def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: str) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(curves), 4, figsize=(12, 2.6 * len(curves)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(curves), 4, figsize=(12, 2.6 * len(curves)), sharex=True, squeeze=False
+    )
     for row, (norm, (steps, values)) in zip(axes, curves.items(), strict=True):
         for a, axis in zip(ACTIVATIONS, row, strict=True):
             low, middle, high = values[a - 1]

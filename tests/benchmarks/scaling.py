@@ -54,7 +54,9 @@ def shares(epochs, batch_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256, 1024])
@@ -63,21 +65,31 @@ def main():
     if args.hooks:
         for batch_size in args.batch_sizes:
             both = [shares(args.epochs, batch_size) for _ in range(args.rounds)]
-            for name, values in zip(("hooks", "a checkpoint every 100 steps"), zip(*both, strict=True), strict=True):
+            for name, values in zip(
+                ("hooks", "a checkpoint every 100 steps"), zip(*both, strict=True), strict=True
+            ):
                 values = [100 * value for value in values]
                 middle, low, high = statistics.median(values), min(values), max(values)
-                print(f"batch {batch_size}: {name}: {middle:.2f}% of the time ({low:.2f} to {high:.2f})", flush=True)
+                print(
+                    f"batch {batch_size}: {name}: {middle:.2f}% of the time ({low:.2f} to {high:.2f})",
+                    flush=True,
+                )
         return
     for batch_size in args.batch_sizes:
         speeds = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side, flags in SIDES.items():
                 speeds[side].append(fit(args.epochs, batch_size, *flags))
-                print(f"batch {batch_size}  {side:12} {speeds[side][-1]:10,.0f} images/s", flush=True)
+                print(
+                    f"batch {batch_size}  {side:12} {speeds[side][-1]:10,.0f} images/s", flush=True
+                )
         for side in list(SIDES)[1:]:
             ratios = [a / b for a, b in zip(speeds[side], speeds["one process"], strict=True)]
             middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            print(f"batch {batch_size}: {side} / one process: {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
+            print(
+                f"batch {batch_size}: {side} / one process: {middle:.3f} ({low:.3f} to {high:.3f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

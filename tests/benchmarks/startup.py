@@ -20,7 +20,9 @@ SIDES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -31,10 +33,16 @@ def main() -> None:
             if number:  # the first round fills the file cache
                 seconds[side].append(time.perf_counter() - start)
     for side, values in seconds.items():
-        print(f"{side:20} median {statistics.median(values):.3f} s, from {min(values):.3f} to {max(values):.3f}")
-    ratios = [a / b for a, b in zip(seconds["fit --help"], seconds["import LightningCLI"], strict=True)]
+        print(
+            f"{side:20} median {statistics.median(values):.3f} s, from {min(values):.3f} to {max(values):.3f}"
+        )
+    ratios = [
+        a / b for a, b in zip(seconds["fit --help"], seconds["import LightningCLI"], strict=True)
+    ]
     low, high = min(ratios), max(ratios)
-    print(f"fit --help / import LightningCLI: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}")
+    print(
+        f"fit --help / import LightningCLI: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -61,17 +61,19 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 
-    from bn_lightning.data import sources
+    from bn_lightning.data import files, sources
 
     data = sources.load()
     with tempfile.TemporaryDirectory() as root:
         raw = Path(root, "FashionMNIST", "raw")
         raw.mkdir(parents=True)
-        for file in sources.WHOLE:  # torchvision wants them decompressed
-            content = sources._read(sources._locate(data.place, file), file)
+        for file in files.WHOLE:  # torchvision wants them decompressed
+            content = files.read(files.locate(data.place, file), file)
             header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + len(file.shape), *file.shape))
             (raw / file.name).write_bytes(header + content.tobytes())
-        train, test = (FashionMNIST(root, train=is_train, transform=ToTensor()) for is_train in (True, False))
+        train, test = (
+            FashionMNIST(root, train=is_train, transform=ToTensor()) for is_train in (True, False)
+        )
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, num_workers=4)
     test_loader = DataLoader(test, BATCH_SIZE, num_workers=4)
     network, optimizer = make()
@@ -94,7 +96,10 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
         if tests:
             network.eval()
             with torch.no_grad():
-                right = sum(int((network(images).argmax(1) == labels).sum()) for images, labels in test_loader)
+                right = sum(
+                    int((network(images).argmax(1) == labels).sum())
+                    for images, labels in test_loader
+                )
             accuracy = right / len(test)
     return seconds, accuracy
 
@@ -104,15 +109,26 @@ def dataloader(epochs: int) -> float:
 
 
 def fit(epochs: int, norm: str) -> float:
-    settings = ("--model.norm", norm, "--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "true")
+    settings = (
+        "--model.norm",
+        norm,
+        "--trainer.max_epochs",
+        str(epochs),
+        "--trainer.enable_progress_bar",
+        "true",
+    )
     return images_per_second(*settings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--side", choices=("bare", "dataloader"), help="measure this side once, in this process")
+    parser.add_argument(
+        "--side", choices=("bare", "dataloader"), help="measure this side once, in this process"
+    )
     args = parser.parse_args()
     if args.side:
         print({"bare": bare, "dataloader": dataloader}[args.side](args.epochs))
@@ -123,18 +139,24 @@ def main() -> None:
         for side in SIDES:
             if side in ("bare", "dataloader"):
                 command = [sys.executable, __file__, "--side", side, "--epochs", str(args.epochs)]
-                speed = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                speed = float(
+                    subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                )
             else:
                 speed = fit(args.epochs, {"fit": "builtin"}.get(side, side))
             speeds[side].append(speed)
             print(f"round {number + 1}  {side:10} {speed:10,.0f} images/s", flush=True)
-    print(f"\n{torch.get_num_threads()} threads, {args.epochs} epochs of 60,000 images, {args.rounds} rounds")
+    print(
+        f"\n{torch.get_num_threads()} threads, {args.epochs} epochs of 60,000 images, {args.rounds} rounds"
+    )
     for side in SIDES:
         print(f"{side:10} median {statistics.median(speeds[side]):8,.0f} images/s")
     for above, below in (("fit", "bare"), ("fit", "dataloader"), ("custom", "bare")):
         ratios = [a / b for a, b in zip(speeds[above], speeds[below], strict=True)]
         low, high = min(ratios), max(ratios)
-        print(f"{above} / {below}: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}")
+        print(
+            f"{above} / {below}: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -26,17 +26,23 @@ def config(file: str, seed: int) -> dict[str, float]:
 
 def loop() -> dict[str, float]:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, __file__, "--loop"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--loop"], capture_output=True, text=True, check=True
+    )
     whole = time.perf_counter() - start
     seconds, accuracy = map(float, done.stdout.split())
     return {"training": seconds, "whole": whole, "test acc": accuracy}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--config", default="configs/speedrun.yaml")
-    parser.add_argument("--loop", action="store_true", help="the article's loop once, in this process")
+    parser.add_argument(
+        "--loop", action="store_true", help="the article's loop once, in this process"
+    )
     args = parser.parse_args()
     if args.loop:
         print(*article(10))
@@ -45,10 +51,16 @@ def main() -> None:
     for number in range(args.rounds):
         rounds.append((loop(), config(args.config, number)))
         for side, figures in zip(("article", args.config), rounds[-1], strict=True):
-            print(f"round {number + 1}  {side:22}", "  ".join(f"{n} {v:.3f}" for n, v in figures.items()), flush=True)
+            print(
+                f"round {number + 1}  {side:22}",
+                "  ".join(f"{n} {v:.3f}" for n, v in figures.items()),
+                flush=True,
+            )
     for name in ("training", "whole"):
         ratios = [a[name] / b[name] for a, b in rounds]
-        print(f"{name}: {statistics.median(ratios):.1f} times less, from {min(ratios):.1f} to {max(ratios):.1f}")
+        print(
+            f"{name}: {statistics.median(ratios):.1f} times less, from {min(ratios):.1f} to {max(ratios):.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_images_are_shared_by_runs_that_read_the_same_place(tmp_path):
 def test_what_identifies_the_data():
     identity = ready().identity()
     assert identity["source"] == "sample"
-    assert identity["sha256"] == {file.name: file.sha256 for file in sources.SAMPLED}
+    assert identity["sha256"] == {file.name: file.sha256 for file in files.SAMPLED}
     identity = ready(val_images=0, batch_size=3, seed=4).identity()
     assert identity["source"] == "sample"
 

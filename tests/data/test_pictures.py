@@ -75,7 +75,11 @@ def test_a_camera_held_upright(tmp_path):
 def test_the_border_tells_for_all_images_of_the_data_set():
     data = sources.load("system")
     for images in (data.train_images, data.test_images):
-        border = torch.cat([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], 1).float().mean(1)
+        border = (
+            torch.cat([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], 1)
+            .float()
+            .mean(1)
+        )
         assert (border < 127).all() and (255 - border > 127).all()
 
 
@@ -89,7 +93,9 @@ def in_a_photograph(picture):
 RESIZED = {
     "twice": lambda picture: picture.resize((56, 56), Image.Resampling.BILINEAR),
     "ten times": lambda picture: picture.resize((280, 280), Image.Resampling.BICUBIC),
-    "an odd size, inverted": lambda picture: ImageOps.invert(picture.resize((101, 101), Image.Resampling.LANCZOS)),
+    "an odd size, inverted": lambda picture: ImageOps.invert(
+        picture.resize((101, 101), Image.Resampling.LANCZOS)
+    ),
 }
 
 
@@ -112,7 +118,9 @@ def test_a_thing_on_a_large_ground_is_found_and_centred(tmp_path):
     for picture in saved(tmp_path, in_a_photograph, TEST[:100]):
         assert picture.inverted
         lit = picture.pixels > 13
-        assert max(int(lit.any(0).sum()), int(lit.any(1).sum())) >= 26  # its longer side fills the picture
+        assert (
+            max(int(lit.any(0).sum()), int(lit.any(1).sum())) >= 26
+        )  # its longer side fills the picture
         inside = lit.any(1).nonzero().flatten(), lit.any(0).nonzero().flatten()
         rows += [abs(int(part[0]) - (27 - int(part[-1]))) for part in inside]
     assert np.mean(rows) < 2  # margins of the two sides
@@ -126,7 +134,9 @@ def test_transparent_is_white(tmp_path):
     assert picture.inverted and picture.pixels.float().mean() > 100
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)]
+)
 def test_values_of_32_bits_are_taken_by_their_range(tmp_path, dtype, most):
     values = TEST[0].numpy().astype("float64") / 255 * most
     Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
@@ -167,7 +177,9 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         path = tmp_path / "in" / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(b"")
-    found = [path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])]
+    found = [
+        path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])
+    ]
     assert found == ["in/d.txt", "in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg"]
     (tmp_path / "in/report.pdf").write_bytes(b"")  # Pillow writes them, and reads none
     (tmp_path / "in/folder.txt").mkdir()

@@ -38,7 +38,11 @@ def test_sample_is_the_first_of_each_class_of_the_real_data(monkeypatch):
     assert whole.train_labels.bincount().tolist() == [6_000] * 10
     for split, per_class in (("train", 600), ("test", 100)):
         images, labels = getattr(whole, f"{split}_images"), getattr(whole, f"{split}_labels")
-        first = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(10)]).sort().values
+        first = (
+            torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(10)])
+            .sort()
+            .values
+        )
         assert torch.equal(images[first], getattr(sample, f"{split}_images"))
         assert torch.equal(labels[first], getattr(sample, f"{split}_labels"))
 
@@ -91,7 +95,9 @@ def test_without_a_network_and_without_data_the_sample_is_used(tmp_path, monkeyp
     if not possible:
         pytest.skip("needs network and mount namespaces (Linux, root)")
     job = f"{sys.executable} -m bn_lightning fit --trainer.max_epochs 1"
-    done = subprocess.run([*isolated, hide + job], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*isolated, hide + job], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "THIS RUN USES THE PACKAGED SAMPLE" in done.stderr
     found = result_of(tmp_path / "runs" / "lenet" / "0")

@@ -18,7 +18,9 @@ def test_is_the_network_of_the_article():
         nn.Linear(120, 84), nn.BatchNorm1d(84), nn.Sigmoid(), nn.Linear(84, 10),
     )  # fmt: skip
     lenet = LeNet(norm="builtin")
-    tutorial.load_state_dict(dict(zip(tutorial.state_dict(), lenet.state_dict().values(), strict=True)))
+    tutorial.load_state_dict(
+        dict(zip(tutorial.state_dict(), lenet.state_dict().values(), strict=True))
+    )
     torch.testing.assert_close(lenet(IMAGES), tutorial(IMAGES))
 
 
@@ -52,7 +54,9 @@ def test_activation_and_pooling(activation, pooling):
     phi = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}.get(activation)
     if phi:
         torch.testing.assert_close(lenet.phi(x), phi(x))
-    squares = x.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (N, C, 2, 2, 2, 2): two of rows, two of columns
+    squares = x.unflatten(3, (2, 2)).unflatten(
+        2, (2, 2)
+    )  # (N, C, 2, 2, 2, 2): two of rows, two of columns
     expected = squares.mean((3, 5)) if pooling == "avg" else squares.amax((3, 5))
     torch.testing.assert_close(lenet.pool(x), expected)
     assert lenet(IMAGES).shape == (8, 10)

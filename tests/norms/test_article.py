@@ -16,9 +16,13 @@ def test_mode_follows_whether_gradients_are_recorded():
     layer = article.BatchNorm(num_features=1, num_dims=2)
     x = torch.tensor([[1.0], [3.0]])
     with torch.no_grad():
-        torch.testing.assert_close(layer.train()(x), x, atol=1e-4, rtol=0)  # moving mean 0 and variance 1
+        torch.testing.assert_close(
+            layer.train()(x), x, atol=1e-4, rtol=0
+        )  # moving mean 0 and variance 1
     assert layer.moving_mean.item() == 0
-    assert layer.eval()(x).mean().abs() < 1e-6  # eval() is not looked at: the batch's own mean is taken off
+    assert (
+        layer.eval()(x).mean().abs() < 1e-6
+    )  # eval() is not looked at: the batch's own mean is taken off
 
 
 def test_is_torchs_layer_but_for_the_bias_of_the_variance():

@@ -20,12 +20,17 @@ def test_there_and_back():
     expected = copy.deepcopy(network).eval()(images(seed=1))
     tensors = {name: id(t) for name, t in (*network.named_parameters(), *network.named_buffers())}
     to_torch(network)
-    assert [type(norm) for norm in (network.norm1, network.norm3)] == [nn.BatchNorm2d, nn.BatchNorm1d]
+    assert [type(norm) for norm in (network.norm1, network.norm3)] == [
+        nn.BatchNorm2d,
+        nn.BatchNorm1d,
+    ]
     torch.testing.assert_close(network.eval()(images(seed=1)), expected)
     from_torch(network)
     assert sum(type(module) is BatchNorm for module in network.modules()) == 4
     torch.testing.assert_close(network.eval()(images(seed=1)), expected)
-    assert {name: id(t) for name, t in (*network.named_parameters(), *network.named_buffers())} == tensors
+    assert {
+        name: id(t) for name, t in (*network.named_parameters(), *network.named_buffers())
+    } == tensors
 
 
 def test_a_layer_alone():
@@ -45,7 +50,9 @@ def test_update_bn_estimates_the_statistics_of_a_converted_network():
     network = LeNet("custom")
     untouched = copy.deepcopy(network.state_dict())
     update_bn(batches, network)
-    assert torch.equal(network.norm1.running_mean, untouched["norm1.running_mean"])  # passed by, without a word
+    assert torch.equal(
+        network.norm1.running_mean, untouched["norm1.running_mean"]
+    )  # passed by, without a word
     update_bn(batches, to_torch(network))
     expected = torch.stack([network.conv1(batch).mean((0, 2, 3)) for batch in batches]).mean(0)
     torch.testing.assert_close(from_torch(network).norm1.running_mean, expected)
@@ -57,7 +64,9 @@ def test_folding_into_the_layer_before_it():
     network(images())
     network.eval()
     folded = fuse_conv_bn_eval(network.conv1, to_torch(copy.deepcopy(network.norm1)))
-    torch.testing.assert_close(folded(images()), network.norm1(network.conv1(images())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded(images()), network.norm1(network.conv1(images())), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_replacement_for_vmap():

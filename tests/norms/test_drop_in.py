@@ -15,9 +15,15 @@ except ImportError as error:
     pytest.skip(f"this torch has no samples of its own: {error}", allow_module_level=True)
 
 # torch seeds and chooses device and dtype in its own way; these are the arguments that it calls its samples with.
-LAYERS = {info.module_cls: info for info in module_db if "BatchNorm" in info.name and "Lazy" not in info.name}
+LAYERS = {
+    info.module_cls: info
+    for info in module_db
+    if "BatchNorm" in info.name and "Lazy" not in info.name
+}
 LAYERS = {layer: LAYERS[layer] for layer in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)}
-OPERATIONS = {op.name: op for op in op_db if op.name in ("nn.functional.batch_norm", "native_batch_norm")}
+OPERATIONS = {
+    op.name: op for op in op_db if op.name in ("nn.functional.batch_norm", "native_batch_norm")
+}
 DTYPES = (torch.float64, torch.float32)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -25,7 +31,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 def close(ours, theirs, dtype, message=""):
     scale = theirs.detach().abs().max().item() if theirs.numel() else 1.0
     torch.testing.assert_close(
-        ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(scale, 1), equal_nan=True, msg=message or None
+        ours,
+        theirs,
+        rtol=TOLERANCE[dtype],
+        atol=TOLERANCE[dtype] * max(scale, 1),
+        equal_nan=True,
+        msg=message or None,
     )
 
 
@@ -37,7 +48,11 @@ def module_samples():
                 samples = info.module_inputs_func(info, "cpu", dtype, True, training)
                 for number, sample in enumerate(samples):
                     yield pytest.param(
-                        layer, dtype, training, sample, id=f"{layer.__name__}-{dtype}-{training}-{number}"
+                        layer,
+                        dtype,
+                        training,
+                        sample,
+                        id=f"{layer.__name__}-{dtype}-{training}-{number}",
                     )
 
 
@@ -66,7 +81,9 @@ def operation_samples():
     for name, operation in OPERATIONS.items():
         for dtype in DTYPES:
             torch.manual_seed(0)
-            for number, sample in enumerate(operation.sample_inputs("cpu", dtype, requires_grad=True)):
+            for number, sample in enumerate(
+                operation.sample_inputs("cpu", dtype, requires_grad=True)
+            ):
                 yield pytest.param(name, dtype, sample, id=f"{name}-{dtype}-{number}")
 
 
@@ -100,7 +117,9 @@ def test_there_are_samples():
 def error_samples():
     for layer, info in LAYERS.items():
         for number, error in enumerate(
-            info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=True)
+            info.module_error_inputs_func(
+                info, "cpu", torch.float32, requires_grad=False, training=True
+            )
         ):
             yield pytest.param(layer, error.module_error_input, id=f"{layer.__name__}-{number}")
 
@@ -109,4 +128,6 @@ def error_samples():
 def test_torchs_error_samples(layer, sample):
     for module in (layer, BatchNorm):
         with pytest.raises((ValueError, RuntimeError)):
-            module(*sample.constructor_input.args, **sample.constructor_input.kwargs)(*sample.forward_input.args)
+            module(*sample.constructor_input.args, **sample.constructor_input.kwargs)(
+                *sample.forward_input.args
+            )

@@ -29,7 +29,9 @@ def test_is_torchs_function(num_dims, training, affine, dtype, tolerance):
         y.square().mul(torch.linspace(0, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
         results.append([y, mean, var, leaf.grad, *((weight.grad, bias.grad) if affine else ())])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+        torch.testing.assert_close(
+            ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
@@ -40,7 +42,9 @@ def test_half_precision_input_is_computed_in_float32(num_dims, dtype, training):
     ours, theirs = BatchNorm(5).train(training), TORCH[num_dims](5).train(training)
     y = ours(x)
     assert y.dtype == dtype
-    exact = F.batch_norm(x.double(), torch.zeros(5).double(), torch.ones(5).double(), training=training)
+    exact = F.batch_norm(
+        x.double(), torch.zeros(5).double(), torch.ones(5).double(), training=training
+    )
     # The only error left is that of rounding the result: half a unit in the last place.
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5)
     theirs(x)
@@ -76,18 +80,26 @@ def test_derivatives_of_first_and_second_order_and_in_forward_mode(num_dims):
     def function(x, weight, bias):
         return batch_norm(x, None, None, weight, bias, True)
 
-    assert torch.autograd.gradcheck(function, (x, weight, bias), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        function, (x, weight, bias), check_forward_ad=True, check_batched_grad=True
+    )
     assert torch.autograd.gradgradcheck(function, (x, weight, bias), check_fwd_over_rev=True)
 
 
 def test_gradients_of_what_does_not_need_all_of_them():
     x = scattered((8, 5), torch.float64)
-    for layer in (BatchNorm(5, affine=False), BatchNorm(5, bias=False), BatchNorm(5).requires_grad_(False)):
+    for layer in (
+        BatchNorm(5, affine=False),
+        BatchNorm(5, bias=False),
+        BatchNorm(5).requires_grad_(False),
+    ):
         layer.double()
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf)
         leaf = x.clone().requires_grad_()
-        (expected,) = torch.autograd.grad(F.batch_norm(leaf, None, None, training=True).pow(3).sum(), leaf)
+        (expected,) = torch.autograd.grad(
+            F.batch_norm(leaf, None, None, training=True).pow(3).sum(), leaf
+        )
         torch.testing.assert_close(dx, expected)
     layer = BatchNorm(5).double()
     layer(x).pow(3).sum().backward()  # input without gradient
@@ -100,7 +112,10 @@ def test_gradients_of_what_does_not_need_all_of_them():
 def test_function_transforms():
     """vmap and grad of torch.func, where torch's layer allows them: without running statistics to write to."""
     x = scattered((3, 8, 5, 4, 4), torch.float64)
-    for function in (torch.func.vmap, lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).pow(3).sum()))):
+    for function in (
+        torch.func.vmap,
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).pow(3).sum())),
+    ):
         ours, theirs = (
             function(layer(5, track_running_stats=False, dtype=torch.float64))(x)
             for layer in (BatchNorm, nn.BatchNorm2d)
@@ -123,7 +138,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     for reentrant in (None, True, False):
         x, layer = scattered((8, 5, 4, 4)).requires_grad_(), BatchNorm(5)
         block = nn.Sequential(layer, nn.Sigmoid())
-        y = block(x) if reentrant is None else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        y = (
+            block(x)
+            if reentrant is None
+            else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        )
         y.pow(2).sum().backward()
         gradients.append((x.grad, layer.weight.grad, layer.bias.grad))
     for plain, *checkpointed in zip(*gradients, strict=True):
@@ -186,10 +205,19 @@ def test_state_of_before_batches_were_counted_loads():
 
 def test_meta_device():
     layer = BatchNorm(5, device="meta")
-    x = torch.empty(8, 5, 6, 4, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.empty(8, 5, 6, 4, device="meta")
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     y = layer(x)
     y.sum().backward()
-    assert (y.shape, y.stride(), y.device.type, x.grad.shape) == (x.shape, x.stride(), "meta", x.shape)
+    assert (y.shape, y.stride(), y.device.type, x.grad.shape) == (
+        x.shape,
+        x.stride(),
+        "meta",
+        x.shape,
+    )
     layer.to_empty(device="cpu").reset_parameters()
     for name, value in nn.BatchNorm2d(5).state_dict().items():
         assert torch.equal(layer.state_dict()[name], value), name
@@ -254,4 +282,6 @@ def test_num_dims_is_the_only_rank_that_is_taken():
 
 
 def test_one_value_per_channel_is_enough_in_eval_mode():
-    torch.testing.assert_close(BatchNorm(5).eval()(torch.ones(1, 5)), nn.BatchNorm1d(5).eval()(torch.ones(1, 5)))
+    torch.testing.assert_close(
+        BatchNorm(5).eval()(torch.ones(1, 5)), nn.BatchNorm1d(5).eval()(torch.ones(1, 5))
+    )

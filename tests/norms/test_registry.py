@@ -37,9 +37,14 @@ def test_names(name, num_dims, kind):
 
 
 def test_arguments_arrive_by_keyword():
-    assert registry.make("builtin", 6, 4).eps == 1e-5  # nn.BatchNorm2d(6, 4) would have taken the 4 for eps
+    assert (
+        registry.make("builtin", 6, 4).eps == 1e-5
+    )  # nn.BatchNorm2d(6, 4) would have taken the 4 for eps
     assert registry.make("custom", 6, 4, {"eps": 1e-3}).eps == 1e-3
-    assert registry.make("tests.norms.test_registry.group_norm", 6, 4, {"num_groups": 3}).num_groups == 3
+    assert (
+        registry.make("tests.norms.test_registry.group_norm", 6, 4, {"num_groups": 3}).num_groups
+        == 3
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 def scattered(num_dims, seed=0, dtype=torch.float64):
     """Values with means 1, 2 and 3, and deviations 0.5, 1 and 1.5, of the three channels."""
-    x = torch.randn(SHAPES[num_dims], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        SHAPES[num_dims], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     factor = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view((3,) + (1,) * (num_dims - 2))
     return (factor * (x / 2 + 1)).to(dtype)
 
@@ -27,7 +29,10 @@ def scattered(num_dims, seed=0, dtype=torch.float64):
 def layer(num_dims=None, mean=(0.5, 2.0, 4.0), std=(1.0, 0.8, 1.2), dtype=torch.float64, **options):
     """A layer with moving averages and parameters of its own in each channel."""
     made = BatchRenorm(len(mean), num_dims, **options).to(dtype)
-    state = {"weight": torch.linspace(0.5, 1.5, len(mean)), "bias": torch.linspace(-1, 1, len(mean))}
+    state = {
+        "weight": torch.linspace(0.5, 1.5, len(mean)),
+        "bias": torch.linspace(-1, 1, len(mean)),
+    }
     state |= {"running_mean": torch.tensor(mean), "running_std": torch.tensor(std)}
     made.load_state_dict(state, strict=False)
     return made
@@ -47,11 +52,20 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
-@pytest.mark.parametrize("options", [UNCORRECTED, {"warmup": 10}])  # at its first batch, a warmup allows nothing either
+@pytest.mark.parametrize(
+    "options", [UNCORRECTED, {"warmup": 10}]
+)  # at its first batch, a warmup allows nothing either
 def test_without_correction_it_is_batch_normalization(num_dims, options):
     norm, x = layer(num_dims, eps=1e-3, **options), scattered(num_dims)
-    ours = results(lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x), x, norm.weight, norm.bias)
-    theirs = results(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=1e-3), x, norm.weight, norm.bias)
+    ours = results(
+        lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x),
+        x,
+        norm.weight,
+        norm.bias,
+    )
+    theirs = results(
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=1e-3), x, norm.weight, norm.bias
+    )
     assert_same(ours, theirs)
 
 
@@ -61,7 +75,9 @@ def test_without_clipping_training_gives_what_eval_gives(num_dims):
     in_eval = copy.deepcopy(norm).eval()(x)
     in_training = norm(x)
     torch.testing.assert_close(in_training, in_eval, **EXACT)
-    assert (F.batch_norm(x, None, None, norm.weight, norm.bias, True) - in_eval).abs().max() > 0.1  # as it does not
+    assert (
+        F.batch_norm(x, None, None, norm.weight, norm.bias, True) - in_eval
+    ).abs().max() > 0.1  # as it does not
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
@@ -89,7 +105,13 @@ def test_clipping_by_hand():
     # In each channel m = 2 and, as eps is 3, s = sqrt(1 + 3) = 2: (x - m) / s is -1/2 and 1/2.
     x = torch.tensor([[1.0], [3.0]], dtype=torch.float64).expand(2, 4)
     norm = layer(
-        mean=(0.0, 0.0, 14.0, -10.0), std=(0.5, 8.0, 2.0, 2.0), eps=3, momentum=0.5, r_max=3, d_max=5, warmup=0
+        mean=(0.0, 0.0, 14.0, -10.0),
+        std=(0.5, 8.0, 2.0, 2.0),
+        eps=3,
+        momentum=0.5,
+        r_max=3,
+        d_max=5,
+        warmup=0,
     )
     with torch.no_grad():
         norm.weight.fill_(2)
@@ -115,9 +137,17 @@ def test_r_and_d_are_constants_of_the_gradient(num_dims, bounds):
     s, m = (x.var(dims, correction=0) + norm.eps).sqrt(), x.mean(dims)
     r = (s / norm.running_std).clamp(1 / bounds["r_max"], bounds["r_max"])
     d = ((m - norm.running_mean) / norm.running_std).clamp(-bounds["d_max"], bounds["d_max"])
-    ours = results(lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x), x, norm.weight, norm.bias)
+    ours = results(
+        lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x),
+        x,
+        norm.weight,
+        norm.bias,
+    )
     theirs = results(
-        lambda x, w, b: F.batch_norm(x, None, None, w * r, b + w * d, True, eps=norm.eps), x, norm.weight, norm.bias
+        lambda x, w, b: F.batch_norm(x, None, None, w * r, b + w * d, True, eps=norm.eps),
+        x,
+        norm.weight,
+        norm.bias,
     )
     assert_same(ours, theirs)
     assert not norm.running_mean.requires_grad and not norm.running_std.requires_grad
@@ -133,7 +163,9 @@ def test_gradient_is_the_derivative_where_all_is_clipped_and_only_there(num_dims
         norm = layer(num_dims, momentum=0, warmup=0, **options)
         inputs = (x, norm.weight, norm.bias)
         return gradcheck(
-            lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x), inputs, raise_exception=False
+            lambda x, w, b: functional_call(norm, {"weight": w, "bias": b}, x),
+            inputs,
+            raise_exception=False,
         )
 
     assert agrees(mean=(1e4, -1e4, 1e4), std=(100.0, 0.001, 100.0))
@@ -161,7 +193,13 @@ def test_state_goes_through_a_checkpoint():
     torch.save(old.state_dict(), stored)
     stored.seek(0)
     new.load_state_dict(torch.load(stored, weights_only=True))
-    assert set(new.state_dict()) == {"weight", "bias", "running_mean", "running_std", "num_batches_tracked"}
+    assert set(new.state_dict()) == {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_std",
+        "num_batches_tracked",
+    }
     for seed in range(2, 5):  # on through the warmup, and to the end of it
         assert torch.equal(new(scattered(4, seed)), old(scattered(4, seed)))
     assert torch.equal(new.eval()(scattered(4)), old.eval()(scattered(4)))
@@ -188,11 +226,15 @@ def test_eval_is_of_each_image_alone_and_changes_nothing(num_dims):
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_input_is_computed_in_float32(num_dims, dtype, training):
     x = scattered(num_dims, dtype=dtype)
-    norm, exact = (layer(num_dims, dtype=d, warmup=0).train(training) for d in (torch.float32, torch.float64))
+    norm, exact = (
+        layer(num_dims, dtype=d, warmup=0).train(training) for d in (torch.float32, torch.float64)
+    )
     y = norm(x)
     assert y.dtype == dtype
     # The only error left is that of rounding the result: half a unit in the last place.
-    torch.testing.assert_close(y.double(), exact(x.double()), rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), exact(x.double()), rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5
+    )
     assert norm.running_mean.dtype == torch.float32
 
 
@@ -232,7 +274,14 @@ def test_one_value_per_channel_is_refused_in_training(shape):
 
 
 @pytest.mark.parametrize(
-    "options", [{"r_max": 0.5}, {"r_max": float("inf")}, {"r_max": float("nan")}, {"d_max": -1}, {"warmup": -1}]
+    "options",
+    [
+        {"r_max": 0.5},
+        {"r_max": float("inf")},
+        {"r_max": float("nan")},
+        {"d_max": -1},
+        {"warmup": -1},
+    ],
 )
 def test_settings_without_a_meaning_are_refused(options):
     (name,) = options

@@ -25,10 +25,13 @@ CASES = [
 
 def batch_of(num_images, num_dims, layout, dtype):
     generator = torch.Generator().manual_seed(num_images)
-    x, gradient = (3 * torch.randn(2, num_images, *SHAPES[num_dims], generator=generator, dtype=torch.float64) + 1).to(
-        dtype
-    )
-    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels last" else x), gradient
+    x, gradient = (
+        3 * torch.randn(2, num_images, *SHAPES[num_dims], generator=generator, dtype=torch.float64)
+        + 1
+    ).to(dtype)
+    return (
+        x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels last" else x
+    ), gradient
 
 
 def two_steps(layer, x, gradient):
@@ -53,10 +56,20 @@ def results_of_a_process(rank, world_size, port, queue):
             mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
             y, dx = two_steps(layer, x[mine], gradient[mine])
             parts = [None] * world_size
-            dist.all_gather_object(parts, (y, dx, layer.weight.grad, layer.bias.grad, *layer.buffers()))
+            dist.all_gather_object(
+                parts, (y, dx, layer.weight.grad, layer.bias.grad, *layer.buffers())
+            )
             ys, dxs, weights, biases, *buffers = zip(*parts, strict=True)
-            assert all(torch.equal(buffer, its[0]) for its in buffers for buffer in its), "ranks differ"
-            whole = torch.cat(ys), torch.cat(dxs), sum(weights), sum(biases), *(its[0] for its in buffers)
+            assert all(torch.equal(buffer, its[0]) for its in buffers for buffer in its), (
+                "ranks differ"
+            )
+            whole = (
+                torch.cat(ys),
+                torch.cat(dxs),
+                sum(weights),
+                sum(biases),
+                *(its[0] for its in buffers),
+            )
             results[shares, case] = [tensor.numpy() for tensor in whole]
     if rank == 0:
         queue.put(results)
@@ -83,18 +96,32 @@ def test_processes_are_one(world_size):
         y, dx = two_steps(alone, *batch_of(sum(shares), *case))
         expected = [y, dx, alone.weight.grad, alone.bias.grad, *alone.buffers()]
         # outputs within 2e-6 and gradients within 1e-5 in float32
-        tolerances = [1e-12] * 7 if case[2] == torch.float64 else [2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 0]
+        tolerances = (
+            [1e-12] * 7 if case[2] == torch.float64 else [2e-6, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 0]
+        )
         for value, truth, tolerance in zip(values, expected, tolerances, strict=True):
             truth, value = truth.detach(), torch.from_numpy(value)
-            assert (value - truth).abs().max() <= tolerance * max(1, truth.abs().max().item()), (shares, case)
+            assert (value - truth).abs().max() <= tolerance * max(1, truth.abs().max().item()), (
+                shares,
+                case,
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "alone"), [("custom", "custom"), ("builtin", "custom"), ("builtin", "builtin")])
+@pytest.mark.parametrize(
+    ("norm", "alone"), [("custom", "custom"), ("builtin", "custom"), ("builtin", "builtin")]
+)
 def test_fit_on_two_processes_is_fit_on_one(norm, alone, tmp_path):
     settings = (*QUICK[:2], "--trainer.precision", "64-true", "--trainer.max_steps", 50)
     command("fit", *settings, "--model.norm", alone, "--name", "one", cwd=tmp_path)
-    processes = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true")
+    processes = (
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.sync_batchnorm",
+        "true",
+    )
     command("fit", *settings, *processes, "--model.norm", norm, "--name", "two", cwd=tmp_path)
     files = [tmp_path / f"runs/{name}/0/checkpoints/last.ckpt" for name in ("one", "two")]
     assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [50, 50]
@@ -123,9 +150,13 @@ def test_plugin_changes_nothing_but_the_class_and_takes_it_back(norm):
     assert model.network(torch.rand(3, 1, 28, 28)).shape == (3, 10)  # no process group: as without
     plugin.revert(model)
     assert [type(module) for module in model.modules()] == before
-    assert {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())} == tensors
+    assert {
+        name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())
+    } == tensors
     assert not any(
-        getattr(module, "sync_batchnorm", False) for module in model.modules() if isinstance(module, BatchNorm)
+        getattr(module, "sync_batchnorm", False)
+        for module in model.modules()
+        if isinstance(module, BatchNorm)
     )
 
 

@@ -1,105 +1,112 @@
-import json
+"""What a run measures, and the line of each epoch."""
 
+import json
+import re
+
+import lightning.pytorch as pl
 import pytest
 import torch
-import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bn_lightning import LeNet
-from bn_lightning.data.fashion_mnist import CLASSES
-from bn_lightning.runs import records
+from bn_lightning.runs.records import Records, recorded_in
 from tests.conftest import QUICK
+from tests.projects.friedman.experiment import Regression, Table
+
+LINE = re.compile(
+    r"epoch +(\d+)(/\d+)?  train loss [\d.]+  train rmse [\d.]+  train r2 -?[\d.]+"
+    r"(  val loss [\d.]+  val rmse [\d.]+  val r2 -?[\d.]+)?  [\d,]+ samples/s"
+)
 
 
-def test_a_run_leaves_these_files(trained):
-    folder, _ = trained
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    events = [name for name in names if name.startswith("events.out.tfevents")]
-    assert len(events) == 1
-    assert sorted(set(names) - set(events)) == [".lock", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
-                                                "config.yaml", "result.json"]  # fmt: skip
-
-
-def test_result_is_one_flat_object(trained):
-    folder, _ = trained
-    result = json.loads((folder / "result.json").read_text())
-    first = ["train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "images_per_second", "epochs",
-             "steps", "seed", "norm", "data_source", "device", "precision", "processes"]  # fmt: skip
-    assert list(result)[: len(first)] == first
-    assert all(isinstance(value, str | int | float) for value in result.values())
-    assert (result["epochs"], result["steps"], result["seed"]) == (2, 44, 0)
-    assert (result["norm"], result["data_source"], result["device"]) == ("custom", "sample", "cpu")
-    assert (result["precision"], result["processes"], result["tested"]) == ("32-true", 1, "best.ckpt")
-    assert result["torch"] == torch.__version__
-    assert (result["finished"], result["resumed_at_steps"]) == (True, "")
-    assert len(result["sha256_train-images-idx3-ubyte"]) == 64
-    assert 0.5 < result["test_acc"] < 1
-    # Two epochs of 5,500 images in the time that was taken.
-    assert abs(result["images_per_second"] * result["train_seconds"] - 11_000) < 1
-
-
-def test_config_is_whole(trained):
-    config = yaml.safe_load((trained[0] / "config.yaml").read_text())
-    assert config["model"]["norm"] == "custom"
-    assert config["data"]["source"] == "sample"
-    assert config["seed_everything"] == 0
-
-
-def test_tensorboard(trained):
-    folder, _ = trained
-    result = json.loads((folder / "result.json").read_text())
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-
-    def curve(tag):
-        return [(event.step, event.value) for event in events.Scalars(tag)]
-
-    assert [step for step, _ in curve("train_loss")] == [9, 19, 29, 39]
-    for tag in ("train_loss_epoch", "train_acc", "val_loss", "val_acc", "images_per_second"):
-        assert [step for step, _ in curve(tag)] == [21, 43], tag
-    assert curve("train_acc")[-1][1] == float(torch.tensor(result["train_acc"]))
-    assert [value for _, value in curve("lr-SGD")] == [1.0] * 4
-    assert len(curve("test_acc")) == 1
-    assert {f"test_acc_of/{name}" for name in CLASSES} <= set(events.Tags()["scalars"])
-    # The hyperparameters, and the figures that they led to.
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
-    assert curve("result/test_acc")[0][1] == float(torch.tensor(result["test_acc"]))
-
-
-def test_closing_lines(trained):
-    folder, stdout = trained
-    result = json.loads((folder / "result.json").read_text())
-    assert stdout.count("epoch  ") == 2
-    assert f"train loss {result['train_loss']:.3f}, train acc {result['train_acc']:.3f}" in stdout
-    assert f"test acc {result['test_acc']:.3f}" in stdout
-    assert f"{result['images_per_second']:,.1f} images/sec on cpu" in stdout
-    state = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-    gamma = ", ".join(f"{value:.2f}" for value in state["network.norm1.weight"])
-    assert f"gamma of the first norm layer: [{gamma}]" in stdout
-
-
-def test_closing_lines_of_other_norms():
-    result = dict.fromkeys(
-        ("train_loss", "train_acc", "test_acc", "images_per_second", "val_acc_best", "val_images_from", "device")
+def fit(data=None, ckpt_path=None, **settings):
+    """Train on 200 rows in batches of 30, and return the records and the trainer."""
+    torch.manual_seed(0)
+    records = Records()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", enable_checkpointing=False, callbacks=[records], **quiet, **settings
     )
-    assert "first norm layer" not in records.closing_lines(result, LeNet("none").norm1)
-    article = records.closing_lines(result, LeNet("article").norm1)
-    assert "gamma of the first norm layer: [1.00, 1.00, 1.00, 1.00, 1.00, 1.00]" in article
-    assert "beta of the first norm layer: [0.00, 0.00, 0.00, 0.00, 0.00, 0.00]" in article
+    data = data or Table(rows=200, batch_size=30)
+    model = Regression(lr=0.01)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return records, trainer
 
 
 def test_a_validation_that_has_lost_its_way_is_said(main, tmp_path):
     """With a norm the train loss stays finite where the weights overflow in evaluation."""
     code, _, err = main("fit", *QUICK, "--model.lr", "1e30")
     assert code == 0
-    assert "WARNING: the validation loss is nan after step 22: a smaller --model.lr may help" in err
+    said = "WARNING: the validation loss is nan after step 22: a smaller --model.lr may help"
+    assert said in err
     assert json.loads((tmp_path / "runs/lenet/0/result.json").read_text())["val_loss"] is None
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "result.json"
-    records.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        records.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+def test_each_epoch_and_each_validation_is_kept_and_printed(capsys):
+    records, trainer = fit(max_epochs=2, val_check_interval=3)
+    assert records.images == 400 and records.seconds > 0
+    assert [list(metrics) for metrics in records.epochs] == 2 * [
+        ["train_loss", "train_rmse", "train_r2"]
+    ]
+    # Of 7 batches after the third and the sixth.
+    assert [metrics["step"] for metrics in records.validations] == [3, 6, 10, 13]
+    assert list(records.validations[0]) == ["step", "val_loss", "val_rmse", "val_r2"]
+    last = records.validations[-1]
+    assert last["val_rmse"] == float(trainer.callback_metrics["val_rmse"])
+    assert last["val_rmse"] == pytest.approx(last["val_loss"] ** 0.5, rel=1e-5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert all(LINE.fullmatch(line) for line in lines), lines
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    assert f"train loss {records.epochs[0]['train_loss']:.3f}" in lines[0]
+    assert f"val rmse {records.validations[1]['val_rmse']:.3f}" in lines[0]
+
+
+def test_an_epoch_without_a_validation_has_none_in_its_line(capsys):
+    records, _ = fit(max_epochs=-1, max_steps=14, check_val_every_n_epoch=2)
+    first, second = (x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch"))
+    assert LINE.fullmatch(first)[3] is None and LINE.fullmatch(second)[3] is not None
+    assert first.startswith("epoch  1  ")  # of no known number
+    assert [metrics["step"] for metrics in records.validations] == [14]
+
+
+def test_the_test_set_is_called_by_its_name(capsys):
+    class Short(Table):
+        validates_on_test_set = True
+
+    fit(Short(rows=200, batch_size=30), max_epochs=1)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch"))
+    assert "test rmse" in line and "val " not in line
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    before, trainer = fit(max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    kept = recorded_in(torch.load(tmp_path / "x.ckpt", weights_only=True))
+    assert kept["epochs"] == before.epochs and kept["images"] == 200
+    after, _ = fit(max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    assert after.images == 600 and after.seconds > before.seconds
+    assert after.epochs[:1] == before.epochs and len(after.epochs) == 3
+    assert after.validations[:1] == before.validations and len(after.validations) == 3
+    # No checkpoint was selected, so that those before cannot be compared with those after.
+    assert (before.best_since, after.best_since) == (0, 7)
+    assert recorded_in({"state_dict": {}}) == {}
+
+
+def test_time_of_a_validation_does_not_count():
+    class Slow(pl.Callback):
+        def on_validation_batch_end(self, *args):
+            import time
+
+            time.sleep(0.2)
+
+    records = Records()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        enable_checkpointing=False,
+        callbacks=[records, Slow()],
+        max_epochs=1,
+        num_sanity_val_steps=1,
+        **quiet,
+    )
+    trainer.fit(Regression(), datamodule=Table(rows=60, batch_size=10))  # 3 validation batches
+    assert 0 < records.seconds < 0.5
+    assert len(records.validations) == 1  # the sanity check is none

@@ -1,7 +1,7 @@
 """The cells of a comparison's table, and its formats."""
 
-from bn_lightning.studies.statistics import Run
 from bn_lightning.studies.compare_table import as_csv, cells, heads, markdown
+from bn_lightning.studies.statistics import Run
 from tests.studies.test_statistics import of, runs, table
 
 

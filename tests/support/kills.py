@@ -1,12 +1,13 @@
-"""Kill runs at random moments, go on with them, and hold what comes out against the run that was left alone.
+"""Kill runs at random moments, resume them, and compare the outcome with an undisturbed run.
 
-    python -m tests.support.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0] [--seed 0]
+    python -m tests.support.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0]
+        [--seed 0]
 
-Each trial begins a run of 2 epochs on the sample, with everything on that has a state (augmentation, dropout, gradient
-accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16), kills it with SIGKILL after a random
-time, up to three times in a chain, lets it finish, and compares weights, optimizer, schedule, curves and result.json,
-bit for bit.
-With --writing N, N more trials are killed while a checkpoint is being written.
+Each trial starts a run of 2 epochs on the sample, with everything switched on that has a state:
+augmentation, dropout, gradient accumulation, OneCycleLR, averaged weights, validation within the
+epoch, bfloat16. The run is killed by SIGKILL after a random time, up to three times in a row, and
+then finishes. Weights, optimizer, schedule, curves and result.json are compared bit for bit.
+With --writing N, N more trials are killed while a checkpoint is written.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each purge
+from tests.support.logs import events_in
+
+# TensorBoard reports each purge.
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
 NORM = """\
 from torch import nn
@@ -35,25 +38,29 @@ class Noisy(nn.Sequential):
         super().__init__(BatchNorm(num_features, num_dims=num_dims), nn.Dropout(0.1))
 """
 SETTINGS = (
-    "--data.source", "sample", "--data.batch_size", "32", "--data.flip", "true", "--data.shift", "2",
-    "--model.norm", "noisy.Noisy", "--model.optimizer", "AdamW", "--model.lr", "0.01",
-    "--model.scheduler", "OneCycleLR",
-    "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "0.4",
-    "--trainer.precision", "bf16-mixed", "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu",
-    "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.9",
-    "--trainer.callbacks.use_buffers", "false", "--checkpoint.every_n_train_steps", "5",
-)  # fmt: skip
+    *("--data.source", "sample", "--data.batch_size", "32"),
+    *("--data.flip", "true", "--data.shift", "2"),
+    *("--model.norm", "noisy.Noisy", "--model.optimizer", "AdamW", "--model.lr", "0.01"),
+    *("--model.scheduler", "OneCycleLR"),
+    *("--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2"),
+    *("--trainer.val_check_interval", "0.4", "--trainer.precision", "bf16-mixed"),
+    *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
+    "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
+    *("--trainer.callbacks.decay", "0.9", "--trainer.callbacks.use_buffers", "false"),
+    *("--checkpoint.every_n_train_steps", "5"),
+)
 MEASURED = ("images_per_second", "train_seconds", "resumed_at_steps", "commit")
 
 
 def prepare(cwd: Path) -> Path:
+    """Make a folder with the norm that SETTINGS name."""
     cwd.mkdir(parents=True, exist_ok=True)
     (cwd / "noisy.py").write_text(NORM)
     return cwd
 
 
 def start(cwd, *settings, code=None):
-    """A run in a process group of its own, so that all of its processes can be killed at once."""
+    """Start a run in a process group of its own: all its processes can be killed at once."""
     program = ["-c", code] if code else ["-m", "bn_lightning"]
     command = [sys.executable, *program, "fit", *map(str, settings), "--ckpt_path", "last"]
     with (cwd / "log").open("ab") as log:
@@ -61,12 +68,13 @@ def start(cwd, *settings, code=None):
 
 
 def finish(cwd, *settings):
+    """Let a run end by itself."""
     code = start(cwd, *settings).wait(timeout=300)
     assert code == 0, (cwd / "log").read_text()
 
 
 def kill(run):
-    """True when it was still going."""
+    """Kill a run, and return whether it was still running."""
     was_going = run.poll() is None
     if was_going:
         os.killpg(run.pid, signal.SIGKILL)
@@ -80,22 +88,24 @@ def wait_for(path: Path, run) -> None:
 
 
 def curves(folder):
-    """By tag: all (step, value) as a reader of the events sees them."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"images_per_second", "result/images_per_second", "steps_per_second"}
+    """Return all (step, value) of each tag, as a reader of the events sees them."""
+    events = events_in(folder)
+    timed = {"images_per_second", "result/images_per_second", "steps_per_second"}
+    tags = set(events.Tags()["scalars"]) - timed
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def differences(one, other, where=""):
-    """Where two nested results differ, bit by bit."""
+    """Yield where two nested results differ in a bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
             if key not in one or key not in other:
                 yield f"{where}/{key} is in one only"
             else:
                 yield from differences(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+    elif (
+        isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other)
+    ):
         for index, (a, b) in enumerate(zip(one, other, strict=True)):
             yield from differences(a, b, f"{where}/{index}")
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
@@ -106,13 +116,16 @@ def differences(one, other, where=""):
 
 
 def outcome(folder):
-    """All that a run leaves but for what a clock measured and for where it lay."""
+    """Return all that a run leaves, without times and places."""
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     result = json.loads((folder / "result.json").read_text())
     for name in MEASURED:
         result.pop(name, None)
-    kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+    kept = (
+        *("state_dict", "current_model_state", "averaging_state"),
+        *("optimizer_states", "lr_schedulers", "global_step"),
+    )
     return {
         **{name: checkpoint[name] for name in kept if name in checkpoint},
         "best": best,
@@ -122,19 +135,20 @@ def outcome(folder):
 
 
 def last_folder(cwd):
-    """Of the run; there are several where it was killed before it had anything to go on with."""
+    """Return the last folder: a run that is killed before its first checkpoint leaves others."""
     return max((cwd / "runs/lenet").iterdir(), key=lambda path: int(path.name))
 
 
 def compare(cwd, truth):
-    """What differs between the undisturbed run and the one in `cwd`."""
+    """Return what differs between the undisturbed run and the one in `cwd`."""
     folder = last_folder(cwd)
     found = list(differences(truth, outcome(folder)))
-    left = [path for path in (cwd / "runs/lenet").glob("*/checkpoints/last.ckpt") if path.parents[1] != folder]
-    return found + [f"it went on in another folder than {path}" for path in left]
+    checkpoints = (cwd / "runs/lenet").glob("*/checkpoints/last.ckpt")
+    left = [path for path in checkpoints if path.parents[1] != folder]
+    return found + [f"it was resumed in another folder than {path}" for path in left]
 
 
-# Kills itself in the middle of the writing of the checkpoint with this number.
+# A run that kills itself in the middle of writing the checkpoint of this number.
 KILL_WHILE_WRITING = """\
 import os, pathlib, signal
 number, share = {number}, {share}
@@ -162,62 +176,79 @@ main()
 """
 
 
+def undisturbed(cwd, settings):
+    """Return the outcome of a run that nothing kills, and its seconds after set-up."""
+    run = start(prepare(cwd), *settings)
+    wait_for(cwd / "runs/lenet/0/config.yaml", run)
+    begun = time.monotonic()
+    assert run.wait() == 0, (cwd / "log").read_text()
+    return outcome(cwd / "runs/lenet/0"), time.monotonic() - begun
+
+
+def kill_at_random(cwd, settings, chance, duration):
+    """Kill a run up to three times, and return how often it was killed."""
+    prepare(cwd)
+    kills = 0
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        before = (cwd / "log").stat().st_size if (cwd / "log").exists() else 0
+        run = start(cwd, *settings)
+        while run.poll() is None and b"run folder" not in (cwd / "log").read_bytes()[before:]:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, duration))
+        kills += kill(run)
+    finish(cwd, *settings)
+    return kills
+
+
+def kill_while_writing(cwd, settings, number, share):
+    """Kill a run when a share of its checkpoint of that number is written."""
+    code = KILL_WHILE_WRITING.format(number=number, share=share)
+    assert start(prepare(cwd), *settings, code=code).wait() == -signal.SIGKILL
+    finish(cwd, *settings)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--writing", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
-    settings = (*SETTINGS, *(("--trainer.devices", args.processes) if args.processes > 1 else ()))
+    several = ("--trainer.devices", args.processes) if args.processes > 1 else ()
+    settings = (*SETTINGS, *several)
     chance = random.Random(args.seed)
-
-    alone = prepare(args.folder / "alone")
-    run = start(alone, *settings)
-    wait_for(alone / "runs/lenet/0/config.yaml", run)
-    begun = time.monotonic()
-    assert run.wait() == 0, (alone / "log").read_text()
-    duration = time.monotonic() - begun
-    truth = outcome(alone / "runs/lenet/0")
+    truth, duration = undisturbed(args.folder / "alone", settings)
     print(f"undisturbed: {duration:.1f} s from its folder to its end", flush=True)
 
-    kills = equal = trials = unequal = 0
+    kills, found = 0, []
     while kills < args.kills:
-        trials += 1
-        cwd = prepare(args.folder / f"kill-{trials}")
-        for _ in range(chance.choice((1, 1, 2, 3))):
-            before = (cwd / "log").stat().st_size if (cwd / "log").exists() else 0
-            run = start(cwd, *settings)
-            while run.poll() is None and b"run folder" not in (cwd / "log").read_bytes()[before:]:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, duration))
-            kills += kill(run)
-        finish(cwd, *settings)
-        found = compare(cwd, truth)
-        equal += not found
-        unequal += bool(found)
-        resumed = json.loads((last_folder(cwd) / "result.json").read_text())["resumed_at_steps"]
-        print(f"trial {trials}: went on at steps {resumed or 'none'}: {found or 'equal'}", flush=True)
+        cwd = args.folder / f"kill-{len(found) + 1}"
+        kills += kill_at_random(cwd, settings, chance, duration)
+        found.append(compare(cwd, truth))
+        result = json.loads((last_folder(cwd) / "result.json").read_text())
+        at = result["resumed_at_steps"] or "none"
+        print(f"trial {len(found)}: resumed at steps {at}: {found[-1] or 'equal'}", flush=True)
     print(
-        f"{kills} kills in {trials} runs of {args.processes} process(es): {equal} of {trials} equal bit for bit",
+        f"{kills} kills in {len(found)} runs of {args.processes} process(es): "
+        f"{found.count([])} of {len(found)} equal bit for bit",
         flush=True,
     )
 
-    equal = 0
+    torn = []
     for number in range(1, args.writing + 1):
-        cwd = prepare(args.folder / f"writing-{number}")
-        share = chance.random()
-        code = start(cwd, *settings, code=KILL_WHILE_WRITING.format(number=number, share=share)).wait()
-        assert code == -signal.SIGKILL, code
-        finish(cwd, *settings)
-        found = compare(cwd, truth)
-        equal += not found
-        unequal += bool(found)
-        print(f"killed {share:.0%} into checkpoint {number}: {found or 'equal'}", flush=True)
+        cwd, share = args.folder / f"writing-{number}", chance.random()
+        kill_while_writing(cwd, settings, number, share)
+        torn.append(compare(cwd, truth))
+        print(f"killed {share:.0%} into checkpoint {number}: {torn[-1] or 'equal'}", flush=True)
     if args.writing:
-        print(f"{args.writing} kills within the writing of a checkpoint: {equal} of {args.writing} equal bit for bit")
-    sys.exit(unequal > 0)
+        print(
+            f"{args.writing} kills while a checkpoint was written: "
+            f"{torn.count([])} of {args.writing} equal bit for bit"
+        )
+    sys.exit(any([*found, *torn]))
 
 
 if __name__ == "__main__":

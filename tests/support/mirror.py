@@ -45,7 +45,9 @@ class Mirror(http.server.ThreadingHTTPServer):
         self.asked = []
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/folder"
-        threading.Thread(target=partial(self.serve_forever, poll_interval=0.01), daemon=True).start()
+        threading.Thread(
+            target=partial(self.serve_forever, poll_interval=0.01), daemon=True
+        ).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -27,7 +27,8 @@ class Stream(Table):
     """The same rows from a loader without a length."""
 
     def train_dataloader(self):
-        return DataLoader(Rows(self.inputs[: self.rows], self.targets[: self.rows]), self.batch_size)
+        rows = Rows(self.inputs[: self.rows], self.targets[: self.rows])
+        return DataLoader(rows, self.batch_size)
 
 
 SMALL = {

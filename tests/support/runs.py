@@ -51,7 +51,7 @@ def wait_until_it_trains(run, cwd):
 
 
 def in_namespaces(which, script, cwd, timeout=120):
-    """Run a shell script in Linux namespaces of its own; the test is skipped where there are none."""
+    """Run a shell script in Linux namespaces of its own; without any the test is skipped."""
     unshare = ["unshare", *which, "sh", "-c"]
     try:
         possible = subprocess.run([*unshare, "true"], capture_output=True).returncode == 0

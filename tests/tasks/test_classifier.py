@@ -1,9 +1,16 @@
+"""Image classification: loss, metrics, and what a run reports."""
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bn_lightning import Classifier, FashionMNIST, UserError
+from bn_lightning.data.fashion_mnist import CLASSES
+from bn_lightning.tasks.classifier import class_table
+from tests.conftest import QUICK
+from tests.projects.friedman.experiment import Table
+from tests.support.runs import result_of
 
 QUIET = {
     "accelerator": "cpu",
@@ -34,7 +41,7 @@ def test_custom_and_builtin_have_the_same_first_loss(seed):
 
 
 def test_metrics_are_means_over_all_images():
-    """Batches of 256 and a smaller last one: loss and accuracy are the mean over images, not over batches."""
+    """Batches of 300 and a smaller last one: means are over images, not over batches."""
     pl.seed_everything(0)
     model, data = Classifier(), FashionMNIST("sample", batch_size=300)
     trainer = pl.Trainer(**QUIET)
@@ -46,11 +53,22 @@ def test_metrics_are_means_over_all_images():
     right = logits.argmax(1) == labels
     assert figures["test_acc"] == pytest.approx(right.float().mean().item())
     for c, name in enumerate(data.classes):
-        assert figures[f"test_acc_of/{name}"] == pytest.approx(right[labels == c].float().mean().item())
+        of_class = right[labels == c].float().mean().item()
+        assert figures[f"test_acc_of/{name}"] == pytest.approx(of_class)
+    counts = torch.zeros(10, 10, dtype=torch.long)
+    for truth, prediction in zip(labels, logits.argmax(1), strict=True):
+        counts[truth, prediction] += 1
+    assert torch.equal(model.confusion, counts)
+    assert model.test_report() == class_table(counts, CLASSES)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert torch.equal(model.confusion, counts)  # of the last test, not of both
 
 
 def test_labels_are_smoothed_in_training_alone():
-    """The loss by Szegedy et al. 2016, equation 10: (1 - e) times the right class's, and e times the mean of all."""
+    """The loss by Szegedy et al. 2016, equation 10.
+
+    (1 - e) times the right class's, and e times the mean of all.
+    """
     pl.seed_everything(0)
     model, data = Classifier(label_smoothing=0.2), FashionMNIST("sample")
     trainer = pl.Trainer(**QUIET)
@@ -59,63 +77,39 @@ def test_labels_are_smoothed_in_training_alone():
     losses = -model.eval()(batch[0]).log_softmax(1)
     right = losses[torch.arange(1_000), batch[1]]
     assert figures["test_loss"] == pytest.approx(right.mean().item(), rel=1e-5)
-    smoothed, _ = model._step(batch, "train")
-    assert smoothed.item() == pytest.approx((0.8 * right + 0.2 * losses.mean(1)).mean().item(), rel=1e-5)
+    smoothed = model.step(batch, "train").loss
+    expected = (0.8 * right + 0.2 * losses.mean(1)).mean().item()
+    assert smoothed.item() == pytest.approx(expected, rel=1e-5)
+    assert model.step(batch, "val").loss.item() == pytest.approx(right.mean().item(), rel=1e-5)
+
+
+def test_a_step_is_a_loss_logits_labels_and_a_number():
+    model = Classifier().to(torch.bfloat16)
+    images, labels = torch.rand(6, 1, 28, 28, dtype=torch.bfloat16), torch.arange(6)
+    step = model.step((images, labels), "val")
+    assert step.outputs.shape == (6, 10) and step.targets is labels and step.num_samples == 6
+    assert step.outputs.dtype == torch.bfloat16
+    assert step.loss.dtype == torch.float32  # where the network computes in 16 bits
+    double = Classifier().double().step((images.double(), labels), "val")
+    assert double.loss.dtype == torch.float64
 
 
 def test_defaults_are_the_articles():
     model = Classifier()
     optimizer = model.configure_optimizers()
     assert type(optimizer) is torch.optim.SGD
-    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (1.0, 0, 0)
-
-
-def test_one_cycle_spans_the_run():
-    model = Classifier(lr=0.5, scheduler="OneCycleLR", scheduler_args={"pct_start": 0.25})
-    trainer = fit(model, max_epochs=2)
-    [config] = trainer.lr_scheduler_configs
-    assert config.interval == "step"
-    assert config.scheduler.total_steps == 16
-    assert config.scheduler.last_epoch == 16
-    assert trainer.optimizers[0].param_groups[0]["max_lr"] == 0.5
-
-
-def test_cosine_annealing_reaches_zero():
-    trainer = fit(Classifier(scheduler="CosineAnnealingLR"))
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-
-
-def test_other_schedulers_move_once_an_epoch():
-    trainer = fit(Classifier(scheduler="StepLR", scheduler_args={"step_size": 1, "gamma": 0.5}), max_epochs=3)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
-
-
-def test_plateau_watches_the_validation_loss():
-    model = Classifier(scheduler="ReduceLROnPlateau", scheduler_args={"patience": 0})
-    assert fit(model).lr_scheduler_configs[0].monitor == "val_loss"
-
-
-def test_any_optimizer_by_name_or_import_path():
-    for name in ("AdamW", "torch.optim.AdamW"):
-        model = Classifier(optimizer=name, lr=0.01, optimizer_args={"weight_decay": 0.1})
-        optimizer = model.configure_optimizers()
-        assert type(optimizer) is torch.optim.AdamW
-        assert optimizer.defaults["weight_decay"] == 0.1
+    defaults = optimizer.defaults
+    assert (defaults["lr"], defaults["momentum"], defaults["weight_decay"]) == (1.0, 0, 0)
+    assert model.selects == ("val_acc", "max")
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"optimizer": "Adan"}, "There are ASGD, .*Adam"),
-        ({"optimizer": "torch.optim"}, "'torch.optim'"),
-        ({"optimizer_args": {"speed": 1}}, "speed"),
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"optimizer": "Muon"}, "Muon cannot be built"),
-        ({"scheduler": "Cosine"}, "CosineAnnealingLR"),
-        ({"scheduler": "StepLR"}, "step_size"),
         ({"norm": "batch"}, "There are custom"),
         ({"norm_args": {"epsilon": 1}}, "epsilon"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be from 0 to less than 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ],
 )
 def test_wrong_settings(settings, said):
@@ -123,25 +117,17 @@ def test_wrong_settings(settings, said):
         Classifier(**settings)
 
 
-def test_a_schedule_over_an_endless_run_is_refused():
-    with pytest.raises(UserError, match=r"--trainer.max_epochs"):
-        fit(Classifier(scheduler="OneCycleLR"), max_epochs=-1, max_time="00:00:10:00")
-
-
-def test_a_loss_that_is_not_a_number_shows():
-    model = Classifier()
-    with torch.no_grad():
-        model.network.fc3.bias[0] = torch.nan
-    assert fit(model).callback_metrics["train_loss_epoch"].isnan()
-
-
 def test_a_checkpoint_is_plain_data_and_rebuilds_the_model(tmp_path):
-    model = Classifier("builtin", {"eps": 1e-3}, "relu", "max", 0.1, "SGD", {"momentum": 0.9})
+    arguments = {"momentum": 0.9}
+    model = Classifier("builtin", {"eps": 1e-3}, "relu", "max", 0.1, optimizer_args=arguments)
     trainer = fit(model)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    torch.load(tmp_path / "x.ckpt", weights_only=True)
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     restored = Classifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
-    assert restored.hparams == model.hparams
+    assert restored.hparams == model.hparams == content["hyper_parameters"]
+    own = {"norm", "norm_args", "activation", "pooling", "lr", "label_smoothing"}
+    of_the_base = {"optimizer", "optimizer_args", "scheduler", "scheduler_args"}
+    assert model.hparams.keys() == own | of_the_base | {"compile", "memory_format"}
     assert restored.network.norm1.eps == 1e-3
     images = torch.rand(4, 1, 28, 28)
     assert torch.equal(restored.eval()(images), model.eval()(images))
@@ -149,14 +135,15 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_model(tmp_path):
 
 @pytest.mark.parametrize("norm", ["custom", "article"])
 def test_accuracy_survives_a_checkpoint(tmp_path, norm):
-    """The moving statistics are part of the state: as plain tensors they would be lost, and accuracy with them."""
+    """The moving statistics are part of the state, and accuracy is lost without them."""
     model = Classifier(norm)
     trainer = fit(model, max_epochs=2, limit_train_batches=1.0)
     [before] = trainer.validate(model, datamodule=trainer.datamodule, verbose=False)
     assert before["val_acc"] > 0.5
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     restored = Classifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
-    [after] = pl.Trainer(**QUIET).validate(restored, datamodule=FashionMNIST("sample"), verbose=False)
+    again = pl.Trainer(**QUIET)
+    [after] = again.validate(restored, datamodule=FashionMNIST("sample"), verbose=False)
     assert after == before
 
 
@@ -166,3 +153,52 @@ def test_predictions_are_probabilities():
     probabilities = torch.cat(batches)
     assert probabilities.shape == (1_000, 10)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(1_000))
+
+
+def test_a_norm_of_the_users_own(main, tmp_path):
+    (tmp_path / "own_norms.py").write_text(
+        "from torch import nn\n\n\ndef group_norm(num_features, num_dims, num_groups=2):\n"
+        "    return nn.GroupNorm(num_groups, num_features)\n"
+    )
+    chosen = ("--model.norm", "own_norms.group_norm", "--model.norm_args.num_groups", "1")
+    assert main("fit", *QUICK, *chosen, "--trainer.max_epochs", 1)[0] == 0
+    assert result_of(tmp_path / "runs" / "lenet" / "0")["norm"] == "own_norms.group_norm"
+
+
+# What a run reports
+
+
+def test_what_is_trained_is_said():
+    model = Classifier("group", {"num_groups": 2})
+    assert model.describe() == "LeNet, norm group"
+    assert model.facts() == {"norm": "group"}
+
+
+def test_closing_lines_of_other_norms():
+    assert Classifier("none").summary() == []
+    article = "\n".join(Classifier("article").summary())
+    assert "gamma of the first norm layer: [1.00, 1.00, 1.00, 1.00, 1.00, 1.00]" in article
+    assert "beta of the first norm layer: [0.00, 0.00, 0.00, 0.00, 0.00, 0.00]" in article
+    assert [line.split()[0] for line in Classifier("custom").summary()] == ["gamma", "beta"]
+
+
+def test_what_a_class_is_taken_for():
+    counts = torch.tensor([[90, 4, 6], [0, 100, 0], [0, 0, 0]])
+    table = class_table(counts, ["coat", "dress", "bag"])
+    _, *rows = (line.split() for line in table.splitlines())
+    assert rows == [["coat", "0.900", "bag", "(6.0%)"], ["dress", "1.000"], ["bag", "none"]]
+
+
+def test_classes_without_names_have_numbers():
+    class Images(Table):
+        """A data module that names no classes."""
+
+        def test_dataloader(self):
+            images = torch.rand(20, 1, 28, 28)
+            return self.batches(images, torch.arange(20) % 10)
+
+    model, trainer = Classifier(), pl.Trainer(**QUIET)
+    [figures] = trainer.test(model, datamodule=Images(), verbose=False)
+    assert {f"test_acc_of/{label}" for label in range(10)} <= figures.keys()
+    names = [line.split()[0] for line in model.test_report().splitlines()[1:]]
+    assert names == [str(label) for label in range(10)]

@@ -9,22 +9,35 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_lightning import Classifier, FashionMNIST, StochasticWeightAveraging, UserError
-from bn_lightning.data.fashion_mnist import Epoch
+from bn_lightning.training.batches import Epoch
 from tests.conftest import QUICK, assert_same_weights, weights
 
-OURS, LIGHTNINGS = "bn_lightning.StochasticWeightAveraging", "lightning.pytorch.callbacks.StochasticWeightAveraging"
+OURS, LIGHTNINGS = (
+    "bn_lightning.StochasticWeightAveraging",
+    "lightning.pytorch.callbacks.StochasticWeightAveraging",
+)
 CLOSE = {"rtol": 0, "atol": 5e-5}
 FEW = ("--trainer.limit_train_batches", 6, "--model.lr", "0.1")
 
 
 def averaging(callback, norm="custom"):
-    return *QUICK, *FEW, "--model.norm", norm, f"--trainer.callbacks+={callback}", "--trainer.callbacks.swa_lrs", "0.1"
+    return (
+        *QUICK,
+        *FEW,
+        "--model.norm",
+        norm,
+        f"--trainer.callbacks+={callback}",
+        "--trainer.callbacks.swa_lrs",
+        "0.1",
+    )
 
 
 def test_custom_ends_as_builtin_does_with_lightnings_callback(main, tmp_path):
     flags = ("--trainer.max_epochs", 3, "--data.val_images", 0)
     for callback, norm in ((LIGHTNINGS, "builtin"), (OURS, "builtin"), (OURS, "custom")):
-        code, out, err = main("fit", *averaging(callback, norm), *flags, "--name", norm + callback[0])
+        code, out, err = main(
+            "fit", *averaging(callback, norm), *flags, "--name", norm + callback[0]
+        )
         assert code == 0, err
         assert "epoch  4/4" in out  # the pass for the statistics
     truth, same, ours = (weights(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt") for name in
@@ -42,7 +55,9 @@ def test_custom_ends_as_builtin_does_with_lightnings_callback(main, tmp_path):
     batches.epoch = lambda: Epoch(data.train_order(3))
     conv = {name: ours[f"network.conv1.{name}"] for name in ("weight", "bias")}
     outputs = [F.conv2d(images, **conv) for images, _ in itertools.islice(batches, 6)]
-    mean, var = (torch.stack([f(y, (0, 2, 3)) for y in outputs]).mean(0) for f in (torch.mean, torch.var))
+    mean, var = (
+        torch.stack([f(y, (0, 2, 3)) for y in outputs]).mean(0) for f in (torch.mean, torch.var)
+    )
     torch.testing.assert_close(ours["network.norm1.running_mean"], mean, **CLOSE)
     torch.testing.assert_close(ours["network.norm1.running_var"], var, **CLOSE)
     assert ours["network.norm1.num_batches_tracked"] == len(outputs) == 6
@@ -65,7 +80,11 @@ def test_the_average_is_left_as_it_is_and_config_yaml_gives_it_again(main, tmp_p
 @pytest.mark.parametrize(
     "callback, norm, said",
     [
-        (LIGHTNINGS, "custom", ["does not see the norm 'custom'", f"--trainer.callbacks+={OURS}"]),
+        (
+            LIGHTNINGS,
+            "custom",
+            ["does not see norm layers such as BatchNorm", f"--trainer.callbacks+={OURS}"],
+        ),
         (LIGHTNINGS, "renorm", ["norm1, a BatchRenorm", "--model.norm custom"]),
         (OURS, "article", ["norm1, a BatchNorm", "--model.norm custom"]),
     ],
@@ -110,7 +129,10 @@ def test_layers_start_over_and_get_their_momentum_back(norm):
 
 
 def test_without_running_statistics_there_is_no_pass():
-    for model in (Classifier("group"), *(Classifier(n, {"track_running_stats": False}) for n in ("custom", "builtin"))):
+    for model in (
+        Classifier("group"),
+        *(Classifier(n, {"track_running_stats": False}) for n in ("custom", "builtin")),
+    ):
         assert not StochasticWeightAveraging.pl_module_contains_batch_norm(model)
 
 
@@ -122,9 +144,13 @@ def test_instance_norm_is_refused_which_would_stay_at_what_it_was_reset_to():
 
 
 @pytest.mark.parametrize("use_buffers", ["true", "false"])
-def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin(main, tmp_path, use_buffers):
-    flags = ("--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.9",
-             "--trainer.callbacks.use_buffers", use_buffers)  # fmt: skip
+def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin(
+    main, tmp_path, use_buffers
+):
+    flags = (
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
+        *("--trainer.callbacks.decay", "0.9", "--trainer.callbacks.use_buffers", use_buffers),
+    )
     for norm in ("custom", "builtin"):
         code, _, err = main("fit", *QUICK, *FEW, *flags, "--model.norm", norm, "--name", norm)
         assert code == 0, err
@@ -132,7 +158,9 @@ def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin
     result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
     _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
     assert f"test_acc   {result['test_acc']:.4f}" in out
-    custom, builtin = (weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin"))
+    custom, builtin = (
+        weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin")
+    )
     assert custom.keys() == builtin.keys()
     for name, value in builtin.items():
         torch.testing.assert_close(custom[name], value, **CLOSE, msg=name)

@@ -1,7 +1,6 @@
 """A run on several processes, and on several machines, is the run on one."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,15 +9,25 @@ import time
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import QUICK, command, weights
+from tests.support.logs import events_in
+from tests.support.runs import begin, result_of
 
-EXACT = (*QUICK[:2], "--trainer.precision", "64-true", "--trainer.sync_batchnorm", "true", "--data.flip", "true")
+EXACT = (
+    *QUICK[:2],
+    "--trainer.precision",
+    "64-true",
+    "--trainer.sync_batchnorm",
+    "true",
+    "--data.flip",
+    "true",
+)
 CLOSE = 1e-9
 
 
 def run(cwd, name, *settings):
+    """Train in float64, and return the folder of the run."""
     command("fit", *EXACT, "--name", name, *settings, cwd=cwd)
     return cwd / "runs" / name / "0"
 
@@ -28,11 +37,15 @@ def assert_the_same(one, other):
     a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, other))
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=0, atol=CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+        torch.testing.assert_close(
+            b[name], value, rtol=0, atol=CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    results = [result_of(folder) for folder in (one, other)]
     for name in ("steps", "epochs", "test_acc", "val_acc", "val_acc_final", "train_acc"):
         assert results[0][name] == results[1][name], name
-    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-6)  # a sum in float32
+    assert results[0]["train_loss"] == pytest.approx(
+        results[1]["train_loss"], rel=1e-6
+    )  # a sum in float32
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +59,13 @@ def alone(tmp_path_factory):
 def test_several_processes_are_one(alone, tmp_path, count):
     several = run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count)
     assert_the_same(alone, several)
-    # The confusion matrix, the most confident mistakes and the filters, gathered from all processes.
+    # The confusion matrix, the most confident mistakes and the filters, of all processes.
     assert len(pictures(alone)) == 3
     assert pictures(several) == pictures(alone)
 
 
 def pictures(folder):
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    events = events_in(folder)
     return {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
 
 
@@ -67,18 +80,41 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, first, 
 
 
 @pytest.mark.slow
-def test_without_a_norm_slices_of_another_size_give_the_same_gradient(tmp_path):
-    """Of 100 images 34, 33 and 33, accumulated over two batches: no norm, so nothing is exchanged but gradients."""
-    settings = ("--model.norm", "none", "--data.batch_size", 100, "--trainer.accumulate_grad_batches", 2)
-    one, three = (run(tmp_path, str(n), *settings, "--trainer.max_epochs", 1, "--trainer.devices", n) for n in (1, 3))
+def test_without_a_norm_shards_of_another_size_give_the_same_gradient(tmp_path):
+    """Of 100 images 34, 33 and 33, accumulated over two batches.
+
+    Without a norm nothing is exchanged but gradients.
+    """
+    settings = (
+        "--model.norm",
+        "none",
+        "--data.batch_size",
+        100,
+        "--trainer.accumulate_grad_batches",
+        2,
+    )
+    one, three = (
+        run(tmp_path, str(n), *settings, "--trainer.max_epochs", 1, "--trainer.devices", n)
+        for n in (1, 3)
+    )
     assert_the_same(one, three)
 
 
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_too(alone, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
     settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", "100")
-    done = subprocess.run([*torchrun, "bn_lightning", "fit", *settings], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*torchrun, "bn_lightning", "fit", *settings], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1") == 1
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
@@ -87,26 +123,45 @@ def test_torchrun_starts_the_processes_too(alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_goes_takes_the_run_with_it_and_says_so(tmp_path):
-    begun = subprocess.Popen(
-        [sys.executable, "-m", "bn_lightning", "fit", *QUICK, "--trainer.max_epochs", "100", "--trainer.devices", "2",
-         "--trainer.accelerator", "cpu"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    begun = begin(tmp_path, "--trainer.devices", "2")
     while not (tmp_path / "runs/lenet/0/checkpoints/best.ckpt").exists():
         assert begun.poll() is None
         time.sleep(0.05)
-    [child] = subprocess.run(["pgrep", "-P", str(begun.pid)], capture_output=True, text=True).stdout.split()
+    [child] = subprocess.run(
+        ["pgrep", "-P", str(begun.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(child), signal.SIGKILL)
     out, err = begun.communicate(timeout=60)
     assert begun.returncode == 1, out + err
-    assert "Another process of this run has gone" in err
+    assert "Another process of this run has died" in err
     assert "fit --resume runs/lenet/0" in err
     assert "Traceback" not in err
 
 
-def test_more_processes_than_images_in_a_batch(tmp_path):
-    done = command("fit", *QUICK, "--data.batch_size", 5499, "--trainer.devices", 2, cwd=tmp_path, check=False)
+def test_two_processes(tmp_path):
+    done = command("fit", *QUICK, "--trainer.devices", "2", cwd=tmp_path)
+    folder = tmp_path / "runs" / "lenet" / "0"
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("**/0")] == ["runs/lenet/0"]
+    # The second process writes nothing of its own.
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    found = result_of(folder)
+    assert (found["processes"], found["steps"]) == (2, 44)
+    # Each of 1,000 is counted once.
+    assert round(found["test_acc"] * 1_000, 3) == int(found["test_acc"] * 1_000 + 0.5)
+    assert found["train_loss"] < 1.5
+    assert done.stdout.count("epoch  ") == 2
+    alone = command("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", cwd=tmp_path)
+    assert f"{found['test_acc']:.4f}" in alone.stdout
+
+
+def test_more_processes_than_samples_in_a_batch(tmp_path):
+    settings = ("--data.batch_size", 5499, "--trainer.devices", 2)
+    done = command("fit", *QUICK, *settings, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "fewer images than there are processes (2): 5,500 training images in batches of 5499" in done.stderr
+    assert (
+        "1 sample(s), but 2 processes share each batch: 5,500 training samples in batches of 5499"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "runs/lenet").iterdir()) == []
 
@@ -138,7 +193,20 @@ def hosts():
             for name in names.values():
                 ip("netns", "add", name)
                 ip("-n", name, "link", "set", "lo", "up")
-            ip("link", "add", "bn0", "netns", names["a"], "type", "veth", "peer", "name", "bn0", "netns", names["b"])
+            ip(
+                "link",
+                "add",
+                "bn0",
+                "netns",
+                names["a"],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "bn0",
+                "netns",
+                names["b"],
+            )
             for host, name in names.items():
                 ip("-n", name, "addr", "add", f"{HOSTS[host]}/24", "dev", "bn0")
                 ip("-n", name, "link", "set", "bn0", "up")
@@ -154,10 +222,13 @@ def hosts():
 def begin_on(host, prefix, cwd, *settings):
     """torchrun on one machine, as the README has it; the first one carries the rendezvous."""
     torchrun = (
-        "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={HOSTS['a']}:29400", "--rdzv-id=run", f"--rdzv-conf=is_host={int(host == 'a')}",
-        f"--local-addr={HOSTS[host]}", "-m", "bn_lightning", "fit", *settings, "--ckpt_path", "last",
-    )  # fmt: skip
+        *("-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"),
+        *("--max-restarts=5", "--rdzv-backend=c10d", "--rdzv-id=run"),
+        f"--rdzv-endpoint={HOSTS['a']}:29400",
+        f"--rdzv-conf=is_host={int(host == 'a')}",
+        f"--local-addr={HOSTS[host]}",
+        *("-m", "bn_lightning", "fit", *settings, "--ckpt_path", "last"),
+    )
     environment = os.environ | {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "GLOO_SOCKET_IFNAME": "bn0",
@@ -166,9 +237,13 @@ def begin_on(host, prefix, cwd, *settings):
     }
     with (cwd / f"log-{host}").open("ab") as log:
         return subprocess.Popen(
-            [*prefix, sys.executable, *map(str, torchrun)], cwd=cwd, stdout=log, stderr=log, env=environment,
+            [*prefix, sys.executable, *map(str, torchrun)],
+            cwd=cwd,
+            stdout=log,
+            stderr=log,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def kill_all_on(prefix):

@@ -1,0 +1,142 @@
+"""An experiment by its reference, and the strength of its defaults."""
+
+import sys
+
+import pytest
+import torch
+
+from bn_lightning import Classifier, Experiment, FashionMNIST, UserError, cli
+from bn_lightning.runs import experiment, run
+from tests.projects.friedman.experiment import Regression, Table
+
+TRUE = "tests.projects.friedman.experiment:EXPERIMENT"
+
+NOT_AN_EXPERIMENT = {"task": Regression, "data": Table}
+WRONG_TASK = Experiment(Table, Table, "wrong")
+WRONG_DATA = Experiment(Regression, Regression, "wrong")
+AN_OBJECT = Experiment(Regression, Table(), "wrong")
+UNKNOWN_KEY = Experiment(Regression, Table, "wrong", {"model.widht": 3})
+SMALL = Experiment(
+    Regression,
+    Table,
+    "small",
+    {
+        "data.rows": 40,
+        "data.batch_size": 5,
+        "model.width": 6,
+        "model.lr": 0.5,
+        "model.optimizer": "Adam",
+        "trainer.max_epochs": 4,
+    },
+)
+
+
+def reference(name):
+    return f"{__name__}:{name}"
+
+
+def test_the_experiment_of_this_project():
+    found = experiment.load(cli.EXPERIMENT)
+    assert (found.task, found.data, found.name) == (Classifier, FashionMNIST, "lenet")
+    assert experiment.package_of(cli.EXPERIMENT) == "bn_lightning"
+
+
+def test_the_experiment_of_another():
+    found = experiment.load(TRUE)
+    assert (found.task, found.data, found.name) == (Regression, Table, "friedman")
+    assert experiment.package_of(TRUE) == "tests"
+    assert experiment.load(reference("SMALL")) is SMALL
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        SMALL.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("no_such_package.experiment:EXPERIMENT", "No module named 'no_such_package'"),
+        (reference("NOTHING"), "has no attribute 'NOTHING'"),
+        (__name__, "cannot be imported"),  # no name
+        (reference("NOT_AN_EXPERIMENT"), "is a dict; it must be a bn_lightning.Experiment"),
+        (reference("WRONG_TASK"), r"The task of .*Table.* must be a subclass of bn_lightning.Task"),
+        (reference("WRONG_DATA"), r"The data of .*must be a subclass of bn_lightning.DataModule"),
+        (reference("AN_OBJECT"), r"The data of .*must be a subclass of bn_lightning.DataModule"),
+    ],
+)
+def test_what_is_none_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        experiment.load(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NOTHING", "has no attribute 'NOTHING'"),
+        ("NOT_AN_EXPERIMENT", "must be a bn_lightning.Experiment"),
+        ("WRONG_TASK", "must be a subclass of bn_lightning.Task"),
+        ("UNKNOWN_KEY", "have an unknown setting: "),
+    ],
+)
+def test_a_wrong_experiment_ends_each_command_with_2(tmp_path, monkeypatch, capsys, name, said):
+    monkeypatch.chdir(tmp_path)
+    for command in ("fit", "test"):
+        monkeypatch.setattr(sys, "argv", ["small", command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main(reference(name))
+        assert ended.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and said in err
+        assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def settings_of(*arguments, name="SMALL"):
+    """Return the settings of `fit`, with everything built and nothing run."""
+    return run.command_line(["fit", *arguments], reference(name), run.Rehearsal).config.fit
+
+
+def test_defaults_are_weaker_than_a_checkpoint_than_a_config_than_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = {
+        "state_dict": {},
+        "hyper_parameters": {"width": 7, "lr": 0.7, "optimizer": "RMSprop"},
+        "datamodule_hyper_parameters": {"rows": 70, "seed": 7, "folder": "of another machine"},
+        "train_metrics": {},
+        "optimizer_states": [],
+    }
+    torch.save(checkpoint, tmp_path / "some.ckpt")
+    (tmp_path / "own.yaml").write_text("model: {lr: 0.8, optimizer: AdamW}\ndata: {rows: 80}\n")
+    kept = ("--ckpt_path", "some.ckpt")
+    config, flag = ("--config", "own.yaml"), ("--model.lr", "0.9")
+    # By the settings that are given: rows, width, lr, optimizer and the seed.
+    expected = [
+        ((), (40, 6, 0.5, "Adam", 0)),
+        (kept, (70, 7, 0.7, "RMSprop", 7)),
+        (config, (80, 6, 0.8, "AdamW", 0)),
+        (flag, (40, 6, 0.9, "Adam", 0)),
+        ((*kept, *config), (80, 7, 0.8, "AdamW", 7)),
+        ((*kept, *config, *flag), (80, 7, 0.9, "AdamW", 7)),
+        ((*flag, *kept, "--seed_everything", "5"), (70, 7, 0.9, "RMSprop", 5)),
+    ]
+    for arguments, values in expected:
+        found = settings_of(*arguments)
+        model, data = found.model, found.data
+        shown = (data.rows, model.width, model.lr, model.optimizer, found.seed_everything)
+        assert shown == values, arguments
+        assert data.batch_size == 5  # from no other place than the defaults
+        assert data.folder == "tables"  # belongs to the machine: from no checkpoint
+        assert found.trainer.max_epochs == 4
+        assert found.name == "small"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.yaml", "some.ckpt"]
+
+
+def test_what_is_built_has_the_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    built = run.command_line(["fit", "--model.width", "9"], reference("SMALL"), run.Rehearsal)
+    assert built.model.network[0].out_features == 9
+    assert type(built.model.configure_optimizers()) is torch.optim.Adam
+    assert (built.datamodule.rows, built.datamodule.batch_size) == (40, 5)
+    assert built.trainer.max_epochs == 4
+    assert built.trainer.global_step == 0

@@ -1,0 +1,95 @@
+"""Settings of the whole process: warnings, threads and memory."""
+
+import logging
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from bn_lightning.runs import process
+from tests.conftest import PROJECTS, REPOSITORY
+
+# What Lightning says when a test runs on several processes with a loader of torch's.
+DUPLICATED = (
+    "Using `DistributedSampler` with the dataloaders. During `trainer.test()`, it is recommended "
+    "to use `Trainer(devices=1, num_nodes=1)` to ensure each sample/batch gets evaluated exactly "
+    "once. Otherwise, multi-device settings use `DistributedSampler` that replicates some samples "
+    "to make sure all devices have same batch size in case of uneven inputs."
+)
+
+
+@pytest.fixture
+def set_up():
+    """Set this process up, and take it back."""
+    loggers = [n for n in logging.root.manager.loggerDict if n.startswith("lightning")]
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    hook = threading.excepthook
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        process.set_up()
+        yield
+    threading.excepthook = hook
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def test_samples_that_are_counted_twice_are_warned_of(set_up):
+    with pytest.warns(PossibleUserWarning, match="replicates some samples"):
+        warnings.warn(DUPLICATED, PossibleUserWarning, stacklevel=1)
+
+
+def test_warnings_that_do_not_apply_are_hidden(set_up):
+    with warnings.catch_warnings(record=True) as shown:
+        for message in (
+            "LightningCLI's args parameter is intended to run from within Python",
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need",
+            "Checkpoint directory /a/b exists and is not empty.",
+            "The dirpath has changed from None to '/a'",
+        ):
+            warnings.warn(message, UserWarning, stacklevel=1)
+        assert shown == []
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["something else"]
+
+
+def test_lightnings_tips_are_not_printed(set_up):
+    assert not logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.INFO)
+    assert logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(("error", "is_shown"), [(OSError("full"), False), (ValueError("x"), True)])
+def test_an_oserror_in_a_thread_is_left_to_the_main_thread(set_up, capsys, error, is_shown):
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == is_shown
+
+
+@pytest.mark.slow
+def test_the_user_is_told_of_samples_that_lightning_counts_twice(tmp_path):
+    """A test loader of torch's, on two processes: 101 rows are 102."""
+    (tmp_path / "rows.py").write_text(
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "from bn_lightning import Experiment, cli\n"
+        "from friedman.experiment import Regression, Table\n\n\n"
+        "class Plain(Table):\n    def test_dataloader(self):\n"
+        "        return DataLoader(TensorDataset(*self.test_samples()), 20)\n\n\n"
+        "EXPERIMENT = Experiment(Regression, Plain, 'rows', {'data.rows': 202})\n"
+        "if __name__ == '__main__':\n    cli.main('rows:EXPERIMENT')\n"
+    )
+    settings = ("--trainer.max_epochs", "1", "--trainer.devices", "2", "--trainer.accelerator")
+    done = subprocess.run(
+        [sys.executable, "rows.py", "fit", *settings, "cpu"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{PROJECTS}:{REPOSITORY}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Using `DistributedSampler` with the dataloaders" in done.stderr

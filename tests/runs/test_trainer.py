@@ -1,0 +1,174 @@
+"""What a run adds to Lightning's Trainer."""
+
+import sys
+
+import pytest
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+
+from bn_lightning import ClosingPictures, LayerSync, NormMonitor, WholeCheckpointIO, cli
+from bn_lightning.monitoring.progress_bar import MetricsProgressBar
+from bn_lightning.runs import run, trainer
+from bn_lightning.runs.records import Records
+from tests.conftest import QUICK
+from tests.support.runs import result_of
+
+FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
+
+
+def rehearsed(*arguments, reference=cli.EXPERIMENT, command="fit"):
+    """Build all that a run needs, and run nothing."""
+    given = [command, "--trainer.accelerator", "cpu", *map(str, arguments)]
+    return run.command_line(given, reference, run.Rehearsal)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def kinds(built):
+    return [type(callback) for callback in built.equipment.callbacks]
+
+
+def test_the_task_declares_which_checkpoint_is_the_best():
+    for reference, monitor, mode in (
+        (cli.EXPERIMENT, "val_acc", "max"),
+        (FRIEDMAN, "val_rmse", "min"),
+    ):
+        best = rehearsed(reference=reference).equipment.best
+        assert (best.monitor, best.mode) == (monitor, mode)
+
+
+def test_without_validation_none_is():
+    assert rehearsed("--data.val_images", 0).equipment.best is None
+    assert rehearsed("--trainer.limit_val_batches", 0).equipment.best is None
+    assert rehearsed("--data.val_images", 10).equipment.best is not None
+
+
+@pytest.mark.parametrize(
+    "dry", [("--trainer.fast_dev_run", "true"), ("--trainer.enable_checkpointing", "false")]
+)
+def test_where_nothing_is_saved_nothing_resumes(dry):
+    found = rehearsed(*dry).equipment
+    assert (found.best, found.resume) == (None, None)
+
+
+def test_the_time_limit_finishes_a_step():
+    """Lightning's own timer would leave out the rest of an epoch."""
+    built = rehearsed("--trainer.max_time", "00:01:00:00", "--seed_everything", 3)
+    assert built.equipment.arguments["max_time"] is None
+    assert not any(type(c).__name__ == "Timer" for c in built.trainer.callbacks)
+    resume = built.equipment.resume
+    assert resume.seed == 3
+    assert resume.stop_requests._timer._duration == 3600
+
+
+def test_monitors_are_added_once():
+    assert {NormMonitor, ClosingPictures} <= set(kinds(rehearsed()))
+    assert not {NormMonitor, ClosingPictures} & set(kinds(rehearsed("--monitor", "false")))
+    own = ("--trainer.callbacks+=bn_lightning.NormMonitor", "--trainer.callbacks.every_n_steps")
+    built = rehearsed(*own, 3)
+    assert NormMonitor not in kinds(built) and ClosingPictures in kinds(built)
+    [monitor] = [c for c in built.trainer.callbacks if isinstance(c, NormMonitor)]
+    assert monitor.every_n_steps == 3
+
+
+def test_the_callbacks_of_a_caller_come_after_the_records():
+    marker = LearningRateMonitor("epoch")
+    built = run.command_line(
+        ["fit", "--trainer.accelerator", "cpu"], cli.EXPERIMENT, run.Rehearsal, [marker]
+    )
+    assert kinds(built)[0] is Records
+    assert built.equipment.callbacks[1] is marker
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_at_a_terminal(monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    built = rehearsed()
+    assert (MetricsProgressBar in kinds(built)) == is_terminal
+    assert built.equipment.arguments["enable_progress_bar"] == is_terminal
+    chosen = rehearsed("--trainer.enable_progress_bar", str(not is_terminal).lower())
+    assert (MetricsProgressBar in kinds(chosen)) != is_terminal
+
+
+def test_a_progress_bar_of_ones_own_takes_the_place_of_this_one():
+    own = ("--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar",)
+    built = rehearsed(*own, "--trainer.enable_progress_bar", "true")
+    assert MetricsProgressBar not in kinds(built)
+    assert any(type(c) is TQDMProgressBar for c in built.trainer.callbacks)
+
+
+def test_norms_are_synchronized_where_it_is_asked_for():
+    plugins = rehearsed().equipment.arguments["plugins"]
+    assert [type(plugin) for plugin in plugins] == [WholeCheckpointIO]
+    plugins = rehearsed("--trainer.sync_batchnorm", "true").equipment.arguments["plugins"]
+    assert [type(plugin) for plugin in plugins] == [WholeCheckpointIO, LayerSync]
+
+
+def test_tensorboard_waits_for_the_folder_of_the_run(tmp_path):
+    found = rehearsed().equipment
+    assert list(tmp_path.iterdir()) == []
+    assert found.wants_tensorboard and found.arguments["logger"] is False
+    assert not rehearsed("--trainer.logger", "false").equipment.wants_tensorboard
+    assert not rehearsed("--trainer.fast_dev_run", "true").equipment.wants_tensorboard
+    own = rehearsed("--trainer.logger", "lightning.pytorch.loggers.CSVLogger",
+                    "--trainer.logger.save_dir", "logs")  # fmt: skip
+    assert not own.equipment.wants_tensorboard
+    assert [type(logger).__name__ for logger in own.trainer.loggers] == ["CSVLogger"]
+
+
+def test_a_test_needs_neither_checkpoints_nor_monitors(trained):
+    best = trained[0] / "checkpoints/best.ckpt"
+    built = rehearsed("--ckpt_path", best, command="test")
+    assert not {NormMonitor, ClosingPictures} & set(kinds(built))
+    assert (built.equipment.best, built.equipment.resume) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [("auto", {"num_nodes": 3, "devices": 2}), (2, {"num_nodes": 3})],
+)
+def test_torchrun_says_how_many_processes_there_are(monkeypatch, devices, expected):
+    settings = Namespace(devices=devices)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert trainer._processes_of_torchrun(settings) == {}
+    for name, value in (
+        ("TORCHELASTIC_RUN_ID", "x"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("WORLD_SIZE", "6"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert trainer._processes_of_torchrun(settings) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.fast_dev_run", "true"],
+        ["--trainer.logger", "false"],
+        ["--trainer.enable_checkpointing", "false"],
+        ["--trainer.limit_val_batches", "0"],
+        ["--trainer.overfit_batches", "2"],
+        ["--trainer.max_epochs", "-1", "--trainer.max_steps", "3"],
+        ["--trainer.check_val_every_n_epoch", "2"],
+        ["--trainer.val_check_interval", "7"],
+        ["--trainer.accumulate_grad_batches", "4"],
+        ["--trainer.profiler", "simple"],
+        ["--trainer.precision", "64-true"],
+        ["--trainer.enable_progress_bar", "true"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_trainer_flags_break_neither_the_closing_test_nor_the_records(main, tmp_path, flags):
+    code, out, err = main("fit", *QUICK, *flags)
+    assert code == 0, err
+    assert "gamma of the first norm layer" in out
+    folder = tmp_path / "runs" / "lenet" / "0"
+    found = result_of(folder)
+    assert 0 <= found["test_acc"] <= 1
+    assert found["images_per_second"] > 0
+    if "fast_dev_run" in flags[0] or "enable_checkpointing" in flags[0]:
+        assert found["tested"] == "the weights in memory"
+        assert not (folder / "checkpoints").exists()

@@ -1,0 +1,132 @@
+"""Optimizers and schedules by name, checked before anything is started."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from bn_lightning import Classifier, UserError
+from tests.projects.friedman.experiment import Regression, Table
+
+
+def fit(settings, **trainer):
+    """Train on 8 batches an epoch."""
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
+    pl.seed_everything(0)
+    used = pl.Trainer(**quiet | trainer)
+    used.fit(Regression(width=4, **settings), datamodule=Table(rows=200, batch_size=25))
+    return used
+
+
+def lr_of(trainer):
+    return trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_one_cycle_spans_the_run():
+    settings = {"lr": 0.5, "scheduler": "OneCycleLR", "scheduler_args": {"pct_start": 0.25}}
+    trainer = fit(settings, max_epochs=2)
+    [config] = trainer.lr_scheduler_configs
+    assert config.interval == "step"
+    assert config.scheduler.total_steps == 16
+    assert config.scheduler.last_epoch == 16
+    assert trainer.optimizers[0].param_groups[0]["max_lr"] == 0.5
+
+
+def test_one_cycle_of_a_length_that_is_given():
+    length = {"epochs": 4, "steps_per_epoch": 8}
+    trainer = fit({"lr": 0.5, "scheduler": "OneCycleLR", "scheduler_args": length})
+    [config] = trainer.lr_scheduler_configs
+    assert (config.interval, config.scheduler.total_steps) == ("step", 32)
+    assert config.scheduler.last_epoch == 8
+
+
+def test_a_schedule_that_counts_steps_moves_at_each():
+    cycle = {"base_lr": 0.001, "step_size_up": 4}
+    trainer = fit({"lr": 0.01, "scheduler": "CyclicLR", "scheduler_args": cycle}, max_steps=4)
+    assert lr_of(trainer) == pytest.approx(0.01)  # the peak is lr
+    assert trainer.lr_scheduler_configs[0].interval == "step"
+
+
+def test_cosine_annealing_reaches_zero():
+    assert lr_of(fit({"scheduler": "CosineAnnealingLR"})) == pytest.approx(0, abs=1e-9)
+
+
+def test_other_schedulers_move_once_an_epoch():
+    steps = {"step_size": 1, "gamma": 0.5}
+    trainer = fit({"lr": 1.0, "scheduler": "StepLR", "scheduler_args": steps}, max_epochs=3)
+    assert lr_of(trainer) == 0.125
+
+
+def test_plateau_watches_the_validation_loss():
+    trainer = fit({"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0}})
+    assert trainer.lr_scheduler_configs[0].monitor == "val_loss"
+
+
+def test_a_schedule_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_schedules.py").write_text(
+        "from torch.optim.lr_scheduler import LambdaLR\n\n\nclass Inverse(LambdaLR):\n"
+        "    def __init__(self, optimizer, power=1.0):\n"
+        "        super().__init__(optimizer, lambda epoch: (epoch + 1) ** -power)\n"
+    )
+    own = {"scheduler": "own_schedules.Inverse", "scheduler_args": {"power": 2.0}}
+    assert lr_of(fit({"lr": 0.9, **own}, max_epochs=2)) == pytest.approx(0.1)
+
+
+def test_any_optimizer_by_name_or_import_path():
+    for name in ("AdamW", "torch.optim.AdamW"):
+        model = Regression(optimizer=name, lr=0.01, optimizer_args={"weight_decay": 0.1})
+        optimizer = model.configure_optimizers()
+        assert type(optimizer) is torch.optim.AdamW
+        assert optimizer.defaults["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("task", [Classifier, Regression])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": "Adan"}, "There are ASGD, .*Adam"),
+        ({"optimizer": "torch.optim"}, "'torch.optim'"),
+        ({"optimizer_args": {"speed": 1}}, "speed"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"optimizer": "Muon"}, "Muon cannot be built"),
+        ({"scheduler": "Cosine"}, "CosineAnnealingLR"),
+        ({"scheduler": "StepLR"}, "step_size"),
+        ({"scheduler": "torch.optim.lr_scheduler.bisect_right"}, "is not a class"),
+    ],
+)
+def test_wrong_settings(task, settings, said):
+    with pytest.raises(UserError, match=said):
+        task(**settings)
+
+
+def test_a_schedule_over_an_endless_run_is_refused():
+    with pytest.raises(UserError, match=r"--trainer.max_epochs"):
+        fit({"scheduler": "OneCycleLR"}, max_epochs=-1, max_time="00:00:10:00")
+
+
+def test_a_schedule_is_not_resumed_in_a_run_of_another_length(tmp_path):
+    """The same length is, and so is a schedule that was told its own length."""
+    for name, arguments in (("OneCycleLR", {}), ("CosineAnnealingLR", {"T_max": 16})):
+        settings = {"scheduler": name, "scheduler_args": arguments}
+        trainer = fit(settings, max_epochs=2)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+
+    def resume(name, arguments, epochs):
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(**quiet, enable_checkpointing=False, max_epochs=epochs)
+        model = Regression(width=4, scheduler=name, scheduler_args=arguments)
+        path = tmp_path / f"{name}.ckpt"
+        data = Table(rows=200, batch_size=25)
+        trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
+
+    with pytest.raises(UserError, match=r"OneCycleLR was planned for 16 steps .* now have 24"):
+        resume("OneCycleLR", {}, epochs=3)
+    resume("OneCycleLR", {}, epochs=2)
+    resume("CosineAnnealingLR", {"T_max": 16}, epochs=3)

@@ -1,0 +1,51 @@
+"""Random numbers are functions of the seed and of a place in the run."""
+
+import random
+
+import numpy as np
+import torch
+
+from bn_lightning.training import seeds
+from bn_lightning.training.seeds import epoch_order
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = epoch_order(1_000, seed=1, epoch=2)
+    assert sorted(order.tolist()) == list(range(1_000))
+    torch.manual_seed(5)
+    assert torch.equal(order, epoch_order(1_000, seed=1, epoch=2))
+    assert not torch.equal(order, epoch_order(1_000, seed=2, epoch=1))
+    assert not torch.equal(order, epoch_order(1_000, seed=1, epoch=3))
+
+
+def drawn():
+    return (torch.rand(3).tolist(), random.random(), np.random.random())
+
+
+def test_a_step_draws_the_same_whatever_was_drawn_before():
+    place = (7, 2, 5, 1, torch.device("cpu"))
+    seeds.seed_step(*place)
+    first = drawn()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    seeds.seed_step(*place)
+    assert drawn() == first
+
+
+def test_each_seed_epoch_batch_and_rank_draws_something_else():
+    place = [7, 2, 5, 1]
+    others = [[value + (n == changed) for n, value in enumerate(place)] for changed in range(4)]
+    found = []
+    for numbers in (place, *others, [72, 5, 1, 0], [7, 25, 1, 0]):
+        seeds.seed_step(*numbers, torch.device("cpu"))
+        found.append(drawn())
+    for number, draw in enumerate(zip(*found, strict=True)):
+        assert len(set(map(str, draw))) == len(found), ("torch", "random", "numpy")[number]
+
+
+def test_augmentation_order_and_split_draw_apart():
+    """A mirror must not depend on the place of a sample in the epoch."""
+    drawn_by = [seeds.for_samples(3, 1), seeds.for_samples(3, 2), seeds.for_split(3)]
+    permutations = [generator.permutation(100).tolist() for generator in drawn_by]
+    permutations.append(epoch_order(100, 3, 1).tolist())
+    assert len(set(map(tuple, permutations))) == 4
+    assert seeds.for_samples(3, 1).permutation(100).tolist() == permutations[0]

@@ -1,0 +1,184 @@
+"""A run is asked to stop: by signals, by SLURM, by its time limit."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from bn_lightning.errors import RunFailed
+from bn_lightning.training import stopping
+from bn_lightning.training.stopping import Stopped, StopRequests
+from tests.support.runs import begin, posix, result_of, wait_until_it_trains
+
+
+@posix
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number, processes):
+    run = begin(tmp_path, "--trainer.devices", processes)
+    wait_until_it_trains(run, tmp_path)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, out + err
+    assert "resume with: python -m bn_lightning fit --resume runs/lenet/0" in out
+    assert "Traceback" not in err and "terminate called" not in err
+    last = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
+    step = last["global_step"]
+    assert f"stopped by {number.name} after step {step:,}; everything is saved in" in out
+    result = result_of(tmp_path / "runs/lenet/0")
+    assert (result["finished"], result["steps"], result["test_acc"]) == (False, step, None)
+
+
+@posix
+def test_a_second_signal_stops_at_once(tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time, pathlib, lightning.pytorch as pl\n\n\nclass Slow(pl.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *args):\n        if trainer.global_step == 25:\n"
+        "            pathlib.Path('sleeps').touch()\n            end = time.monotonic() + 30\n"
+        "            while time.monotonic() < end:\n                time.sleep(0.1)\n"
+    )
+    run = begin(tmp_path, "--trainer.callbacks+=slow.Slow")
+    while not (tmp_path / "sleeps").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.poll() is None  # in the middle of a step
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=10)
+    assert run.returncode == 130
+
+
+@posix
+def test_slurm_takes_the_job_away_and_gives_it_again(tmp_path):
+    """SLURM's signal saves between two steps and requeues the job; scontrol is a script here."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }
+    run = begin(tmp_path, environment=slurm)
+    wait_until_it_trains(run, tmp_path)
+    run.send_signal(signal.SIGUSR1)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert "stopped by SIGUSR1" in out
+    assert "job 7 is requeued" in err
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+@pytest.mark.parametrize(
+    ("array", "asked"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "5_2")],
+)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo no permission >&2; exit 3", "no permission"), (None, "No such file or directory")],
+)
+def test_a_job_that_is_not_requeued_is_said(
+    tmp_path, monkeypatch, capsys, script, said, array, asked
+):
+    for name, value in {"SLURM_JOB_ID": "7", "PATH": str(tmp_path), **array}.items():
+        monkeypatch.setenv(name, value)
+    if script is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    stopping._requeue()
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"job {asked} was not requeued: ") and said in printed
+
+
+# In this process
+
+
+def trainer_with(world_size=1, device="cpu", rank=0, environment=None):
+    strategy = SimpleNamespace(root_device=torch.device(device), cluster_environment=environment)
+    return SimpleNamespace(
+        world_size=world_size, strategy=strategy, global_step=12, is_global_zero=rank == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "batches"),
+    [
+        (trainer_with(), [*range(25)]),
+        (trainer_with(world_size=2), [0, 10, 20]),
+        (trainer_with(device="cuda"), [0, 10, 20]),
+    ],
+)
+def test_where_a_look_is_expensive_it_is_rare(trainer, batches):
+    assert [n for n in range(25) if stopping.is_check_due(trainer, n)] == batches
+
+
+def requests_in_a_trainer(max_time=None):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    requests = StopRequests(max_time)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        requests.begin(trainer, pl.LightningModule())
+        handlers = {n: signal.getsignal(n) for n in before}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return trainer, requests, handlers
+
+
+def test_nothing_is_asked_for_at_first():
+    trainer, requests, _ = requests_in_a_trainer(max_time="00:01:00:00")
+    assert requests.pending(trainer) == 0
+    assert not requests.is_out_of_time
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_stops_with_its_code(number, capsys):
+    trainer, requests, handlers = requests_in_a_trainer()
+    handlers[number](number, None)
+    handlers[number](number, None)  # the same signal to the process and to its group
+    assert requests.pending(trainer) == number
+    with pytest.raises(Stopped) as stopped:
+        requests.stop(trainer, "all is saved")
+    assert stopped.value.code == 128 + number
+    said = capsys.readouterr().out
+    assert said == f"\nstopped by {number.name} after step 0; all is saved\n"
+
+
+def test_the_time_limit_counts_from_the_start_of_training(capsys):
+    trainer, requests, _ = requests_in_a_trainer(max_time={"milliseconds": 80})
+    assert requests.pending(trainer) == 0
+    time.sleep(0.1)
+    assert requests.pending(trainer) == stopping.OUT_OF_TIME
+    assert requests.is_out_of_time
+    with pytest.raises(Stopped) as stopped:
+        requests.stop(trainer, "all is saved")
+    assert stopped.value.code == 0  # it did what it was told
+    assert "stopped by --trainer.max_time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [Stopped(143), RunFailed("a loss")])
+def test_all_ranks_end_and_the_first_one_tells_why(error):
+    with pytest.raises(type(error)) as raised:
+        stopping.end_all_ranks(trainer_with(), error)
+    assert raised.value is error
+    # For a code other than 0 Lightning's launcher kills rank 0, which may still be writing.
+    for environment, code in ((LightningEnvironment(), 0), (TorchElasticEnvironment(), None)):
+        with pytest.raises(Stopped) as raised:
+            stopping.end_all_ranks(trainer_with(2, rank=1, environment=environment), error)
+        own = error.code if isinstance(error, Stopped) else error.exit_code
+        assert raised.value.code == (own if code is None else code)
