@@ -32,7 +32,8 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
         )
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    # A relative name, or one with two dots in a row, is a TypeError or a ValueError.
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"The {kind} {name!r} cannot be imported: {error}.\n"
             f"It is read as the name {attribute!r} in the module {module_name!r}, which is looked "
@@ -62,6 +63,6 @@ def is_defined_in(name: str, package: str) -> bool:
         return False
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):
         return False
     return f"{getattr(found, '__module__', '')}.".startswith(f"{package}.")

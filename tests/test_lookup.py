@@ -54,7 +54,6 @@ def test_how_a_path_is_read_is_said():
     assert "Known without an import" not in str(refused.value)
 
 
-@pytest.mark.xfail(reason="importlib raises TypeError for a relative name", strict=True)
 def test_a_relative_path_is_refused():
     with pytest.raises(UserError):
         lookup.find("..layer.BatchNorm", "norm", KNOWN)

@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bn_lightning.runs.records import Records, recorded_in
 from tests.conftest import QUICK
@@ -17,13 +19,18 @@ LINE = re.compile(
 )
 
 
-def fit(data=None, ckpt_path=None, **settings):
+def fit(data=None, ckpt_path=None, callbacks=(), **settings):
     """Train on 200 rows in batches of 30, and return the records and the trainer."""
     torch.manual_seed(0)
     records = Records()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        accelerator="cpu", enable_checkpointing=False, callbacks=[records], **quiet, **settings
+        accelerator="cpu",
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        callbacks=[records, *callbacks],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
     )
     data = data or Table(rows=200, batch_size=30)
     model = Regression(lr=0.01)
@@ -60,10 +67,10 @@ def test_each_epoch_and_each_validation_is_kept_and_printed(capsys):
 
 
 def test_an_epoch_without_a_validation_has_none_in_its_line(capsys):
-    records, _ = fit(max_epochs=-1, max_steps=14, check_val_every_n_epoch=2)
-    first, second = (x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch"))
-    assert LINE.fullmatch(first)[3] is None and LINE.fullmatch(second)[3] is not None
-    assert first.startswith("epoch  1  ")  # of no known number
+    records, _ = fit(max_epochs=-1, max_steps=21, check_val_every_n_epoch=2)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch")]
+    assert [LINE.fullmatch(line)[3] is not None for line in lines] == [False, True, False]
+    assert lines[0].startswith("epoch  1  ")  # of no known number
     assert [metrics["step"] for metrics in records.validations] == [14]
 
 
@@ -90,23 +97,25 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     assert recorded_in({"state_dict": {}}) == {}
 
 
+def test_validations_before_a_selected_checkpoint_can_be_compared(tmp_path):
+    def best():
+        return ModelCheckpoint(tmp_path, monitor="val_rmse")
+
+    _, trainer = fit(max_epochs=1, callbacks=[best()])
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    after, _ = fit(max_epochs=2, ckpt_path=tmp_path / "x.ckpt", callbacks=[best()])
+    assert after.best_since == 0
+
+
 def test_time_of_a_validation_does_not_count():
     class Slow(pl.Callback):
+        def on_train_batch_end(self, *args):
+            time.sleep(0.05)
+
         def on_validation_batch_end(self, *args):
-            import time
+            time.sleep(0.3)
 
-            time.sleep(0.2)
-
-    records = Records()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        enable_checkpointing=False,
-        callbacks=[records, Slow()],
-        max_epochs=1,
-        num_sanity_val_steps=1,
-        **quiet,
-    )
-    trainer.fit(Regression(), datamodule=Table(rows=60, batch_size=10))  # 3 validation batches
-    assert 0 < records.seconds < 0.5
+    data = Table(rows=60, batch_size=10)  # 6 training batches, and 3 of validation
+    records, _ = fit(data, max_epochs=1, num_sanity_val_steps=1, callbacks=[Slow()])
+    assert 0.3 <= records.seconds < 0.9
     assert len(records.validations) == 1  # the sanity check is none
