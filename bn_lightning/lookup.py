@@ -25,15 +25,14 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     if name in known:
         return known[name]
     module_name, _, attribute = name.rpartition(".")
-    if not module_name:
+    if not module_name or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(
             f"There is no {kind} {name!r}. There are {', '.join(known)}, or an import path: "
             "my_module.Name"
         )
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    # A relative name, or one with two dots in a row, is a TypeError or a ValueError.
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise UserError(
             f"The {kind} {name!r} cannot be imported: {error}.\n"
             f"It is read as the name {attribute!r} in the module {module_name!r}, which is looked "
@@ -63,6 +62,6 @@ def is_defined_in(name: str, package: str) -> bool:
         return False
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError):
+    except (ImportError, AttributeError):
         return False
     return f"{getattr(found, '__module__', '')}.".startswith(f"{package}.")
