@@ -25,7 +25,7 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     if name in known:
         return known[name]
     module_name, _, attribute = name.rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in name.split(".")):
+    if not module_name or name.startswith("."):  # a relative path has no package here
         raise UserError(
             f"There is no {kind} {name!r}. There are {', '.join(known)}, or an import path: "
             "my_module.Name"
