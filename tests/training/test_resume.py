@@ -229,6 +229,7 @@ def test_no_step_is_in_the_curves_twice_or_missing(main, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight runs or more, which take four times as long on a busy machine
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills(tmp_path, processes):
     settings = ("--kills", "3", "--writing", "2", "--processes", str(processes))
