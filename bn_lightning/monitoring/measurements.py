@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from bn_lightning.norms import recognition
+from bn_lightning.norms import definition, recognition
 
 PERCENTILES = (15, 50, 85)  # of figure 1 in Ioffe and Szegedy 2015
 SAMPLE = 4_096  # values of a layer that percentiles and saturation are computed from
@@ -143,7 +143,7 @@ def is_activation(module: nn.Module) -> bool:
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance (C,) of the channels of x (N, C, ...)."""
-    x = x.float() if x.dtype.itemsize < 4 else x
+    x = definition.at_least_float32(x)
     reduced = [d for d in range(x.dim()) if d != 1]
     mean = x.mean(reduced, keepdim=True)
     # This takes a tenth of the time of torch.var_mean.
