@@ -1,4 +1,4 @@
-"""The exceptions whose message is all that a user has to see."""
+"""The exceptions whose message is all that a user has to see, and others in one line."""
 
 
 class UserError(ValueError):
@@ -15,3 +15,9 @@ class RunFailed(UserError):
     """A run that was begun and cannot go on: a full disk, a loss that is no number, a process that has gone."""
 
     exit_code = 1
+
+
+def describe_error(error: Exception) -> str:
+    """Return the class of an error and the first line of its message."""
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

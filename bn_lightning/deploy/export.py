@@ -21,7 +21,7 @@ from bn_lightning.deploy import folding, formats
 from bn_lightning.deploy.formats import Format
 from bn_lightning.deploy.served import Restored, Run, Served, default_of, import_flags, restore
 from bn_lightning.deploy.verification import Difference, Verification, metrics_of_test
-from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.errors import RunFailed, UserError, describe_error
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.runs import records, result
 from bn_lightning.runs.experiment import Experiment
@@ -136,7 +136,7 @@ def _content(form: Format, served: Served, example: Tensor, about: Mapping[str, 
     try:
         return form.write(served, example, about)
     except Exception as error:  # torch has no class of errors for code that it cannot export
-        reason = folding.first_line(error)
+        reason = describe_error(error)
         raise RunFailed(f"torch cannot export the network: {reason}") from error
 
 

@@ -10,6 +10,8 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
+from bn_lightning.errors import describe_error
+
 # The weights of these are (C, ...), where C is the number of channels of the output.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NO_NORMS = {f"torch.nn.modules.{kind}" for kind in ("activation", "pooling", "dropout", "flatten")}
@@ -34,7 +36,7 @@ def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code, which may raise anything
-        reason = first_line(error)
+        reason = describe_error(error)
         return network, [f"nothing is folded, since torch.fx cannot trace the network: {reason}"]
     folded = fx.GraphModule(copy.deepcopy(network), graph)
     inputs = _inputs(folded, x)
@@ -122,8 +124,3 @@ def _put_into(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b
     bias = b if layer.bias is None else layer.bias.double() * a + b
     dtype = layer.weight.dtype
     layer.weight, layer.bias = (nn.Parameter(t.to(dtype), False) for t in (weight, bias))
-
-
-def first_line(error: Exception) -> str:
-    """Return an exception's class and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bn_lightning.deploy import folding
 from bn_lightning.deploy.served import Restored, Run, Served
-from bn_lightning.errors import RunFailed
+from bn_lightning.errors import RunFailed, describe_error
 
 
 class Difference(NamedTuple):
@@ -70,7 +70,7 @@ class Verification:
         except Exception as error:  # the network's own code may raise anything
             raise RunFailed(
                 f"The network cannot be run on batches of 1, 7 and 256 {self.eager.noun}: "
-                f"{folding.first_line(error)}"
+                f"{describe_error(error)}"
             ) from error
 
 

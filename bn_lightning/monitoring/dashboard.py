@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from bn_lightning.errors import describe_error
+
 INPUTS = (
     "Inputs of the activations: 15th, 50th and 85th percentile (Ioffe and Szegedy 2015, figure 1)"
 )
@@ -116,9 +118,3 @@ def add_graph(writer: Any, network: nn.Module, inputs: Tensor) -> None:
     warnings.warn(
         f"TensorBoard gets no graph of the network, which cannot be traced: {reason}", stacklevel=2
     )
-
-
-def describe_error(error: Exception) -> str:
-    """Return the class of an error and the first line of its message."""
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from bn_lightning.errors import describe_error
 from bn_lightning.monitoring import dashboard, drawing
 from bn_lightning.training.data_module import DataModule
 
@@ -170,5 +171,5 @@ def _warn_on_failure(figure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = dashboard.describe_error(error)
+        reason = describe_error(error)
         warnings.warn(f"TensorBoard gets no {figure}: {reason}", stacklevel=3)
