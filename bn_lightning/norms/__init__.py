@@ -1,1 +1,1 @@
-"""Normalization layers, and what finds, replaces and synchronizes them in any network."""
+"""Normalization layers, and functions that recognize, convert and synchronize them."""

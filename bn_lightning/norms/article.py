@@ -1,11 +1,12 @@
-"""Batch normalization by the tutorial's conventions, kept for comparison with `layer.BatchNorm`.
+"""The tutorial's batch normalization, with the tutorial's conventions.
 
-The tutorial follows section 8.5, "Batch Normalization", of "Dive into Deep Learning", https://d2l.ai. It differs from
-torch's layer in three ways, each kept here on purpose:
+The tutorial follows section 8.5, "Batch Normalization", of "Dive into Deep Learning",
+https://d2l.ai. Its layer differs from PyTorch's in three ways. All three are kept here, so that
+they can be compared with `layer.BatchNorm`:
 
-* training is told from prediction by whether gradients are recorded, not by `module.training`;
-* the moving variance is the biased one: the batch's variance divided by m, with no correction;
-* momentum is the share of the old value that is kept (0.9), where torch's is the share of the new one (0.1).
+* The mode follows `torch.is_grad_enabled()`, not `module.training`.
+* The moving variance is biased: it averages batch variances that are divided by m, not m - 1.
+* Momentum is the weight of the old value (0.9). PyTorch's is the weight of the new one (0.1).
 """
 
 from typing import ClassVar
@@ -23,12 +24,13 @@ def batch_norm(
     eps: float,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize a batch, and return the result with the new moving mean and variance.
+    """Normalize a batch. Return the result, the new moving mean and the new moving variance.
 
     Args:
-        X: (N, C) behind a linear layer, or (N, C, H, W) behind a convolution.
-        gamma, beta, moving_mean, moving_var: of a shape that broadcasts against X: (1, C) or (1, C, 1, 1).
-        momentum: the share of the old moving statistics that is kept.
+        X: (N, C) after a linear layer, or (N, C, H, W) after a convolution.
+        gamma, beta, moving_mean, moving_var: (1, C) or (1, C, 1, 1), to broadcast against X.
+        eps: added to the variance.
+        momentum: the weight of the old moving statistics.
     """
     if not torch.is_grad_enabled():
         X_hat = (X - moving_mean) / torch.sqrt(moving_var + eps)
@@ -43,20 +45,22 @@ def batch_norm(
 
 
 class BatchNorm(nn.Module):
-    """The tutorial's layer: `gamma`, `beta`, `moving_mean` and `moving_var`, of shape (1, C) or (1, C, 1, 1).
+    """The tutorial's layer.
 
-    The moving statistics are buffers: as plain tensors they would be lost in a checkpoint. The moving variance starts
-    at 1, as the tutorial's text says (its code says 0).
+    The moving statistics are buffers. As plain tensors, they would be missing from checkpoints.
+    The moving variance starts at 1, as in the tutorial's text. Its code starts at 0.
 
     Args:
-        num_features: the number of outputs of the linear layer, or of channels of the convolution, C.
-        num_dims: 2 behind a linear layer, 4 behind a convolution.
+        num_features: the number of channels C: outputs of a linear layer or of a convolution.
+        num_dims: 2 after a linear layer, 4 after a convolution.
         eps: added to the variance.
-        momentum: the share of the old moving statistics that is kept.
+        momentum: the weight of the old moving statistics.
 
     Attributes:
-        only_writes_running_stats: True: in training the layer writes its moving statistics and
-            never reads them; see `recognition.py`.
+        gamma, beta: scale and shift, (1, C) or (1, C, 1, 1).
+        moving_mean, moving_var: the moving statistics, of the same shape.
+        only_writes_running_stats: True. In training, the layer writes its moving statistics but
+            never reads them. See `recognition.py`.
     """
 
     only_writes_running_stats: ClassVar[bool] = True
@@ -77,11 +81,11 @@ class BatchNorm(nn.Module):
         self.register_buffer("moving_var", torch.ones(shape))
 
     def forward(self, X: Tensor) -> Tensor:
-        """Normalize X, of shape (N, C) or (N, C, H, W)."""
+        """Normalize X, (N, C) or (N, C, H, W)."""
         Y, moving_mean, moving_var = batch_norm(
             X, self.gamma, self.beta, self.moving_mean, self.moving_var, self.eps, self.momentum
         )
-        # Without this the moving statistics would carry the graph of every step since the first.
+        # Without detach, the moving statistics would keep the graph of every past step.
         self.moving_mean.copy_(moving_mean.detach())
         self.moving_var.copy_(moving_var.detach())
         return Y

@@ -1,7 +1,9 @@
-"""Between torch's batch normalization and the one from scratch: the same parameters and buffers, the other class.
+"""Conversion between PyTorch's batch normalization layers and the one from scratch.
 
-For what looks for torch's class, which the layer from scratch is not, on purpose: `torch.optim.swa_utils.update_bn`,
-folding a norm into the layer before it, `torch.func.replace_all_batch_norm_modules_` and others.
+The two have the same parameters and buffers, so only the class of a layer changes. Some tools
+accept PyTorch's class only, and `BatchNorm` does not inherit from it. Examples are
+`torch.optim.swa_utils.update_bn`, `torch.func.replace_all_batch_norm_modules_`, and tools that
+fold a norm into the preceding layer.
 """
 
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.norms.layer import BatchNorm
 
+# PyTorch's class for each value of `BatchNorm.num_dims`.
 TORCH: dict[int | None, type[_BatchNorm]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
@@ -18,18 +21,21 @@ TORCH: dict[int | None, type[_BatchNorm]] = {
 
 
 def to_torch(network: nn.Module) -> nn.Module:
-    """Make each `BatchNorm` of the network torch's BatchNorm1d, 2d or 3d, in place, and give the network back.
+    """Convert each `BatchNorm` of a network to BatchNorm1d, 2d or 3d, in place. Return the network.
 
-    The layers stay the same objects, with their parameters, buffers and hooks: only their class changes.
+    The layers stay the same objects, with the same parameters, buffers and hooks.
 
     Raises:
-        ValueError: for a `BatchNorm` without `num_dims`; torch has a class for each rank. Nothing is changed then.
+        ValueError: a `BatchNorm` has no `num_dims` from 2 to 5, so that PyTorch's class for it is
+            unknown. The network is then unchanged.
     """
     layers = [module for module in network.modules() if isinstance(module, BatchNorm)]
     for layer in layers:
         if layer.num_dims not in TORCH:
             raise ValueError(
-                f"{layer} does not say which of torch's layers it stands for; give it num_dims, 2 to 5"
+                f"Cannot convert {layer}: its num_dims is {layer.num_dims}.\n"
+                "PyTorch has one class for each number of dimensions. "
+                "Create the layer with num_dims from 2 to 5."
             )
     for layer in layers:
         layer.__class__ = TORCH[layer.num_dims]  # type: ignore[assignment]
@@ -37,12 +43,14 @@ def to_torch(network: nn.Module) -> nn.Module:
 
 
 def from_torch(network: nn.Module) -> nn.Module:
-    """Make each BatchNorm1d, 2d and 3d of the network a `BatchNorm`, in place, and give the network back."""
+    """Convert each BatchNorm1d, 2d and 3d of a network to `BatchNorm`, in place.
+
+    Return the network.
+    """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            num_dims = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(
-                type(module)
-            )  # BatchNorm1d takes input of two ranks
+            # BatchNorm1d accepts 2 or 3 dimensions, so num_dims is None for it.
+            num_dims = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(module))
             module.__dict__.update(num_dims=num_dims, sync_batchnorm=False)
             module.__class__ = BatchNorm  # type: ignore[assignment]
     return network

@@ -1,11 +1,20 @@
-"""Batch normalization by its definition: plain operations whose gradients are left to autograd.
+"""Batch normalization by its definition, in plain operations that autograd differentiates.
 
 Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift", 2015, https://arxiv.org/abs/1502.03167. Read this module first. `fast.py` has the
+Covariate Shift", 2015, https://arxiv.org/abs/1502.03167. Start reading here. `fast.py` computes the
 same results in less time, and `layer.py` chooses between the two.
 
-In the comments on shapes, N is the number of samples in the batch and C the number of channels.
-A batch is (N, C) behind a linear layer and (N, C, H, W) behind a two-dimensional convolution.
+Every function normalizes each channel separately:
+
+    x_hat = (x - mean) / sqrt(var + eps)
+    y = gamma * x_hat + beta
+
+gamma and beta are learned. They are called `weight` and `bias`, as in PyTorch. In training, mean
+and var are the statistics of the batch. In eval mode, they are running statistics: averages over
+the batches of training. The result for one sample then does not depend on the others.
+
+Shapes: N is the number of samples in the batch, and C the number of channels. A batch is (N, C)
+after a linear layer, and (N, C, H, W) after a 2-dimensional convolution.
 """
 
 from torch import Tensor
@@ -17,26 +26,32 @@ def normalize_batch(
     """Normalize each channel by the statistics of the batch: algorithm 1 of the paper.
 
     Args:
-        x: (N, C) or (N, C, ...), in float32 or float64.
+        x: (N, C) or (N, C, ...), float32 or float64.
         weight, bias: gamma and beta, (C,) each, or None.
-        eps: added to the variance.
+        eps: added to the variance, which may be 0.
 
     Returns:
-        y, of the shape of x, and what `update_running_stats` needs: the mean of each channel and
-        its unbiased variance, (C,) each, without gradient.
+        y, with the shape of x, and two values for `update_running_stats`: the mean and the unbiased
+        variance of each channel, (C,) each. The last two carry no gradient.
     """
+    # Statistics are taken over all dimensions but the channels, that is over m values.
     all_but_channels = [d for d in range(x.dim()) if d != 1]
     m = values_per_channel(x)
-    # The mean of an empty batch is 0. Its gradients are then 0 and not NaN.
+
+    # An empty batch has m = 0. max(m, 1) makes its gradients 0 instead of NaN.
     mean = x.sum(all_but_channels) / max(m, 1)  # (C,)
-    centred = x - per_channel(mean, x)  # (N, C, ...)
-    squares = centred.square().sum(all_but_channels)  # (C,)
+    centered = x - per_channel(mean, x)  # (N, C, ...)
+    squares = centered.square().sum(all_but_channels)  # (C,)
     var = squares / max(m, 1)  # (C,)
-    y = centred * per_channel((var + eps).rsqrt(), x)  # (N, C, ...)
+
+    y = centered * per_channel((var + eps).rsqrt(), x)  # (N, C, ...)
     if weight is not None:
         y = y * per_channel(weight, x)
     if bias is not None:
         y = y + per_channel(bias, x)
+
+    # The mean of a batch is fitted to that batch, so `var` is too small on average.
+    # Dividing by m - 1 corrects this. Only the running variance uses the corrected value.
     unbiased_var = squares / max(m - 1, 1)  # (C,)
     return y, mean.detach(), unbiased_var.detach()
 
@@ -50,8 +65,8 @@ def update_running_stats(
 ) -> None:
     """Move the running statistics towards those of a batch, in place: algorithm 2, step 10.
 
-    The paper averages over batches. Here, as in PyTorch, the average is exponential:
-    running = (1 - momentum) * running + momentum * value. All four tensors are (C,).
+    The paper averages over batches after training. This is an exponential moving average, as in
+    PyTorch: running = (1 - momentum) * running + momentum * value. All four tensors are (C,).
     """
     for running, value in ((running_mean, mean), (running_var, unbiased_var)):
         same_dtype = value if value.dtype == running.dtype else value.to(running.dtype)
@@ -66,10 +81,7 @@ def normalize_with_running_stats(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Normalize each channel by the running statistics: algorithm 2, step 11.
-
-    Each sample of x, (N, C, ...), is then normalized independently of the other ones.
-    """
+    """Normalize each channel of x, (N, C, ...), by the running statistics: algorithm 2, step 11."""
     scale, shift = evaluation_scale_and_shift(running_mean, running_var, weight, bias, eps)
     return x * per_channel(scale, x) + per_channel(shift, x)  # (N, C, ...)
 
@@ -81,7 +93,11 @@ def evaluation_scale_and_shift(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, (C,) each, with which evaluation is y = scale * x + shift."""
+    """Return scale and shift, (C,) each, such that y = scale * x + shift in eval mode.
+
+    All terms but x are constants in eval mode, so the whole layer is one affine function:
+    scale = gamma / sqrt(var + eps), and shift = beta - mean * scale.
+    """
     scale = (at_least_float32(running_var) + eps).rsqrt()  # (C,)
     if weight is not None:
         scale = scale * weight
@@ -90,7 +106,7 @@ def evaluation_scale_and_shift(
 
 
 def values_per_channel(x: Tensor) -> int:
-    """Return the number of values that each channel of x, (N, C, ...), has: m in the paper."""
+    """Return the number of values in each channel of x, (N, C, ...). The paper calls it m."""
     return x.numel() // x.size(1)
 
 
@@ -100,5 +116,5 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return x in float32 if its dtype has 16 bits, and x itself otherwise."""
+    """Return x as float32 if its dtype has 16 bits or fewer, and x itself otherwise."""
     return x.float() if x.dtype.itemsize < 4 else x

@@ -1,9 +1,9 @@
 """Batch normalization with few passes over memory and a gradient derived by hand.
 
-The results are those of `definition.py`. On a CPU, what takes time is to read and write tensors of
-the input's size. Each tensor is therefore read in the order in which it lies in memory, at most one
-is allocated beside the result, and only the input is kept for the backward pass. The statistics may
-be those of one process, or of the batches of all processes of a group together.
+The results equal those of `definition.py`. On a CPU, most time is spent on reading and writing
+tensors of the input's size. Three rules reduce it: each tensor is read in memory order, at most one
+temporary tensor is allocated in addition to the result, and only the input is saved for the
+backward pass. With a process group, the statistics are those of all processes' batches together.
 """
 
 import math
@@ -22,10 +22,10 @@ from bn_lightning.norms.definition import (
 
 
 class FastBatchNorm(torch.autograd.Function):
-    """`definition.normalize_batch` with the gradient of section 3 of the paper.
+    """`definition.normalize_batch` with the gradient from section 3 of the paper.
 
-    `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three tensors. With a
-    process group, the statistics are those of the batches of all its processes together.
+    `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three tensors. If
+    `group` is a process group, the statistics are those of all its processes' batches together.
     """
 
     @staticmethod
@@ -38,10 +38,10 @@ class FastBatchNorm(torch.autograd.Function):
         m: int | Tensor = max(count, 1)
         mean = _channel_sums(x, width).div_(m)
         squares = _channel_sums((x - _broadcast(mean, width)).square_(), width)
-        less_1: int | Tensor = max(m - 1, 1)
+        m_minus_1: int | Tensor = max(m - 1, 1)
         if group is not None:
             mean, squares, total = _merge(mean, squares, count, group)
-            m, less_1 = total.clamp(min=1), (total - 1).clamp(min=1)
+            m, m_minus_1 = total.clamp(min=1), (total - 1).clamp(min=1)
 
         rstd = (squares / m).add_(eps).rsqrt_()
         scale = rstd if weight is None else rstd * weight
@@ -50,24 +50,25 @@ class FastBatchNorm(torch.autograd.Function):
 
         ctx.save_for_backward(input, weight, mean, rstd, scale)
         ctx.width, ctx.m, ctx.eps, ctx.group = width, m, eps, group
-        unbiased_var = squares.div_(less_1)
+        unbiased_var = squares.div_(m_minus_1)
         ctx.mark_non_differentiable(mean, unbiased_var)
         ctx.set_materialize_grads(False)
         return y if y.dtype == input.dtype else y.to(input.dtype), mean, unbiased_var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Return the gradients by input, weight and bias.
+        """Return the gradients with respect to input, weight and bias.
 
         With x_hat = (x - mean) * rstd, and sums over the m values of a channel:
 
-        d bias = sum(dy),  d weight = sum(dy * x_hat),
-        dx = weight * rstd * (dy - d bias / m - x_hat * d weight / m).
+            d_bias   = sum(dy)
+            d_weight = sum(dy * x_hat)
+            dx       = weight * rstd * (dy - d_bias / m - x_hat * d_weight / m)
         """
         if grad is None:
             return None, None, None, None, None
         input, weight, mean, rstd, scale = ctx.saved_tensors
-        # Gradients are recorded during a backward pass if a second derivative is wanted.
+        # Autograd records this backward pass only if a second derivative is needed.
         if torch.is_grad_enabled():
             return *_gradient_of_definition(ctx, input, weight, grad), None, None
 
@@ -75,16 +76,17 @@ class FastBatchNorm(torch.autograd.Function):
         x, dy = _view(input, width), _view(grad, width)
         d_bias = _channel_sums(dy, width)
         d_weight = torch.addcmul(_channel_sums(x * dy, width), mean, d_bias, value=-1).mul_(rstd)
-        sums = d_bias, d_weight
+        sum_dy, sum_dy_x_hat = d_bias, d_weight
         if ctx.group is not None:
-            stacked = torch.stack(sums)
-            dist.all_reduce(stacked, group=ctx.group)
-            sums = stacked[0], stacked[1]
+            # dx needs the sums over all processes. DDP itself averages d_weight and d_bias.
+            sums = torch.stack([d_bias, d_weight])
+            dist.all_reduce(sums, group=ctx.group)
+            sum_dy, sum_dy_x_hat = sums[0], sums[1]
 
-        # dx = scale * (dy - sums[0] / m - (x - mean) * slope / m), multiplied out to
-        # a * dy + b * x + c.
-        slope, scale_by_m = sums[1] * rstd, scale / -m
-        shift = torch.addcmul(sums[0], slope, mean, value=-1).mul_(scale_by_m)
+        # dx = scale * (dy - sum_dy / m - (x - mean) * slope / m)
+        # is expanded to a * dy + b * x + c, which takes fewer passes over memory.
+        slope, scale_by_m = sum_dy_x_hat * rstd, scale / -m
+        shift = torch.addcmul(sum_dy, slope, mean, value=-1).mul_(scale_by_m)
         dx = _scale_and_shift(x, width, slope.mul_(scale_by_m), shift)
         dx = dx.addcmul_(dy, _broadcast(scale, width))
 
@@ -102,16 +104,23 @@ class FastBatchNorm(torch.autograd.Function):
 def _gradient_of_definition(
     ctx: Any, input: Tensor, weight: Tensor | None, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return autograd's gradients by input, weight and bias, which can be differentiated again."""
+    """Return the gradients from autograd, which can be differentiated again.
+
+    Raises:
+        RuntimeError: the statistics are synchronized across processes.
+    """
     if ctx.group is not None:
-        raise RuntimeError("batch_norm across processes has no second derivative")
+        raise RuntimeError(
+            "Synchronized batch_norm has no second derivative. "
+            "Set sync_batchnorm to False, or use one process."
+        )
     y, _, _ = normalize_batch(at_least_float32(input), weight, None, ctx.eps)
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     candidates = ((input, needs_input), (weight, needs_weight))
-    wanted = [t for t, needed in candidates if t is not None and needed]
+    inputs = [t for t, needed in candidates if t is not None and needed]
     grads: list[Tensor] = []
-    if wanted:
-        grads += torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True)
+    if inputs:
+        grads += torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True)
     d_input = grads.pop(0) if needs_input else None
     d_weight = grads.pop(0) if needs_weight else None
     d_bias = grad.sum([d for d in range(grad.dim()) if d != 1]) if needs_bias else None
@@ -119,11 +128,15 @@ def _gradient_of_definition(
 
 
 def _merge(mean: Tensor, squares: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, sum of squared deviations and number of values per channel over all processes.
+    """Merge the statistics of all processes.
 
-    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances", 1979: the squared deviations from the common mean are those from each process's own
-    mean, plus those of that mean. A process may have any number of values, even one or none.
+    A deviation from the common mean is a deviation from the process's own mean plus the deviation
+    of that mean, and the sums of their squares add up: Chan, Golub and LeVeque, "Updating Formulae
+    and a Pairwise Algorithm for Computing Sample Variances", 1979. A process may have any number
+    of values, including 0.
+
+    Returns:
+        The mean, (C,), the sum of squared deviations, (C,), and m, a scalar.
     """
     own = torch.cat([mean, squares, mean.new_tensor([count])])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -143,19 +156,24 @@ def normalize_with_running_stats(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """`definition.normalize_with_running_stats` in one pass over memory, in float32 at least."""
+    """Return `definition.normalize_with_running_stats`, computed in one pass over memory.
+
+    16-bit input is computed in float32.
+    """
     scale, shift = evaluation_scale_and_shift(running_mean, running_var, weight, bias, eps)
     width = _width(x)
     return _unview(_scale_and_shift(_view(x, width), width, scale, shift), width, x)
 
 
-# The helpers below work on a view of a tensor that has the order of its memory. `width` says which:
-# 0 is the usual order, viewed as (N, C, L). W is channels-last order, viewed as rows (R, W * C).
-# Rows (R * W, C) would leave a CPU's vector units idle where channels are few. A tensor (N, C)
-# consists of rows already, with W = 1.
+# The helpers below work on a view of a tensor in memory order. `width` encodes the order:
+#   0: contiguous, viewed as (N, C, L).
+#   W: channels-last, viewed as rows (R, W * C). W is the size of the last spatial dimension.
+#   1: the tensor is (N, C), which has both orders, and is its own view.
+# With few channels, shorter rows (R * W, C) would leave a CPU's vector units idle.
 
 
 def _width(x: Tensor) -> int:
+    """Return the memory order of x, encoded as above."""
     if x.dim() == 2:
         return 1
     last = x.movedim(1, -1)
@@ -163,7 +181,7 @@ def _width(x: Tensor) -> int:
 
 
 def _view(x: Tensor, width: int) -> Tensor:
-    """Return the view of x, in float32 or float64; a copy if x lies in another order."""
+    """Return x as a view in float32 or float64, or as a copy if its memory order is another."""
     x = at_least_float32(x)
     if x.dim() == 2:
         return x
@@ -174,29 +192,30 @@ def _view(x: Tensor, width: int) -> Tensor:
 
 
 def _unview(view: Tensor, width: int, x: Tensor) -> Tensor:
-    """Return the tensor that a view shows, in the shape of x."""
+    """Return the tensor behind a view, with the shape of x. This is the inverse of `_view`."""
     if x.dim() == 2:
         return view
     return view.view(x.movedim(1, -1).shape).movedim(-1, 1) if width else view.view(x.shape)
 
 
 def _channel_sums(view: Tensor, width: int) -> Tensor:
-    """Return the sum of each channel, (C,)."""
+    """Return the sum of each channel of a view, (C,)."""
     if not width:
-        # With few channels this is several times faster than .sum((0, 2)).
+        # With few channels, this is several times faster than .sum((0, 2)).
         return view.sum(2).sum(0)
     row = view.sum(0)
     return row if width == 1 else row.view(width, -1).sum(0)
 
 
 def _broadcast(v: Tensor, width: int) -> Tensor:
-    """Return v, (C,), in a shape that broadcasts against a view."""
+    """Return v, (C,), reshaped to broadcast against a view."""
     if not width:
         return v.unsqueeze(1)
     return v if width == 1 else v.expand(width, -1).reshape(-1)
 
 
 def _scale_and_shift(view: Tensor, width: int, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return view * scale + shift, where scale and shift are (C,)."""
     scale, shift = _broadcast(scale, width), _broadcast(shift, width)
-    # addcmul takes one pass, but is slow where two operands are broadcast along the last dimension.
+    # addcmul needs one pass, but it is slow if two operands broadcast along the last dimension.
     return torch.addcmul(shift, view, scale) if width else (view * scale).add_(shift)

@@ -1,7 +1,8 @@
-"""Batch normalization from scratch, a drop-in for torch's BatchNorm1d, 2d and 3d.
+"""Batch normalization from scratch, a drop-in replacement for PyTorch's BatchNorm1d, 2d and 3d.
 
-`definition.py` says what is computed, and `fast.py` computes the same in less time and over several
-processes. `batch_norm` and `BatchNorm` check the arguments and choose between the two.
+Read `definition.py` first. It defines the result. `fast.py` computes the same result in less time,
+and across processes. The function `batch_norm` checks its arguments and calls one of the two. The
+layer `BatchNorm` keeps the parameters and the running statistics, and calls the function.
 """
 
 from typing import Any, ClassVar
@@ -29,47 +30,52 @@ def batch_norm(
 ) -> Tensor:
     """Normalize, scale and shift each channel of the input: algorithms 1 and 2 of the paper.
 
-    The arguments are those of `torch.nn.functional.batch_norm`. With `training`, mean and variance
-    are those of the batch (algorithm 1, the variance divided by m), and the running statistics, if
-    given, move towards them in place by `momentum` (algorithm 2, step 10, the variance corrected by
-    m / (m - 1)). Without `training`, the running statistics are used.
+    The arguments are those of `torch.nn.functional.batch_norm`.
+
+    * If `training` is True, the batch is normalized by its own mean and variance (algorithm 1). The
+      running statistics, if given, are updated in place (algorithm 2, step 10).
+    * If `training` is False, the batch is normalized by the running statistics (step 11).
+
+    The variance of the batch is divided by m, the number of values per channel. The one that enters
+    the running variance is divided by m - 1.
 
     Args:
-        input: (N, C) or (N, C, ...), floating point. Arithmetic is in float32 at least, and the
+        input: (N, C) or (N, C, ...), floating point. 16-bit input is computed in float32. The
             result has the input's dtype and memory format.
-        running_mean, running_var, weight (gamma), bias (beta): (C,) each, or None; of the input's
-            dtype, or float32 if that has 16 bits.
+        running_mean, running_var, weight, bias: (C,) each, or None. Their dtype is that of the
+            input, or float32 if the input has 16 bits. `weight` is gamma, and `bias` is beta.
         momentum: the weight of the batch in the running statistics.
-        process_group: take the statistics in training over the batches of all its processes.
+        process_group: in training, use the statistics of all its processes' batches together.
 
     Raises:
-        ValueError: input, running statistics or parameters of another shape or dtype; missing
-            running statistics; or one value per channel in training, whose variance is always 0.
+        ValueError: a shape or dtype does not fit; the running statistics are missing in eval mode;
+            or a channel has one value only in training, so that its variance is always 0.
     """
     if input.dim() == 1 and not input.numel():
-        return input.clone()  # There is nothing to normalize, and torch accepts it too.
+        # There is nothing to normalize. PyTorch accepts this input too.
+        return input.clone()
     check_input(input, running_mean, running_var, training, eps, weight, bias)
     if training and process_group is None and values_per_channel(input) == 1:
         raise ValueError(
-            "expected more than 1 value per channel in training, "
-            f"got input of shape {tuple(input.shape)}"
+            "Expected more than 1 value per channel in training, "
+            f"got input of shape {tuple(input.shape)}."
         )
-    by_definition = _must_follow_the_definition()
+    use_definition = _needs_plain_operations()
 
     if not training:
-        assert running_mean is not None and running_var is not None  # checked by check_input
+        assert running_mean is not None and running_var is not None  # see check_input
         normalize = fast.normalize_with_running_stats
-        if by_definition:
+        if use_definition:
             normalize = definition.normalize_with_running_stats
         return normalize(input, running_mean, running_var, weight, bias, eps).to(input.dtype)
 
-    if by_definition and process_group is None:
+    if use_definition and process_group is None:
         y, mean, var = definition.normalize_batch(at_least_float32(input), weight, bias, eps)
     else:
         y, mean, var = fast.FastBatchNorm.apply(input, weight, bias, eps, process_group)
     if running_mean is None or running_var is None:
         return y.to(input.dtype)
-    # With a process group, an empty share has the statistics of the whole batch.
+    # With a process group, mean and var are defined even if this process's shard is empty.
     if input.numel() or process_group is not None:
         definition.update_running_stats(running_mean, running_var, mean, var, momentum)
     return y.to(input.dtype)
@@ -83,42 +89,59 @@ def check_input(
     eps: float,
     *parameters: Tensor | None,
 ) -> None:
-    """Raise a ValueError for what a batch normalization cannot work with: see `batch_norm`."""
+    """Check the arguments of a batch normalization.
+
+    Raises:
+        ValueError: see `batch_norm`.
+    """
+    shape, dtype = tuple(input.shape), input.dtype
     if not input.is_floating_point():
-        raise ValueError(f"expected floating-point input, got {input.dtype}")
+        raise ValueError(f"Expected floating-point input, got {dtype}.")
     if input.dim() < 2:
-        raise ValueError(
-            f"expected input of two dimensions (N, C) or more, got shape {tuple(input.shape)}"
-        )
-    channels, dtype = input.size(1), input.dtype
+        raise ValueError(f"Expected input with two or more dimensions (N, C, ...), got {shape}.")
+    channels = input.size(1)
     for given in (running_mean, running_var, *parameters):
         if given is None:
             continue
         if given.numel() != channels:
             raise ValueError(
-                f"expected {given.numel()} channels in dimension 1, got shape {tuple(input.shape)}"
+                f"Expected {given.numel()} channels in dimension 1, got input of shape {shape}."
             )
         if given.dtype != dtype and (given.dtype != torch.float32 or dtype.itemsize != 2):
             raise ValueError(
-                f"expected {given.dtype} input, the dtype of parameters and statistics, got {dtype}"
+                f"Expected {given.dtype} input, the dtype of the parameters and running "
+                f"statistics, got {dtype}."
             )
     if (running_mean is None) != (running_var is None):
-        raise ValueError("expected running_mean and running_var both or neither, got one of them")
+        raise ValueError("Expected both running_mean and running_var or neither, got one of them.")
     if running_mean is None and not training:
         raise ValueError(
-            "expected running_mean and running_var, got None: "
-            "they are needed where training is False"
+            "Expected running_mean and running_var, got None. They are required if training "
+            "is False."
         )
     if training and eps <= 0:
-        raise ValueError(f"expected eps above 0 in training, got {eps}")
+        raise ValueError(f"Expected eps greater than 0 in training, got {eps}.")
 
 
-def _must_follow_the_definition() -> bool:
-    """Return whether something has to see the single operations.
+def check_num_dims(input: Tensor, num_dims: int | None) -> None:
+    """Check the number of dimensions of an input. None allows any.
 
-    Compilers fuse them. Forward-mode derivatives and torch.func derive or transform each of them.
+    Raises:
+        ValueError: the input has another number of dimensions.
     """
-    # The last two names are private to torch, which has no public ones for the question.
+    if num_dims is not None and input.dim() != num_dims:
+        raise ValueError(
+            f"Expected {num_dims}-dimensional input, "
+            f"got {input.dim()} dimensions: {tuple(input.shape)}."
+        )
+
+
+def _needs_plain_operations() -> bool:
+    """Return whether PyTorch must see each operation instead of the custom autograd function.
+
+    Compilers fuse the operations. Forward-mode AD and torch.func differentiate or transform each.
+    """
+    # The last two names are private. PyTorch has no public equivalent.
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
@@ -127,38 +150,41 @@ def _must_follow_the_definition() -> bool:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over a batch of any rank.
+    """Batch normalization of input with two or more dimensions.
 
     The input is (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W). Arguments, attributes,
-    state-dict keys, train and eval mode are those of `torch.nn.BatchNorm2d`, so that a checkpoint
-    of one loads into the other. The class does not inherit from torch's class: converters that look
-    for that class, such as `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, would silently replace
-    the layer by torch's own.
+    state-dict keys and modes are those of `torch.nn.BatchNorm2d`, so each can load the checkpoints
+    of the other.
+
+    The class does not inherit from PyTorch's. Converters such as
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` look for PyTorch's class, and would silently
+    replace this layer by PyTorch's own.
 
     Args:
         num_features: the number of channels C.
         eps: added to the variance.
-        momentum: the weight of the newest batch in the running statistics; None averages all
-            batches alike.
+        momentum: the weight of the newest batch in the running statistics. None gives all batches
+            the same weight.
         affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
-        track_running_stats: keep running statistics for eval mode; without them it uses the batch's
-            own.
-        bias: learn beta; without effect when `affine` is False.
-        num_dims: when given, the rank that the input must have (2 behind a linear layer, 4 behind a
-            convolution).
+        track_running_stats: keep running statistics for eval mode. Without them, eval mode uses the
+            statistics of the batch, as training does.
+        bias: learn beta. Has no effect if `affine` is False.
+        num_dims: if given, the number of dimensions that the input must have: 2 after a linear
+            layer, 4 after a convolution.
 
     Attributes:
-        sync_batchnorm: take the statistics in training over the batches of all processes of the
-            default group. Set by `Trainer(sync_batchnorm=True)` with the plugin of `sync.py`.
-        prefers_channels_last: True: on a CPU the layer is faster in channels-last order.
-        only_writes_running_stats: True: in training the layer writes its running statistics and
-            never reads them. For both declarations see `recognition.py`.
+        sync_batchnorm: in training, use the statistics of the batches of all processes of the
+            default group. `Trainer(sync_batchnorm=True)` sets it with the plugin in `sync.py`.
+        prefers_channels_last: True. On a CPU, the layer is faster in channels-last order.
+        only_writes_running_stats: True. In training, the layer writes its running statistics but
+            never reads them. `recognition.py` explains this attribute and the one before.
     """
 
     prefers_channels_last: ClassVar[bool] = True
     only_writes_running_stats: ClassVar[bool] = True
 
-    _version = 2  # of the state dict, as torch counts it
+    # The version of the state dict, counted as in PyTorch.
+    _version = 2
     sync_batchnorm: bool
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -204,7 +230,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", count)
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics to those of a fresh layer."""
+        """Reset the running statistics to their initial values."""
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is not None and var is not None and count is not None:
             mean.zero_()
@@ -212,7 +238,7 @@ class BatchNorm(nn.Module):
             count.zero_()
 
     def reset_parameters(self) -> None:
-        """Set parameters and running statistics to those of a fresh layer."""
+        """Reset the parameters and the running statistics to their initial values."""
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
@@ -220,38 +246,37 @@ class BatchNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize `input`, of a shape that the class names.
+        """Normalize `input`, (N, C) or (N, C, ...).
 
         Raises:
-            ValueError: input of another rank than `num_dims`, or what `batch_norm` refuses.
+            ValueError: the input does not have `num_dims` dimensions, or see `batch_norm`.
         """
-        if self.num_dims is not None and input.dim() != self.num_dims:
-            raise ValueError(
-                f"expected {self.num_dims}-d input, got {input.dim()}-d: {tuple(input.shape)}"
-            )
+        check_num_dims(input, self.num_dims)
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None and self.running_mean is not None:
                 momentum = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        # Without track_running_stats there may still be buffers, which training leaves alone.
-        tracks = self.track_running_stats or not self.training
-        syncs = self.sync_batchnorm and self.training
-        spans = syncs and dist.is_available() and dist.is_initialized()
+
+        use_batch_stats = self.training or self.running_mean is None
+        # track_running_stats may be turned off later. The buffers remain, but are not updated.
+        pass_running_stats = self.track_running_stats or not self.training
+        synchronize = self.sync_batchnorm and self.training
+        synchronize = synchronize and dist.is_available() and dist.is_initialized()
         return batch_norm(
             input,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
+            self.running_mean if pass_running_stats else None,
+            self.running_var if pass_running_stats else None,
             self.weight,
             self.bias,
-            self.training or self.running_mean is None,
+            use_batch_stats,
             momentum,
             self.eps,
-            process_group=dist.group.WORLD if spans else None,
+            process_group=dist.group.WORLD if synchronize else None,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Layers saved before torch 0.4.1 did not count their batches.
+        # Layers saved before PyTorch 0.4.1 have no num_batches_tracked.
         version = args[0].get("version")
         if (version is None or version < 2) and self.num_batches_tracked is not None:
             state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)

@@ -1,12 +1,12 @@
-"""Normalization layers in any network, and what they declare about themselves.
+"""Recognition of normalization layers in any network, and what they declare about themselves.
 
-A layer is recognized by the parameters and buffers that it keeps, not by its class. It may declare
-two things by class attributes; without them the answer is no:
+A norm layer is recognized by its parameters and buffers, not by its class. A layer may declare two
+class attributes. Both count as False if they are absent:
 
-* `prefers_channels_last`: on a CPU the layer is faster if its input is in channels-last order.
-* `only_writes_running_stats`: in training the layer writes its running statistics and never reads
-  them, so that several processes have to agree on them in evaluation only. Of torch's `_BatchNorm`
-  classes this is known.
+* `prefers_channels_last`: on a CPU, the layer is faster if its input is in channels-last order.
+* `only_writes_running_stats`: in training, the layer writes its running statistics but never reads
+  them. Several processes then synchronize these statistics before evaluation only. For PyTorch's
+  `_BatchNorm` classes, the default is True.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,28 +17,40 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.loss import _Loss
 
-STATISTICS = ("mean", "var", "std")  # one of these is in the name of each running statistic
-# Their weights may be of such sizes too, where there is one input or one output.
+# The name of each running statistic contains one of these.
+STATISTICS = ("mean", "var", "std")
+# With one input or one output, the weights of these modules have the shapes of a norm's.
 NO_NORMS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, _Loss, nn.PReLU)
 
 
-def is_by_channel(kept: Iterable[Tensor]) -> bool:
-    """Whether these are what a norm keeps: numbers for each channel, learned or counted, and no matrix."""
-    sizes = [(value.numel(), max(value.shape, default=1)) for value in kept]
+def are_channel_values(tensors: Iterable[Tensor]) -> bool:
+    """Return whether tensors may belong to a norm: vectors or scalars only, and at least one.
+
+    A vector may have further dimensions of size 1, such as (1, C, 1, 1).
+    """
+    sizes = [(tensor.numel(), max(tensor.shape, default=1)) for tensor in tensors]
     return bool(sizes) and all(size == longest for size, longest in sizes)
 
 
-def by_channel(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a norm keeps for each channel, (C,), by the paper's names: gamma, beta, running_mean, running_var.
+def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters and statistics of a norm layer under the paper's names.
 
-    A layer without one of them, or with one of its own that no name tells, has fewer; a deviation is squared.
+    The names are gamma, beta, running_mean and running_var. Absent ones are left out. A running
+    deviation is squared.
+
+    Args:
+        tensors: the layer's parameters and buffers, by name.
+
+    Returns:
+        One float32 value per channel, (C,), for each name.
     """
-    channels = max((value.numel() for value in kept.values()), default=0)
+    channels = max((tensor.numel() for tensor in tensors.values()), default=0)
     found: dict[str, Tensor] = {}
-    for name, value in kept.items():
-        values = value.detach().flatten().float()
-        if len(values) < channels or not value.is_floating_point():  # a count of batches
+    for name, tensor in tensors.items():
+        # This skips the number of batches.
+        if tensor.numel() < channels or not tensor.is_floating_point():
             continue
+        values = tensor.detach().flatten().float()
         if "mean" in name:
             found["running_mean"] = values
         elif "var" in name:
@@ -53,21 +65,24 @@ def by_channel(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The normalization layers of a network, by name, whatever their class: told by what they keep.
+    """Return the normalization layers of a network, by name.
 
-    A norm that keeps nothing is not found.
+    They are recognized by their parameters and buffers. A norm that has neither is not found.
     """
 
     def is_norm(module: nn.Module) -> bool:
         is_leaf = not any(True for _ in module.children())
-        kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        return is_leaf and is_by_channel(kept) and not isinstance(module, NO_NORMS)
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return is_leaf and are_channel_values(tensors) and not isinstance(module, NO_NORMS)
 
     return {name: module for name, module in network.named_modules() if is_norm(module)}
 
 
 def with_statistics(network: nn.Module) -> dict[str, Any]:
-    """The layers of a network that keep running statistics, by name, whatever their class: told by their buffers."""
+    """Return the layers of a network that have running statistics, by name.
+
+    They are recognized by the names of their buffers.
+    """
     return {
         name: module
         for name, module in network.named_modules()
@@ -80,22 +95,25 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
 
 
 def prefers_channels_last(network: nn.Module) -> bool:
-    """Return whether every norm layer of a network declares that it prefers channels-last order.
+    """Return whether every norm layer of a network declares `prefers_channels_last`.
 
-    A network without a norm layer prefers it too, as convolutions on a CPU do.
+    Return True for a network without norm layers: convolutions on a CPU are faster in that order.
     """
     norms = [*layers(network).values(), *_torch_norms(network)]
     return all(getattr(norm, "prefers_channels_last", False) for norm in norms)
 
 
 def _torch_norms(network: nn.Module) -> list[nn.Module]:
-    """Return torch's norm layers, which `layers` does not find if they keep nothing."""
+    """Return PyTorch's norm layers, including those without parameters and buffers."""
     classes = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return [module for module in network.modules() if isinstance(module, classes)]
 
 
 def only_writes_running_stats(network: nn.Module) -> bool:
-    """Return whether no layer of a network reads its running statistics in training."""
+    """Return whether no layer of a network reads its running statistics in training.
+
+    A layer counts as reading them unless it declares `only_writes_running_stats`.
+    """
     return all(
         getattr(layer, "only_writes_running_stats", isinstance(layer, _BatchNorm))
         for layer in with_statistics(network).values()

@@ -1,4 +1,4 @@
-"""The choice of a normalization layer, by name or by import path."""
+"""Normalization layers by name or import path."""
 
 import inspect
 from collections.abc import Callable
@@ -25,60 +25,75 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 def make(
     name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] | None = None
 ) -> nn.Module:
-    """Build the norm of that name for `num_features` channels of input with `num_dims` dimensions.
+    """Build a norm layer.
 
-    `num_dims` is 2 or 4. The norm is always called by keyword: `nn.BatchNorm2d(6, 4)` would take
-    the 4 for eps.
+    Args:
+        name: a key of `NORMS`, or an import path, `package.module.Name`.
+        num_features: the number of channels.
+        num_dims: the number of dimensions of the input, 2 or 4.
+        norm_args: further arguments of the norm.
 
     Raises:
-        UserError: an unknown name, or arguments that the norm does not take.
+        UserError: the name is unknown, or the norm does not accept the arguments.
     """
     norm, norm_args = find(name), norm_args or {}
+    # The norm is called by keyword. `nn.BatchNorm2d(6, 4)` would use the 4 as eps.
     shape = {"num_features": num_features, "num_dims": num_dims}
     if norm_args.keys() & shape.keys() or not _accepts(norm, shape | norm_args):
         raise UserError(
-            f"The norm {name!r} does not take norm_args {norm_args}. "
-            f"Its arguments are {inspect.signature(norm)}."
+            f"The norm {name!r} does not accept norm_args {norm_args}.\n"
+            f"Its arguments are {_parameters(norm)}."
         )
     layer = norm(**shape, **norm_args)
     if not isinstance(layer, nn.Module):
         raise UserError(
-            f"The norm {name!r} gave a {type(layer).__name__}; it must give a torch.nn.Module."
+            f"The norm {name!r} returned an object of type {type(layer).__name__}.\n"
+            "A norm must return a torch.nn.Module."
         )
     return layer
 
 
 def find(name: str) -> Callable[..., nn.Module]:
-    """Return a norm of `NORMS`, or a class or function by its import path, `package.module.Name`.
+    """Return the class or function of a norm.
+
+    Args:
+        name: a key of `NORMS`, or an import path, `package.module.Name`.
 
     Raises:
-        UserError: an unknown name, or something that cannot be called as
+        UserError: the name is unknown, or the object cannot be called as
             `norm(num_features=..., num_dims=...)`.
     """
     norm = lookup.find(name, "norm", NORMS)
     if not callable(norm) or not _accepts(norm, {"num_features": 6, "num_dims": 4}):
-        raise UserError(_adapter_advice(name, norm))
-    # An import path can name anything. `make` checks what is built.
+        raise UserError(_wrapper_advice(name, norm))
+    # An import path may point to any callable. `make` checks the type of its result.
     return norm  # type: ignore[no-any-return]
 
 
 def _accepts(norm: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     try:
         inspect.signature(norm).bind(**arguments)
-    except (TypeError, ValueError):  # ValueError: an extension type without a signature
+    # An extension type without a signature raises a ValueError.
+    except (TypeError, ValueError):
         return False
     return True
 
 
-def _adapter_advice(name: str, norm: Any) -> str:
+def _parameters(norm: Callable[..., Any]) -> str:
+    signature = inspect.signature(norm)
+    return str(signature.replace(return_annotation=inspect.Signature.empty))
+
+
+def _wrapper_advice(name: str, norm: Any) -> str:
     try:
-        takes = f"it is {norm.__name__}{inspect.signature(norm)}"
+        description = f"It is {norm.__name__}{_parameters(norm)}."
     except (TypeError, ValueError, AttributeError):
-        takes = f"it is a {type(norm).__name__}"
+        description = f"It is an object of type {type(norm).__name__}."
     return (
-        f"The norm {name!r} cannot be called as norm(num_features=..., num_dims=...): {takes}.\n"
-        "Wrap it in a function of yours, say in my_norms.py, and name that: "
-        "--model.norm my_norms.group_norm\n\n"
+        f"The norm {name!r} cannot be called as norm(num_features=..., num_dims=...).\n"
+        f"{description}\n"
+        "Wrap it in a function, for example in my_norms.py, and use the name of the function: "
+        "my_norms.group_norm\n\n"
         "    from torch import nn\n\n"
         "    def group_norm(num_features, num_dims, num_groups=2):\n"
         "        return nn.GroupNorm(num_groups, num_features)\n"

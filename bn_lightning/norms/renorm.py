@@ -1,7 +1,7 @@
-"""Batch renormalization: batch normalization that gives in training what it will give in eval mode.
+"""Batch renormalization: batch normalization with nearly the same output in training and eval mode.
 
-Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", 2017,
-https://arxiv.org/abs/1702.03275, algorithm 1.
+Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+2017, https://arxiv.org/abs/1702.03275, algorithm 1.
 """
 
 import torch
@@ -9,36 +9,45 @@ from torch import Tensor, nn
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms.definition import at_least_float32, per_channel, values_per_channel
-from bn_lightning.norms.layer import check_input
+from bn_lightning.norms.layer import check_input, check_num_dims
 
 
 class BatchRenorm(nn.Module):
-    """Algorithm 1 of the paper, for a batch of any rank: (N, C) or (N, C, ...).
+    """Algorithm 1 of the paper, for input with two or more dimensions: (N, C) or (N, C, ...).
 
-    With the mean m and deviation s = sqrt(var + eps) of each channel over the batch, and their moving averages M and S,
+    m and s are the mean and the deviation, sqrt(var + eps), of a channel in the batch. M and S are
+    their moving averages. In training:
 
-        r = s / S, clipped to [1 / r_max, r_max],  d = (m - M) / S, clipped to [-d_max, d_max],
-        y = gamma * ((x - m) / s * r + d) + beta.
+        r = s / S, clipped to [1 / r_max, r_max]
+        d = (m - M) / S, clipped to [-d_max, d_max]
+        y = gamma * ((x - m) / s * r + d) + beta
 
-    Where nothing is clipped that is gamma * (x - M) / S + beta, the result in eval mode; with r = 1 and d = 0 it is
-    batch normalization. r and d carry no gradient. Each process goes by its own batch.
+    If nothing is clipped, y = gamma * (x - M) / S + beta, which is the output in eval mode. With
+    r = 1 and d = 0, it is batch normalization. r and d carry no gradient. Each process uses the
+    statistics of its own batch.
+
+    The paper's limits are r_max = 3 from step 40,000 and d_max = 5 from step 25,000. The default
+    warmup of 500 batches suits runs of about 2,000 steps. After it, the initial values of the
+    moving averages no longer matter (0.99^500 < 0.01).
 
     Args:
         num_features: the number of channels C.
-        num_dims: when given, the rank that the input must have (2 behind a linear layer, 4 behind a convolution).
-        eps: the default is that of `BatchNorm`, so that a comparison of the two is of r and d alone.
-        momentum: the weight of the newest batch in the moving averages, the paper's alpha.
-        r_max, d_max: the defaults are the paper's final values.
-        warmup: after k batches r_max and d_max have come k / warmup of the way from 1 and 0, which is batch
-            normalization; 0 sets them at once. The paper's arrive at steps 40,000 and 25,000; 500 is for runs of some
-            2,000 steps, and lets the moving averages forget what they started from (0.99^500 < 0.01).
+        num_dims: if given, the number of dimensions that the input must have: 2 after a linear
+            layer, 4 after a convolution.
+        eps: added to the variance. The default is that of `BatchNorm`, so that the two differ in r
+            and d only.
+        momentum: the weight of the newest batch in the moving averages, alpha in the paper.
+        r_max, d_max: the limits after the warmup. The defaults are the paper's final values.
+        warmup: the number of batches during which the limits grow linearly from 1 and 0, which is
+            batch normalization, to r_max and d_max. 0 turns the warmup off.
 
     Attributes:
-        weight, bias, running_mean, running_std: gamma, beta, M and S, (C,). Like the paper's, S averages deviations and
-            not variances: hence the name, by which a checkpoint of batch normalization is refused and not misread.
+        weight, bias: gamma and beta, (C,).
+        running_mean, running_std: M and S, (C,). S averages deviations, not variances, as in the
+            paper. Because of the name `running_std`, a checkpoint of a BatchNorm does not load.
 
     Raises:
-        UserError: r_max below 1, d_max or warmup below 0, or one of them not finite.
+        UserError: r_max is below 1, d_max or warmup is below 0, or one of them is not finite.
     """
 
     running_mean: Tensor
@@ -58,7 +67,7 @@ class BatchRenorm(nn.Module):
         super().__init__()
         for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0), ("warmup", warmup, 0)):
             if not least <= value < float("inf"):
-                raise UserError(f"{name} is {value}; it must be at least {least}, and finite")
+                raise UserError(f"{name} is {value}. It must be finite and at least {least}.")
         self.num_features, self.num_dims = num_features, num_dims
         self.eps, self.momentum = eps, momentum
         self.r_max, self.d_max, self.warmup = r_max, d_max, warmup
@@ -69,42 +78,43 @@ class BatchRenorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize `input`. Arithmetic is in float32 at least, and the result of the input's shape and dtype.
+        """Normalize `input`, (N, C) or (N, C, ...). 16-bit input is computed in float32.
+
+        Returns:
+            A tensor with the shape and dtype of the input.
 
         Raises:
-            ValueError: input of another rank than `num_dims`, or of another dtype or number of channels than the
-                parameters (16-bit input goes with float32 ones), or with less than 2 values per channel in training.
+            ValueError: the input does not have `num_dims` dimensions; a shape or dtype does not
+                fit; or a channel has fewer than 2 values in training.
         """
-        if self.num_dims is not None and input.dim() != self.num_dims:
-            raise ValueError(
-                f"expected {self.num_dims}-d input, got {input.dim()}-d: {tuple(input.shape)}"
-            )
+        check_num_dims(input, self.num_dims)
         running = self.running_mean, self.running_std
         check_input(input, *running, self.training, self.eps, self.weight, self.bias)
         x = at_least_float32(input)
         if self.training:
             if values_per_channel(x) < 2:
                 raise ValueError(
-                    f"expected more than 1 value per channel in training, got input of {tuple(x.shape)}"
+                    "Expected more than 1 value per channel in training, "
+                    f"got input of shape {tuple(x.shape)}."
                 )
-            reduced = [dim for dim in range(x.dim()) if dim != 1]
-            mean = x.mean(reduced)
-            centred = x - per_channel(mean, x)
-            std = (centred.square().mean(reduced) + self.eps).sqrt()
+            all_but_channels = [d for d in range(x.dim()) if d != 1]
+            mean = x.mean(all_but_channels)  # (C,)
+            centered = x - per_channel(mean, x)  # (N, C, ...)
+            std = (centered.square().mean(all_but_channels) + self.eps).sqrt()  # (C,)
             r, d = self._correct_and_track(mean.detach(), std.detach())
             scale, shift = self.weight * r / std, self.bias + self.weight * d
         else:
-            centred = x - per_channel(self.running_mean, x)
+            centered = x - per_channel(self.running_mean, x)
             scale, shift = self.weight / at_least_float32(self.running_std), self.bias
-        return (centred * per_channel(scale, x) + per_channel(shift, x)).to(input.dtype)
+        y = centered * per_channel(scale, x) + per_channel(shift, x)
+        return y.to(input.dtype)
 
     def _correct_and_track(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d, (C,), by the moving averages as they were before this batch, which then enters them."""
-        seen = self.num_batches_tracked.to(
-            std.dtype
-        )  # stays a tensor: to read it would hold up a GPU at every step
-        grown = torch.where(seen < self.warmup, seen / max(self.warmup, 1), 1.0)
-        r_max, d_max = 1 + (self.r_max - 1) * grown, self.d_max * grown
+        """Return r and d, (C,), then update the moving averages with this batch."""
+        # The count stays a tensor. Reading its value would block the host on a GPU.
+        seen = self.num_batches_tracked.to(std.dtype)
+        progress = torch.where(seen < self.warmup, seen / max(self.warmup, 1), 1.0)
+        r_max, d_max = 1 + (self.r_max - 1) * progress, self.d_max * progress
         r = (std / self.running_std).clamp(1 / r_max, r_max)
         d = ((mean - self.running_mean) / self.running_std).clamp(-d_max, d_max)
         for running, value in ((self.running_mean, mean), (self.running_std, std)):
@@ -114,6 +124,5 @@ class BatchRenorm(nn.Module):
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "r_max", "d_max", "warmup")
-        return ", ".join(
-            [str(self.num_features), *(f"{name}={getattr(self, name)}" for name in names)]
-        )
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{self.num_features}, {settings}"

@@ -1,4 +1,4 @@
-"""PyTorch's own normalization layers, called as `norm(num_features=..., num_dims=...)`."""
+"""PyTorch's normalization layers, adapted to the call `norm(num_features=..., num_dims=...)`."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ def builtin(
     affine: bool = True,
     track_running_stats: bool = True,
 ) -> nn.Module:
-    """Build BatchNorm1d behind a linear layer and BatchNorm2d behind a convolution."""
+    """Build BatchNorm1d after a linear layer, or BatchNorm2d after a convolution."""
     layer = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[num_dims]
     return layer(num_features, eps, momentum, affine, track_running_stats)
 
@@ -21,24 +21,25 @@ def builtin(
 def group(
     num_features: int, num_dims: int, num_groups: int = 2, eps: float = 1e-5, affine: bool = True
 ) -> nn.Module:
-    """Build GroupNorm, which normalizes each sample by itself, in training as in eval mode.
+    """Build GroupNorm, which normalizes each sample separately, in training and in eval mode.
 
     Wu and He, "Group Normalization", 2018, https://arxiv.org/abs/1803.08494.
 
     Raises:
-        UserError: channels that cannot be split into `num_groups` of the same size; or, behind a
-            linear layer, groups of one channel: a value normalized by itself is always 0.
+        UserError: the channels cannot be split into `num_groups` groups of equal size, or the
+            groups have one channel after a linear layer.
     """
+    # After a linear layer, a group of one channel is one value, and normalizing it always gives 0.
     most = num_features if num_dims == 4 else num_features - 1
     allowed = [groups for groups in range(1, most + 1) if num_features % groups == 0]
     if num_groups not in allowed:
         raise UserError(
-            f"num_groups is {num_groups}; for a layer of {num_features} channels it must be one of "
-            f"{', '.join(map(str, allowed))}: --model.norm_args.num_groups 2"
+            f"num_groups is {num_groups}, but must be one of {', '.join(map(str, allowed))} for "
+            f"{num_features} channels and {num_dims}-dimensional input."
         )
     return nn.GroupNorm(num_groups, num_features, eps, affine)
 
 
 def none(num_features: int, num_dims: int) -> nn.Module:
-    """Build no normalization: the layer returns its input."""
+    """Build an identity layer, for a network without normalization."""
     return nn.Identity()

@@ -1,4 +1,4 @@
-"""The definition against numbers worked out by hand and against torch's function."""
+"""The definition, compared with calculations by hand and with PyTorch's function."""
 
 import pytest
 import torch
@@ -10,19 +10,19 @@ from tests.support.norm_batches import SHAPES, scattered
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def test_algorithm_1_by_hand():
+def test_algorithm_1_equals_a_calculation_by_hand():
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
     weight, bias = torch.tensor([[2.0, 1.0], [10.0, 20.0]], dtype=torch.float64)
     y, mean, unbiased_var = definition.normalize_batch(x, weight, bias, eps=3)
     # The first channel has mean 2 and variance 1, and sqrt(1 + 3) is 2.
     assert y.tolist() == [[9.0, 20.0], [11.0, 20.0]]
     assert mean.tolist() == [2.0, 0.0]
-    assert unbiased_var.tolist() == [2.0, 0.0]  # 2 is the variance divided by m - 1
+    assert unbiased_var.tolist() == [2.0, 0.0]  # 2 / (m - 1)
 
 
 @pytest.mark.parametrize("num_dims", SHAPES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_and_gradients_are_those_of_torchs_function(num_dims, affine):
+def test_output_and_gradients_equal_pytorchs(num_dims, affine):
     results = []
     for own in (True, False):
         x = scattered(SHAPES[num_dims], torch.float64).requires_grad_()
@@ -42,7 +42,7 @@ def test_batch_and_gradients_are_those_of_torchs_function(num_dims, affine):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11 * theirs.abs().max().item())
 
 
-def test_an_empty_batch_has_gradients_of_zero():
+def test_gradients_of_an_empty_batch_are_zero():
     weight = torch.ones(5, requires_grad=True)
     y, mean, var = definition.normalize_batch(torch.zeros(0, 5, 2, 2), weight, None, 1e-5)
     y.sum().backward()
@@ -63,7 +63,7 @@ def test_running_stats_move_towards_the_batch(momentum):
 
 @pytest.mark.parametrize("num_dims", SHAPES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_evaluation_is_torchs(num_dims, affine):
+def test_eval_output_equals_pytorchs(num_dims, affine):
     x = scattered(SHAPES[num_dims], torch.float64)
     mean, var, weight, bias = torch.linspace(0.5, 2, 20, dtype=torch.float64).view(4, 5)
     parameters = (weight, bias) if affine else (None, None)
@@ -75,7 +75,7 @@ def test_evaluation_is_torchs(num_dims, affine):
     assert torch.equal(ours, affine_map)
 
 
-def test_helpers():
+def test_helpers_return_counts_shapes_and_dtypes():
     x = torch.zeros(2, 3, 4, 5)
     assert definition.values_per_channel(x) == 2 * 4 * 5
     assert definition.per_channel(torch.zeros(3), x).shape == (1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""Norm layers are found whatever their class, and what they declare is known of the network."""
+"""Recognition of norm layers of any class, and of what they declare about themselves."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from bn_lightning.norms.renorm import BatchRenorm
 
 
 @pytest.mark.parametrize("norm", registry.NORMS)
-def test_layers_are_found_whatever_their_class(norm):
+def test_norm_layers_of_any_class_are_found(norm):
     found = list(recognition.layers(LeNet(norm)))
     assert found == ([] if norm == "none" else [f"norm{n}" for n in (1, 2, 3, 4)])
 
 
-def test_no_layer_without_statistics_of_channels_is_taken_for_a_norm():
+def test_other_layers_are_not_recognized_as_norms():
     others = (
         nn.Conv2d(1, 6, 5),
         nn.PReLU(6),
@@ -23,27 +23,28 @@ def test_no_layer_without_statistics_of_channels_is_taken_for_a_norm():
         nn.Embedding(5, 3),
         nn.GELU(),
     )
-    with_one = (
+    # With one input or output, the weights of these layers are vectors, like those of a norm.
+    with_vectors = (
         nn.Linear(4, 1),
         nn.Linear(1, 4),
         nn.Conv1d(1, 1, 3),
         nn.Embedding(1, 3),
         nn.BCELoss(torch.ones(3)),
     )
-    assert recognition.layers(nn.Sequential(*others, *with_one)) == {}
+    assert recognition.layers(nn.Sequential(*others, *with_vectors)) == {}
     norms = nn.Sequential(nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True))
     assert list(recognition.layers(norms)) == ["0", "1"]
 
 
 @pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm2d])
-def test_one_channel(norm):
+def test_the_batch_count_is_not_recognized_as_gamma_of_one_channel(norm):
     layer = norm(1)
     layer(torch.randn(5, 1, 3, 3))
-    assert recognition.by_channel(layer.state_dict())["gamma"] == 1  # not the count of batches
+    assert recognition.channel_values(layer.state_dict())["gamma"] == 1
 
 
 class Own(nn.Module):
-    """A norm of a user's, with running statistics."""
+    """A user's norm with running statistics."""
 
     def __init__(self, num_features, num_dims):
         super().__init__()
@@ -56,7 +57,7 @@ class Declares(Own):
     only_writes_running_stats = True
 
 
-class DeclaresNot(nn.BatchNorm2d):
+class DeclaresTheOpposite(nn.BatchNorm2d):
     only_writes_running_stats = False
 
 
@@ -74,7 +75,7 @@ class DeclaresNot(nn.BatchNorm2d):
         (f"{__name__}.Declares", True),
     ],
 )
-def test_channels_last_is_preferred_if_every_norm_declares_it(norm, prefers):
+def test_a_network_prefers_channels_last_if_all_its_norms_declare_it(norm, prefers):
     assert recognition.prefers_channels_last(LeNet(norm)) is prefers
 
 
@@ -86,13 +87,11 @@ def test_channels_last_is_preferred_if_every_norm_declares_it(norm, prefers):
         ("group", {"affine": False}, False),
     ],
 )
-def test_a_norm_of_torchs_that_keeps_nothing_does_not_prefer_channels_last(
-    norm, norm_args, prefers
-):
+def test_norms_without_parameters_and_buffers_are_considered_too(norm, norm_args, prefers):
     assert recognition.prefers_channels_last(LeNet(norm, norm_args=norm_args)) is prefers
 
 
-def test_one_norm_that_does_not_prefer_channels_last_decides():
+def test_one_norm_without_the_declaration_is_enough_to_lose_channels_last():
     norms = nn.Sequential(BatchNorm(3, num_dims=4), BatchNorm(3, num_dims=4))
     assert recognition.prefers_channels_last(norms)
     assert not recognition.prefers_channels_last(nn.Sequential(norms, nn.BatchNorm2d(3)))
@@ -113,15 +112,15 @@ def test_one_norm_that_does_not_prefer_channels_last_decides():
         (BatchRenorm(3), False),
         (nn.InstanceNorm2d(3, track_running_stats=True), False),
         (Own(3, num_dims=4), False),
-        (DeclaresNot(3), False),
+        (DeclaresTheOpposite(3), False),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_who_only_writes_running_statistics(layer, only_writes):
+def test_which_layers_only_write_their_running_statistics(layer, only_writes):
     assert recognition.only_writes_running_stats(layer) is only_writes
     assert recognition.only_writes_running_stats(nn.Sequential(BatchNorm(3), layer)) is only_writes
 
 
-def test_without_running_statistics_nobody_reads_them():
+def test_layers_without_running_statistics_do_not_read_them():
     assert recognition.only_writes_running_stats(nn.Linear(3, 3))
     assert recognition.only_writes_running_stats(nn.GroupNorm(1, 3))

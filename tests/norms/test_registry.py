@@ -1,3 +1,5 @@
+"""Norms by name or import path: what is built, and what is rejected."""
+
 import pytest
 import torch
 from torch import nn
@@ -30,41 +32,41 @@ def not_a_module(num_features, num_dims):
         ("tests.norms.test_registry.group_norm", 4, nn.GroupNorm),
     ],
 )
-def test_names(name, num_dims, kind):
+def test_each_name_builds_its_class(name, num_dims, kind):
     layer = registry.make(name, num_features=6, num_dims=num_dims)
     assert type(layer) is kind
     assert layer(torch.randn(4, 6, 3, 3) if num_dims == 4 else torch.randn(4, 6)).shape[1] == 6
 
 
-def test_arguments_arrive_by_keyword():
-    assert (
-        registry.make("builtin", 6, 4).eps == 1e-5
-    )  # nn.BatchNorm2d(6, 4) would have taken the 4 for eps
+def test_arguments_are_passed_by_keyword():
+    # nn.BatchNorm2d(6, 4) would use the 4 as eps.
+    assert registry.make("builtin", 6, 4).eps == 1e-5
     assert registry.make("custom", 6, 4, {"eps": 1e-3}).eps == 1e-3
-    assert (
-        registry.make("tests.norms.test_registry.group_norm", 6, 4, {"num_groups": 3}).num_groups
-        == 3
-    )
+    layer = registry.make("tests.norms.test_registry.group_norm", 6, 4, {"num_groups": 3})
+    assert layer.num_groups == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("batch", "There are custom, builtin, article, renorm, group, none"),
+        ("batch", "Use one of custom, builtin, article, renorm, group, none"),
         ("nowhere.Norm", "No module named 'nowhere'"),
         ("torch.nn.NoNorm", "'NoNorm'"),
         ("torch.nn.GroupNorm", r"GroupNorm\(num_groups: int.*\n.*Wrap it"),
         ("torch.nn", "Wrap it"),
-        ("tests.norms.test_registry.not_a_module", "it must give a torch.nn.Module"),
+        (
+            "tests.norms.test_registry.not_a_module",
+            "returned an object of type int.\nA norm must return a torch.nn.Module",
+        ),
     ],
 )
-def test_what_is_no_norm_is_refused(name, said):
-    with pytest.raises(UserError, match=said):
+def test_an_object_that_is_not_a_norm_is_rejected(name, message):
+    with pytest.raises(UserError, match=message):
         registry.make(name, num_features=6, num_dims=4)
 
 
 @pytest.mark.parametrize("name", ["custom", "builtin", "article"])
 @pytest.mark.parametrize("argument", ["epsilon", "name", "num_features"])
-def test_unknown_arguments_are_refused_with_the_known_ones(name, argument):
-    with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}.*eps: float"):
+def test_an_unknown_argument_is_rejected_with_the_list_of_arguments(name, argument):
+    with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}\.\n.*eps: float"):
         registry.make(name, 6, 4, {argument: 1})

@@ -1,4 +1,4 @@
-"""Norms to be examined by `check`: a sound one, and subclasses with one bug each."""
+"""Norms for tests of `check`: a correct one, and subclasses with one bug each."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Plain(nn.Module):
-    """Batch normalization as a tensor expression; a subclass plants a bug in one place."""
+    """Batch normalization. Each subclass overrides one method with a bug."""
 
     def __init__(self, num_features, num_dims, eps=1e-5):
         super().__init__()
@@ -15,60 +15,61 @@ class Plain(nn.Module):
         self.axes = [d for d in range(num_dims) if d != 1]
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.hold("running_mean", torch.zeros(num_features))
-        self.hold("running_var", torch.ones(num_features))
-        self.hold("num_batches_tracked", torch.tensor(0))
+        self.register("running_mean", torch.zeros(num_features))
+        self.register("running_var", torch.ones(num_features))
+        self.register("num_batches_tracked", torch.tensor(0))
 
-    def hold(self, name, value):
+    def register(self, name, value):
         self.register_buffer(name, value)
 
     def moments(self, x):
         mean = x.mean(self.axes, keepdim=True)
         return mean, (x - mean).square().mean(self.axes, keepdim=True)
 
-    def track(self, x, mean, var):
+    def update_running_stats(self, x, mean, var):
         m = x.numel() // x.size(1)
         self.running_mean.lerp_(mean.detach().flatten(), 0.1)
         self.running_var.lerp_(var.detach().flatten() * m / (m - 1), 0.1)
         self.num_batches_tracked += 1
 
-    def in_eval(self, x):
+    def eval_moments(self, x):
         return self.running_mean.view(self.shape), self.running_var.view(self.shape)
 
     def forward(self, x):
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             mean, var = self.moments(x)
-            self.track(x, mean, var)
+            self.update_running_stats(x, mean, var)
         else:
-            mean, var = self.in_eval(x)
+            mean, var = self.eval_moments(x)
         x_hat = (x - mean) / (var + self.eps).sqrt()
         return (x_hat * self.weight.view(self.shape) + self.bias.view(self.shape)).to(dtype)
 
 
 class WrongAxis(Plain):
     def moments(self, x):
-        self.axes = self.axes[:2]  # the width is left out
+        # The width is missing.
+        self.axes = self.axes[:2]
         return super().moments(x)
 
-    def track(self, x, mean, var):
+    def update_running_stats(self, x, mean, var):
         if x.dim() == 4:
             mean, var = mean.mean(3), var.mean(3)
-        super().track(x, mean, var)
+        super().update_running_stats(x, mean, var)
 
 
 class StatisticsAreNotBuffers(Plain):
-    def hold(self, name, value):
+    def register(self, name, value):
         setattr(self, name, value.double() if value.is_floating_point() else value)
 
 
 class EvalUsesTheBatch(Plain):
-    def in_eval(self, x):
+    def eval_moments(self, x):
         return self.moments(x)
 
 
-class MomentumTheWrongWayRound(Plain):
-    def track(self, x, mean, var):
+class MomentumIsInverted(Plain):
+    def update_running_stats(self, x, mean, var):
         m = x.numel() // x.size(1)
         self.running_mean.lerp_(mean.detach().flatten(), 0.9)
         self.running_var.lerp_(var.detach().flatten() * m / (m - 1), 0.9)
@@ -94,14 +95,14 @@ class MeanOfMeans(Plain):
 
 
 class GraphIsKept(Plain):
-    def track(self, x, mean, var):
+    def update_running_stats(self, x, mean, var):
         self.running_mean = 0.9 * self.running_mean + 0.1 * mean.flatten()
 
 
 class RunningVarianceIsBiased(Plain):
-    def track(self, x, mean, var):
+    def update_running_stats(self, x, mean, var):
         m = x.numel() // x.size(1)
-        super().track(x, mean, var * (m - 1) / m)
+        super().update_running_stats(x, mean, var * (m - 1) / m)
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Batches for the tests of batch normalization: shapes, memory layouts, torch's layer for each."""
+"""Batches for tests of batch normalization: shapes, memory layouts, and PyTorch's layers."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ LAYOUTS = {
 
 
 def scattered(shape, dtype=torch.float32, seed=0):
-    """Return values with another mean and deviation in each channel."""
+    """Return random values, with another mean and deviation in each channel."""
     generator = torch.Generator().manual_seed(seed)
     per_channel = (-1,) + (1,) * (len(shape) - 2)
     offset = torch.arange(shape[1], dtype=torch.float64).view(per_channel)

@@ -1,1 +1,1 @@
-"""Conformance tests for normalization layers: the command `check`."""
+"""Conformance checks for normalization layers: the command `check`."""

@@ -1,4 +1,4 @@
-"""The command `check`: examine a normalization layer and print the findings as a table."""
+"""The command `check`: check a normalization layer and print the findings as a table."""
 
 import json
 import logging
@@ -18,17 +18,20 @@ from bn_lightning.norms import registry
 from bn_lightning.norms.check import probes
 from bn_lightning.norms.check.findings import SECTIONS, Check, Finding
 
+# The notes end where the table ends.
+NOTE_WIDTH = 81
+
 
 def main(arguments: list[str], experiment: str) -> None:
     """Run `check NORM` and print the findings.
 
-    The exit code is 1 if a property fails or, with --identical, if an identity differs.
+    The exit code is 1 if a property fails or, with --identical, if an identity check differs.
 
     Args:
-        arguments: those of the command line, the command itself first.
-        experiment: what each command is given. This one examines a norm without it.
+        arguments: the command line, starting with the command itself.
+        experiment: not used. Every command receives it.
     """
-    # A warning about CUDA, which is not used here.
+    # This logger warns about CUDA, which is not used here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments[1:])
     findings: list[Finding] = []
@@ -53,36 +56,41 @@ def main(arguments: list[str], experiment: str) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog=f"{terminal.program()} check", description="Examine a normalization layer."
+        prog=f"{terminal.program()} check",
+        description="Check a normalization layer: properties that every norm should have, "
+        "identity with torch.nn.BatchNorm, time and memory.",
     )
     names = ", ".join(registry.NORMS)
-    parser.add_argument("norm", type=str, help=f"{names}, or an import path: package.module.Name")
+    parser.add_argument(
+        "norm", type=str, help=f"Name ({names}) or import path (package.module.Name) of the norm."
+    )
     parser.add_argument(
         "--norm_args",
         type=dict[str, Any],
         default={},
-        help="Further arguments of the norm: --norm_args.eps 1e-3",
+        help="Arguments of the norm, for example --norm_args.eps 1e-3.",
     )
     parser.add_argument(
         "--identical",
         action="store_true",
-        help="It is meant to be torch's BatchNorm, so fail if not.",
+        help="Also fail if the norm differs from torch.nn.BatchNorm.",
     )
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON.")
     return parser
 
 
 def examine(name: str, norm_args: dict[str, Any] | None = None) -> Iterator[Finding]:
-    """Run all checks on the norm of that name or import path: about a minute in all.
+    """Run all checks on a norm, which takes about a minute, and yield each finding.
 
-    Yields:
-        The findings, one at a time.
+    Args:
+        name: the name or import path of the norm.
+        norm_args: further arguments of the norm.
 
     Raises:
-        UserError: an unknown norm, or arguments that it does not take.
+        UserError: the norm is unknown, or does not accept the arguments.
     """
     make = partial(probes.make_layer, name, norm_args or {})
-    # A mistake of the user ends the command here. It is not a finding about the layer.
+    # A wrong name or argument raises here. Inside a check, it would become a finding.
     make(2), make(4)
     for check in all_checks():
         torch.manual_seed(0)
@@ -90,8 +98,8 @@ def examine(name: str, norm_args: dict[str, Any] | None = None) -> Iterator[Find
 
 
 def all_checks() -> list[Check]:
-    """Return all checks in the order of the table: module by module, in the order of the file."""
-    # Imported here because --help should not pay for Lightning, which `processes` needs.
+    """Return all checks in the order of the table, which is their order in the modules."""
+    # `processes` imports Lightning, which would slow down --help.
     from bn_lightning.norms.check import identity, measurements, processes, properties
 
     modules = (properties, processes, identity, measurements)
@@ -100,7 +108,7 @@ def all_checks() -> list[Check]:
 
 
 def line(finding: Finding) -> str:
-    """Return the finding as a line of the table, with its note below."""
+    """Return a finding as a line of the table, followed by its note."""
     number = "" if finding.difference is None else f"{finding.difference:.2g}"
-    note = "".join(f"\n      {part}" for part in textwrap.wrap(finding.note, 110))
+    note = "".join(f"\n      {part}" for part in textwrap.wrap(finding.note, NOTE_WIDTH))
     return f"  {finding.question:66}{finding.verdict:>9}{number:>10}{note}"

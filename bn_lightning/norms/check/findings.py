@@ -1,4 +1,4 @@
-"""Checks and their findings: what is asked about a norm, and the answer as a line of the table."""
+"""Checks of a norm, and their findings: the lines of the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +6,17 @@ from functools import partial
 
 from torch import nn
 
-Make = Callable[..., nn.Module]  # Make(num_dims) builds a fresh layer; see `probes.make_layer`.
-Answer = tuple[float, str]  # The largest difference, and its cause where that is known.
+from bn_lightning.errors import describe_error
+
+# make(num_dims) builds a new layer. See `probes.make_layer`.
+Make = Callable[..., nn.Module]
+# The largest difference, and its cause, or "" if the cause is unknown.
+Answer = tuple[float, str]
 
 SECTIONS = {
-    "property": "Properties, which any norm should have",
-    "identity": "Identity with torch.nn.BatchNorm, which a norm of another kind should not have",
-    "measured": "Measured, as a ratio to torch.nn.BatchNorm",
+    "property": "Properties that every norm should have",
+    "identity": "Identity with torch.nn.BatchNorm (other kinds of norms should differ)",
+    "measured": "Measurements, as a ratio to torch.nn.BatchNorm",
 }
 GOOD = {"property": "pass", "identity": "same", "measured": "measured"}
 BAD = {"property": "FAIL", "identity": "DIFFERS", "measured": "measured"}
@@ -22,9 +26,13 @@ BAD = {"property": "FAIL", "identity": "DIFFERS", "measured": "measured"}
 class Finding:
     """One line of the table.
 
-    The verdict of a `property` is `pass` or `FAIL`. That of an `identity` is `same` or `DIFFERS`; a
-    norm of another kind than batch normalization should differ. The difference of a `measured` line
-    is a ratio to torch's layer. Any verdict may be `n/a`, with the reason as the note.
+    Attributes:
+        section: a key of `SECTIONS`.
+        question: the property or value that was checked.
+        verdict: `pass` or `FAIL` for a property, `same` or `DIFFERS` for an identity, `measured`
+            for a measurement, or `n/a` if the check does not apply.
+        difference: the largest difference found. For a measurement, the ratio to PyTorch's layer.
+        note: the cause of a difference, or the reason for `n/a`.
     """
 
     section: str
@@ -35,12 +43,19 @@ class Finding:
 
 
 class NotApplicable(Exception):
-    """The question does not arise for this layer, or cannot be answered on this machine."""
+    """The check does not apply to this layer, or cannot run on this machine."""
 
 
 @dataclass
 class Check:
-    """A question about a norm, and the function that answers it."""
+    """A function that checks a norm, with its tolerance.
+
+    Attributes:
+        section, question: see `Finding`.
+        tolerance: the largest difference that is accepted.
+        advice: the note if the tolerance is exceeded and `answer` returns no cause.
+        answer: the function.
+    """
 
     section: str
     question: str
@@ -49,15 +64,14 @@ class Check:
     answer: Callable[[Make], Answer]
 
     def __call__(self, make: Make) -> Finding:
-        """Answer the question for the layers that `make` builds. An exception is a finding too."""
+        """Check the layers that `make` builds. An exception of a layer is a finding, too."""
         try:
             difference, note = self.answer(make)
         except NotApplicable as reason:
             return Finding(self.section, self.question, "n/a", None, str(reason))
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            said = f"{type(error).__name__}: {lines[0] if lines else ''}"
-            return Finding(self.section, self.question, BAD[self.section], None, said)
+            verdict, note = BAD[self.section], describe_error(error)
+            return Finding(self.section, self.question, verdict, None, note)
         is_good = difference <= self.tolerance  # False for NaN
         verdict = (GOOD if is_good else BAD)[self.section]
         note = note or ("" if is_good else self.advice)
@@ -67,14 +81,11 @@ class Check:
 def _check(
     section: str, question: str, tolerance: float = float("inf"), advice: str = ""
 ) -> Callable[[Callable[[Make], Answer]], Check]:
-    """Make a check of the function below: it is good up to a difference of `tolerance`.
-
-    `advice` is printed if it is not and the function names no cause.
-    """
+    """Return a decorator that turns a function into a `Check`."""
     return partial(Check, section, question, tolerance, advice)
 
 
-# The decorators of the modules `properties` and `processes`, `identity`, and `measurements`.
+# The decorators used in `properties` and `processes`, in `identity`, and in `measurements`.
 norm_property = partial(_check, "property")
 batch_norm_identity = partial(_check, "identity")
 measurement = partial(_check, "measured")

@@ -1,4 +1,4 @@
-"""The gradient of a norm by finite differences, and what a wrong gradient misses."""
+"""Finite differences of a norm, and the diagnosis of a wrong gradient."""
 
 import copy
 
@@ -9,9 +9,12 @@ from bn_lightning.norms.check.probes import all_but_channels, difference
 
 
 def slope(layer: nn.Module, x: Tensor, gradient: Tensor, directions: list[Tensor]) -> float:
-    """Return the central difference of sum(y * gradient).
+    """Return the slope of sum(y * gradient), as a central difference.
 
-    `directions` says how the input and the parameters move.
+    Args:
+        x: the input. y is the layer's output for it.
+        gradient: the weights of the sum, with the shape of y.
+        directions: the directions in which x and the parameters move, one tensor for each.
     """
 
     def value(h: float) -> float:
@@ -25,19 +28,20 @@ def slope(layer: nn.Module, x: Tensor, gradient: Tensor, directions: list[Tensor
 
 
 def missing_part(x: Tensor, gradient: Tensor, dx: Tensor, eps: float) -> str:
-    """Say which statistics dx, the gradient by the input, takes for constants.
+    """Return which statistics a gradient treats as constants, or "" if none.
 
-    It is compared with that of batch normalization whose mean, variance or both are detached.
+    `dx`, the gradient with respect to the input, is compared with the gradients of batch
+    normalization whose mean, variance or both are detached.
     """
     axes = all_but_channels(x.dim())
-    for held in (("variance",), ("mean",), ("mean", "variance")):
+    for detached in (("variance",), ("mean",), ("mean", "variance")):
         leaf = x.clone().requires_grad_()
         mean = leaf.mean(axes, keepdim=True)
-        mean = mean.detach() if "mean" in held else mean
+        mean = mean.detach() if "mean" in detached else mean
         var = (leaf - mean).square().mean(axes, keepdim=True)
-        var = var.detach() if "variance" in held else var
+        var = var.detach() if "variance" in detached else var
         torch.autograd.backward((leaf - mean) / (var + eps).sqrt(), gradient)
         assert leaf.grad is not None
         if difference(dx, leaf.grad) < 1e-6:
-            return f"no gradient flows through the {' and the '.join(held)}"
+            return f"No gradient flows through the {' and the '.join(detached)}."
     return ""

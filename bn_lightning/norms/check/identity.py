@@ -1,7 +1,7 @@
-"""Identity: whether a norm is torch's BatchNorm. A norm of another kind should not be.
+"""Identity checks: whether a norm gives the same results as PyTorch's BatchNorm.
 
-A comparison is one function in this file, with the decorator `batch_norm_identity`. The table
-prints the comparisons in the order of this file.
+A norm of another kind, such as group normalization, should differ. Each check is one function with
+the decorator `batch_norm_identity`. The table lists them in the order of this file.
 """
 
 import itertools
@@ -25,46 +25,50 @@ from bn_lightning.norms.check.probes import (
 
 AXES = {2: ("images", "channels"), 4: ("images", "channels", "height", "width")}
 
-# What else running statistics may be, by the share of the newest batch and the correction.
+# Common mistakes in running statistics: the weight of the newest batch, and the correction of m.
 WRONG_RUNNING_STATS = {
-    "the running variance is biased: divided by m and not by m - 1": (0.1, 0),
-    "the momentum is the wrong way round: the newest batch counts 0.9 and not 0.1": (0.9, 1),
-    "biased running variance, and the momentum the wrong way round": (0.9, 0),
+    "The running variance is biased: it is divided by m instead of m - 1.": (0.1, 0),
+    "The momentum is inverted: the newest batch has weight 0.9 instead of 0.1.": (0.9, 1),
+    "The running variance is biased, and the momentum is inverted.": (0.9, 0),
 }
 
 
 @batch_norm_identity(
-    "output in training",
+    "output in training mode",
     tolerance=1e-6,
-    advice="not over the axes of batch normalization, or not in its way",
+    advice="The output is not (x - mean) / sqrt(var + eps), or the statistics are not those of the "
+    "batch.",
 )
 def same_output_in_training(make: Make) -> Answer:
     worst, note = 0.0, ""
     for num_dims, layer, x in each(make):
         reference = reference_layer(layer, num_dims)
         batches = [batch(num_dims, seed) for seed in (1, 2)]
-        found = max(difference(layer(b), reference(b)) for b in batches)
+        largest = max(difference(layer(b), reference(b)) for b in batches)
         y = layer(x)
-        found = max(found, difference(y, reference(x)))
-        worst = max(worst, found)
-        if found > 1e-6 and not note:
+        largest = max(largest, difference(y, reference(x)))
+        worst = max(worst, largest)
+        if largest > 1e-6 and not note:
             note = _other_axes(y, x, eps_of(layer))
     return worst, note
 
 
 def _other_axes(y: Tensor, x: Tensor, eps: float) -> str:
-    """Find the axes over whose statistics y is x normalized."""
+    """Return a note that names the axes over which x was normalized, or "" if there are none."""
     note, num_dims = "", x.dim()
     for n in range(1, num_dims + 1):
         for axes in itertools.combinations(range(num_dims), n):
             if difference(y, normalized(x, axes, eps)) < 1e-6:
                 pair = (axes, all_but_channels(num_dims))
                 own, right = (", ".join(AXES[num_dims][a] for a in chosen) for chosen in pair)
-                note = f"it takes statistics over {own}; batch normalization over {right}"
+                note = (
+                    f"The statistics are taken over {own}. "
+                    f"Batch normalization takes them over {right}."
+                )
     return note
 
 
-@batch_norm_identity("gradients by input and parameters", tolerance=1e-6)
+@batch_norm_identity("gradients with respect to input and parameters", tolerance=1e-6)
 def same_gradients(make: Make) -> Answer:
     worst = 0.0
     for num_dims, layer, x in each(make):
@@ -74,10 +78,12 @@ def same_gradients(make: Make) -> Answer:
 
 
 def _gradients(results: list[Tensor]) -> list[Tensor]:
-    """Return the gradients by input, gamma and beta."""
+    """Return the gradients with respect to input, gamma and beta, from those of a step."""
     _, dx, *by_parameters = results
     if [g.numel() for g in by_parameters] != [FEATURES, FEATURES]:
-        raise NotApplicable("it has not two parameters of one value per channel, gamma and beta")
+        raise NotApplicable(
+            "The layer does not have exactly two parameters with one value per channel."
+        )
     return [dx, *by_parameters]
 
 
@@ -90,25 +96,25 @@ def same_running_stats(make: Make) -> Answer:
         for x in batches:
             layer(x)
             reference(x)
-        found = difference(_running_stats(layer), _running_stats(reference))
-        worst = max(worst, found)
-        if found > 1e-6 and not note:
+        largest = difference(_running_stats(layer), _running_stats(reference))
+        worst = max(worst, largest)
+        if largest > 1e-6 and not note:
             note = _wrong_running_stats(layer, batches)
     return worst, note
 
 
 def _running_stats(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the layer's running mean and variance, (C,) each, by the names of its buffers."""
+    """Return the layer's running mean and variance, (C,) each, found by the names of buffers."""
     buffers = list(layer.named_buffers())
     found = [[b for name, b in buffers if word in name] for word in ("mean", "var")]
     if not all(found):
-        raise NotApplicable("it has no buffers whose names say mean and var")
+        raise NotApplicable("The layer has no buffers with mean and var in their names.")
     return found[0][0].flatten(), found[1][0].flatten()
 
 
 def _wrong_running_stats(layer: nn.Module, batches: list[Tensor]) -> str:
-    """Find the hypothesis that explains the running statistics after these batches."""
-    for hypothesis, (momentum, correction) in WRONG_RUNNING_STATS.items():
+    """Return the mistake that explains the running statistics, or "" if none does."""
+    for mistake, (momentum, correction) in WRONG_RUNNING_STATS.items():
         mean = torch.zeros(FEATURES, dtype=torch.float64)
         var = torch.ones(FEATURES, dtype=torch.float64)
         for x in batches:
@@ -116,11 +122,11 @@ def _wrong_running_stats(layer: nn.Module, batches: list[Tensor]) -> str:
             mean = mean.lerp(x.mean(axes), momentum)
             var = var.lerp(x.var(axes, correction=correction), momentum)
         if difference(_running_stats(layer), (mean, var)) < 1e-6:
-            return hypothesis
+            return mistake
     return ""
 
 
-@batch_norm_identity("output in eval mode, by its own running statistics", tolerance=1e-6)
+@batch_norm_identity("output in eval mode, given its own running statistics", tolerance=1e-6)
 def same_output_in_eval(make: Make) -> Answer:
     worst = 0.0
     for num_dims, layer, x in each(make):
@@ -131,13 +137,13 @@ def same_output_in_eval(make: Make) -> Answer:
     return worst, ""
 
 
-@batch_norm_identity("state dicts of the two interchange", tolerance=1e-6)
+@batch_norm_identity("state dicts are interchangeable", tolerance=1e-6)
 def state_dicts_interchange(make: Make) -> Answer:
     worst = 0.0
     for num_dims, layer, x in each(make):
         reference = reference_layer(layer, num_dims)
         if layer.state_dict().keys() != reference.state_dict().keys():
-            raise NotApplicable(f"its names are others: {', '.join(layer.state_dict())}")
+            raise NotApplicable(f"The state dict has other keys: {', '.join(layer.state_dict())}.")
         layer(x)
         reference.load_state_dict(layer.state_dict())
         back = make(num_dims).double()

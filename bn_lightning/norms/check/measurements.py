@@ -1,7 +1,7 @@
-"""Measurements: time and memory of a norm, as ratios to torch's BatchNorm.
+"""Measurements: time and memory of a norm, as ratios to PyTorch's BatchNorm.
 
-A measurement is one function in this file, with the decorator `measurement`. The table prints the
-measurements in the order of this file.
+Each measurement is one function with the decorator `measurement`. The table lists them in the order
+of this file.
 """
 
 import statistics
@@ -15,17 +15,18 @@ from bn_lightning.norms.check.findings import Answer, Make, measurement
 from bn_lightning.norms.check.probes import FEATURES
 
 
-@measurement("time of a step, 256 x 6 x 24 x 24")
-def time_behind_a_convolution(make: Make) -> Answer:
-    return _time_of_a_step(make, (256, 6, 24, 24))
+@measurement("time per training step, input 256 x 6 x 24 x 24")
+def time_after_a_convolution(make: Make) -> Answer:
+    return _time_per_step(make, (256, 6, 24, 24))
 
 
-@measurement("time of a step, 256 x 120")
-def time_behind_a_linear_layer(make: Make) -> Answer:
-    return _time_of_a_step(make, (256, 120))
+@measurement("time per training step, input 256 x 120")
+def time_after_a_linear_layer(make: Make) -> Answer:
+    return _time_per_step(make, (256, 120))
 
 
-def _time_of_a_step(make: Make, shape: tuple[int, ...]) -> Answer:
+def _time_per_step(make: Make, shape: tuple[int, ...]) -> Answer:
+    """Return the ratio of the median times of a forward and backward pass."""
     num_dims, channels = len(shape), shape[1]
     layers = [make(num_dims, channels).train(), torch_norms.builtin(channels, num_dims)]
     x, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
@@ -35,19 +36,20 @@ def _time_of_a_step(make: Make, shape: tuple[int, ...]) -> Answer:
             start = time.perf_counter()
             layer(x).backward(gradient)
             times.append(time.perf_counter() - start)
-    # The first steps, in which caches and allocator settle, do not count.
+    # The first steps are slower, until caches and allocator are warm.
     own, reference = (statistics.median(times[5:]) for times in seconds)
-    return own / reference, f"{1e3 * own:.2f} ms beside {1e3 * reference:.2f} ms"
+    return own / reference, f"{1e3 * own:.2f} ms, compared with {1e3 * reference:.2f} ms"
 
 
-@measurement("memory kept for the backward pass")
-def memory_kept_for_the_backward_pass(make: Make) -> Answer:
-    own, reference = (_bytes_kept(layer) for layer in (make(4), torch_norms.builtin(FEATURES, 4)))
-    return own / reference, f"{own:,} bytes beside {reference:,}"
+@measurement("memory saved for the backward pass")
+def memory_saved_for_the_backward_pass(make: Make) -> Answer:
+    own, reference = (_bytes_saved(layer) for layer in (make(4), torch_norms.builtin(FEATURES, 4)))
+    return own / reference, f"{own:,} bytes, compared with {reference:,}"
 
 
-def _bytes_kept(layer: nn.Module) -> int:
-    storages: dict[int, int] = {}
+def _bytes_saved(layer: nn.Module) -> int:
+    """Return the total size of the tensors that autograd saves in a forward pass."""
+    storages: dict[int, int] = {}  # size by address, because tensors can share memory
 
     def pack(t: Tensor) -> Tensor:
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

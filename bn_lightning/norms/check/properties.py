@@ -1,8 +1,8 @@
-"""Properties: what any norm must do.
+"""Properties that every norm should have.
 
-A property is one function in this file, with the decorator `norm_property`. It receives a `Make`,
-and returns the largest difference that it found and the cause, if it knows one. The table prints
-the properties in the order of this file.
+Each property is one function with the decorator `norm_property`. The function receives a `Make` and
+returns the largest difference and its cause, or "" if the cause is unknown. The table lists the
+properties in the order of this file.
 """
 
 import copy
@@ -28,9 +28,9 @@ from bn_lightning.norms.check.probes import (
 
 
 @norm_property(
-    "shape and dtype are kept, in training and eval",
+    "output has the shape and dtype of the input",
     tolerance=0,
-    advice="return a tensor like the input",
+    advice="Return a tensor with the shape and dtype of the input.",
 )
 def keeps_shape_and_dtype(make: Make) -> Answer:
     dtypes = (torch.float32, torch.float64)
@@ -38,41 +38,42 @@ def keeps_shape_and_dtype(make: Make) -> Answer:
         x = batch(num_dims, dtype=dtype)
         y = make(num_dims).to(dtype).train(training)(x)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
-            became = f"{tuple(x.shape)} of {x.dtype} became {tuple(y.shape)} of {y.dtype}"
-            return float("inf"), became
+            given = f"The input is {tuple(x.shape)} with {x.dtype}"
+            returned = f"the output is {tuple(y.shape)} with {y.dtype}"
+            return float("inf"), f"{given}, but {returned}."
     return 0, ""
 
 
 @norm_property(
-    "a fresh layer gives zero mean and unit variance",
+    "output of a new layer has zero mean and unit variance",
     tolerance=2e-2,
-    advice="normalize before gamma and beta",
+    advice="Normalize before applying gamma and beta.",
 )
 def gives_zero_mean_and_unit_variance(make: Make) -> Answer:
     outputs = [layer(x).detach() for _, layer, x in each(make)]
-    off_centre = max(abs(y.mean().item()) for y in outputs)
+    largest_mean = max(abs(y.mean().item()) for y in outputs)
     has_unit_mean_square = all(abs(y.square().mean().item() - 1) < 2e-2 for y in outputs)
-    if off_centre > 2e-2 and has_unit_mean_square:
+    if largest_mean > 2e-2 and has_unit_mean_square:
         raise NotApplicable(
-            f"its mean square is 1 and its mean {off_centre:.2f}: "
-            "it does not centre, as an RMS norm"
+            f"The output has mean square 1 and mean {largest_mean:.2f}. "
+            "The layer does not center its input, like RMSNorm."
         )
-    return max(off_centre, *(abs(y.var(correction=0).item() - 1) for y in outputs)), ""
+    return max(largest_mean, *(abs(y.var(correction=0).item() - 1) for y in outputs)), ""
 
 
 @norm_property(
-    "the scale of the input does not matter",
+    "output does not depend on the scale of the input",
     tolerance=1e-3,
-    advice="divide by a statistic of the input",
+    advice="Divide by a statistic of the input that grows with its scale.",
 )
 def ignores_the_scale_of_the_input(make: Make) -> Answer:
     return max(difference(copy.deepcopy(layer)(4 * x), layer(x)) for _, layer, x in each(make)), ""
 
 
 @norm_property(
-    "a constant input gives finite results and gradients",
+    "output and gradients are finite for constant input",
     tolerance=0,
-    advice="add eps under the root",
+    advice="Add eps to the variance before taking the square root.",
 )
 def stays_finite_for_constant_input(make: Make) -> Answer:
     results = [t for _, layer, x in each(make) for t in step(layer, torch.ones_like(x))]
@@ -80,10 +81,10 @@ def stays_finite_for_constant_input(make: Make) -> Answer:
 
 
 @norm_property(
-    "training is told by module.training",
+    "mode follows module.training",
     tolerance=1e-9,
-    advice="the mode follows torch.is_grad_enabled(): use self.training, or an evaluation with "
-    "gradients, or a pass in training without, does the wrong thing",
+    advice="The mode follows torch.is_grad_enabled(). Use self.training. Otherwise evaluation with "
+    "gradients, and training passes without gradients, use the wrong statistics.",
 )
 def follows_module_training(make: Make) -> Answer:
     worst = 0.0
@@ -98,9 +99,9 @@ def follows_module_training(make: Make) -> Answer:
 
 
 @norm_property(
-    "eval is deterministic and changes no state",
+    "eval mode is deterministic and changes no state",
     tolerance=0,
-    advice="in eval mode read the state and leave it alone",
+    advice="In eval mode, do not write to buffers or parameters.",
 )
 def eval_is_deterministic_and_changes_no_state(make: Make) -> Answer:
     worst = 0.0
@@ -115,10 +116,10 @@ def eval_is_deterministic_and_changes_no_state(make: Make) -> Answer:
 
 
 @norm_property(
-    "eval takes each image by itself",
+    "eval mode normalizes each sample independently",
     tolerance=1e-9,
-    advice="eval uses the statistics of its batch: normalize by the running ones where "
-    "self.training is False",
+    advice="Eval mode uses the statistics of the batch. Use the running statistics if "
+    "self.training is False.",
 )
 def eval_treats_samples_independently(make: Make) -> Answer:
     worst = 0.0
@@ -129,9 +130,9 @@ def eval_treats_samples_independently(make: Make) -> Answer:
 
 
 @norm_property(
-    "eval agrees with training on a batch seen often",
+    "eval output equals training output after many steps",
     tolerance=5e-2,
-    advice="the running statistics do not arrive at those of the batch",
+    advice="The running statistics do not converge to those of the batch.",
 )
 def eval_agrees_with_training_after_many_steps(make: Make) -> Answer:
     return max(
@@ -140,28 +141,32 @@ def eval_agrees_with_training_after_many_steps(make: Make) -> Answer:
 
 
 @norm_property(
-    "one odd batch does not overturn the running statistics",
+    "one outlier batch does not dominate the running statistics",
     tolerance=0.5,
-    advice="the newest batch outweighs all before it: is the momentum the wrong way round?",
+    advice="The newest batch has more weight than all earlier batches. The momentum may be "
+    "inverted.",
 )
 def one_odd_batch_does_not_dominate(make: Make) -> Answer:
     moves = []
     for _, layer, x in each(make):
         after_many_steps(layer, x)
-        before, odd = in_eval(layer, x), 3 * x + 50
-        layer(odd)
-        after, at_last = in_eval(layer, x), in_eval(after_many_steps(layer, odd), x)
-        whole = (at_last - before).abs().max().item()
-        # Statistics enter the output by a root and a quotient. This share is therefore not the
-        # momentum, but it grows with it.
-        moves.append((after - before).abs().max().item() / whole if whole > 1e-6 else 0.0)
+        outlier = 3 * x + 50
+        before = in_eval(layer, x)
+        layer(outlier)
+        after_one = in_eval(layer, x)
+        after_many = in_eval(after_many_steps(layer, outlier), x)
+        total_move = (after_many - before).abs().max().item()
+        # The output is not linear in the statistics. The ratio is therefore not the momentum,
+        # but it increases with the momentum.
+        move = (after_one - before).abs().max().item()
+        moves.append(move / total_move if total_move > 1e-6 else 0.0)
     return max(moves), ""
 
 
 @norm_property(
-    "its state survives a checkpoint",
+    "state is restored from a checkpoint",
     tolerance=0,
-    advice="what eval goes by is not in the state dict: register the statistics as buffers",
+    advice="The state dict lacks values that eval mode uses. Register the statistics as buffers.",
 )
 def state_survives_a_checkpoint(make: Make) -> Answer:
     worst = 0.0
@@ -177,9 +182,9 @@ def state_survives_a_checkpoint(make: Make) -> Answer:
 
 
 @norm_property(
-    "it can be copied and pickled",
+    "layer can be copied and pickled",
     tolerance=0,
-    advice="keep nothing in it that copy.deepcopy or pickle refuse",
+    advice="Remove attributes that copy.deepcopy or pickle cannot copy.",
 )
 def can_be_copied_and_pickled(make: Make) -> Answer:
     worst = 0.0
@@ -192,9 +197,9 @@ def can_be_copied_and_pickled(make: Make) -> Answer:
 
 
 @norm_property(
-    "no step hangs on the step before",
+    "no autograd graph is kept between steps",
     tolerance=0,
-    advice="detach the batch's statistics before they enter the buffers",
+    advice="Detach the statistics of the batch before updating the buffers.",
 )
 def keeps_no_graph_between_steps(make: Make) -> Answer:
     for _, layer, x in each(make):
@@ -206,9 +211,9 @@ def keeps_no_graph_between_steps(make: Make) -> Answer:
 
 
 @norm_property(
-    "its gradient is that of what it computes",
+    "gradient matches finite differences",
     tolerance=1e-5,
-    advice="compare it with torch.autograd.gradcheck",
+    advice="Find the wrong term with torch.autograd.gradcheck.",
 )
 def gradient_matches_finite_differences(make: Make) -> Answer:
     worst, note = 0.0, ""
@@ -234,9 +239,9 @@ def gradient_matches_finite_differences(make: Make) -> Answer:
 
 
 @norm_property(
-    "channels-last input gives the same result",
+    "channels-last input gives the same output and gradients",
     tolerance=1e-9,
-    advice="address dimensions by number, not by memory",
+    advice="Index dimensions by their number. Do not assume contiguous memory.",
 )
 def is_independent_of_memory_format(make: Make) -> Answer:
     x = batch(4)
@@ -246,9 +251,9 @@ def is_independent_of_memory_format(make: Make) -> Answer:
 
 
 @norm_property(
-    "bfloat16 input gives the result to bfloat16's precision",
+    "output for bfloat16 input is accurate to bfloat16 precision",
     tolerance=4e-2,
-    advice="compute statistics in float32",
+    advice="Compute the statistics in float32.",
 )
 def is_precise_for_bfloat16_input(make: Make) -> Answer:
     worst = 0.0
@@ -261,9 +266,9 @@ def is_precise_for_bfloat16_input(make: Make) -> Answer:
 
 
 @norm_property(
-    "torch.compile gives the same result, in one graph",
+    "torch.compile gives the same output and gradients in one graph",
     tolerance=1e-4,
-    advice="see torch's notes on graph breaks",
+    advice="The compiled layer gives other values. Compile parts of forward to find the cause.",
 )
 def compiles_in_one_graph(make: Make) -> Answer:
     worst = 0.0
@@ -276,9 +281,7 @@ def compiles_in_one_graph(make: Make) -> Answer:
             compiled = step(compiled_layer, x)  # type: ignore[arg-type]
         except Exception as error:
             if "InvalidCxxCompiler" in str(error):
-                raise NotApplicable(
-                    "torch.compile needs a C++ compiler, and there is none"
-                ) from error
+                raise NotApplicable("torch.compile found no C++ compiler.") from error
             raise
         worst = max(worst, difference(compiled, step(copy.deepcopy(layer), x)))
     return worst, ""

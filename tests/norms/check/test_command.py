@@ -1,4 +1,4 @@
-"""The command `check`: the order of the table, exit codes, and the report."""
+"""The command `check`: the order of the table, exit codes, and the JSON report."""
 
 import json
 
@@ -7,13 +7,16 @@ import pytest
 from bn_lightning import UserError, terminal
 from bn_lightning.norms.check import command, identity, measurements, processes, properties
 from bn_lightning.norms.check.findings import SECTIONS, Finding
-from tests.conftest import command as run_command
+from tests.conftest import command as start_command
+from tests.conftest import run_here
+from tests.support.processes import start as start_processes
 
-EXPERIMENT = "nowhere:EXPERIMENT"  # `check` does not import it.
+# `check` does not import the experiment.
+EXPERIMENT = "nowhere:EXPERIMENT"
 BIASED = "tests.support.faulty_norms.RunningVarianceIsBiased"
 
 
-def test_the_table_has_each_check_once_and_section_by_section():
+def test_each_check_is_in_the_table_once_and_sections_are_contiguous():
     checks = command.all_checks()
     sections = [check.section for check in checks]
     assert list(dict.fromkeys(sections)) == list(SECTIONS)
@@ -22,14 +25,14 @@ def test_the_table_has_each_check_once_and_section_by_section():
     assert checks[0] is properties.keeps_shape_and_dtype
     assert checks[16] is processes.two_processes_equal_one
     assert checks[17] is identity.same_output_in_training
-    assert checks[-1] is measurements.memory_kept_for_the_backward_pass
+    assert checks[-1] is measurements.memory_saved_for_the_backward_pass
 
 
 def three_checks():
     return [
         properties.follows_module_training,
         identity.same_running_stats,
-        measurements.memory_kept_for_the_backward_pass,
+        measurements.memory_saved_for_the_backward_pass,
     ]
 
 
@@ -43,7 +46,9 @@ def three_checks():
         ((BIASED, "--identical"), 1),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, arguments, code):
+def test_exit_code_is_1_if_a_property_fails_or_an_identity_differs(
+    monkeypatch, capsys, arguments, code
+):
     monkeypatch.setattr(command, "all_checks", three_checks)
     with pytest.raises(SystemExit) as exit:
         command.main(["check", *arguments], EXPERIMENT)
@@ -54,7 +59,7 @@ def test_exit_codes(monkeypatch, capsys, arguments, code):
     assert printed.splitlines()[-1].startswith(f"{arguments[0]}: 1 ")
 
 
-def test_norm_args_and_json(monkeypatch, capsys):
+def test_json_report_has_the_findings_for_the_norm_with_its_arguments(monkeypatch, capsys):
     monkeypatch.setattr(command, "all_checks", three_checks)
     with pytest.raises(SystemExit) as exit:
         command.main(["check", "group", "--norm_args.num_groups", "1", "--json"], EXPERIMENT)
@@ -66,7 +71,7 @@ def test_norm_args_and_json(monkeypatch, capsys):
     ] * 3
 
 
-def test_help_has_the_name_of_the_program(monkeypatch, capsys):
+def test_help_starts_with_the_name_of_the_program(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "program", lambda: "python -m shoes")
     with pytest.raises(SystemExit) as exit:
         command.main(["check", "--help"], EXPERIMENT)
@@ -74,7 +79,7 @@ def test_help_has_the_name_of_the_program(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: python -m shoes check ")
 
 
-def test_a_line_has_its_note_below():
+def test_a_note_is_printed_below_its_line():
     finding = Finding("property", "a question", "FAIL", 0.123, "a cause")
     first, second = command.line(finding).splitlines()
     assert first == f"  {'a question':66}     FAIL      0.12"
@@ -82,35 +87,37 @@ def test_a_line_has_its_note_below():
 
 
 @pytest.mark.parametrize(
-    ("name", "norm_args", "said"),
+    ("name", "norm_args", "message"),
     [
-        ("custm", {}, "There is no norm 'custm'"),
-        ("custom", {"epsilon": 1}, "does not take norm_args"),
+        ("custm", {}, "Unknown norm 'custm'"),
+        ("custom", {"epsilon": 1}, "does not accept norm_args"),
     ],
 )
-def test_a_mistake_of_the_user_is_no_finding(name, norm_args, said):
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_name_or_argument_is_an_error_and_not_a_finding(name, norm_args, message):
+    with pytest.raises(UserError, match=message):
         next(command.examine(name, norm_args))
 
 
-def test_the_command_refuses_what_is_no_norm(main):
+def test_an_unknown_norm_exits_with_2(main):
     code, _, error = main("check", "custm")
     assert code == 2
-    assert "There is no norm 'custm'" in error
+    assert "Unknown norm 'custm'" in error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("run", "arguments", "code"),
     [
-        (("custom", "--identical"), 0),
-        (("builtin", "--identical"), 0),
-        (("article",), 1),
-        (("group", "--norm_args.num_groups", "1"), 0),
+        (start_command, ("custom", "--identical"), 0),
+        (run_here, ("builtin", "--identical"), 0),
+        (run_here, ("article",), 1),
+        (run_here, ("group", "--norm_args.num_groups", "1"), 0),
     ],
 )
-def test_the_whole_command(arguments, code, tmp_path):
-    done = run_command("check", *arguments, "--json", cwd=tmp_path, check=False)
+def test_command_runs_all_checks(run, arguments, code, tmp_path, monkeypatch):
+    # This speeds up the checks in this process. A new process spawns, as for a user.
+    monkeypatch.setattr(processes, "spawn", start_processes)
+    done = run("check", *arguments, "--json", cwd=tmp_path, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] == (code == 0)

@@ -1,4 +1,4 @@
-"""From an answer to a verdict."""
+"""How a difference or an exception becomes a verdict."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from bn_lightning.norms.check.findings import (
 )
 
 
-def answered(decorator, answer, tolerance=0.5):
+def finding_for(decorator, answer, tolerance=0.5):
     @decorator("a question", tolerance=tolerance, advice="an advice")
     def check(make):
         if isinstance(answer, Exception):
@@ -30,26 +30,26 @@ def answered(decorator, answer, tolerance=0.5):
         (measurement, "measured", "measured", "measured"),
     ],
 )
-def test_verdicts(decorator, section, good, bad):
+def test_verdict_depends_on_the_tolerance(decorator, section, good, bad):
     for difference, verdict in ((0.5, good), (0.6, bad), (float("nan"), bad)):
-        finding = answered(decorator, (difference, ""))
+        finding = finding_for(decorator, (difference, ""))
         assert (finding.section, finding.question) == (section, "a question")
         assert finding.verdict == verdict
         assert finding.note == ("" if difference == 0.5 else "an advice")
 
 
-def test_a_cause_takes_the_place_of_the_advice():
-    assert answered(norm_property, (1.0, "a cause")).note == "a cause"
+def test_a_known_cause_replaces_the_advice():
+    assert finding_for(norm_property, (1.0, "a cause")).note == "a cause"
 
 
-def test_an_exception_is_a_finding():
-    finding = answered(norm_property, KeyError("gamma\nand more"))
+def test_an_exception_is_reported_in_one_line():
+    finding = finding_for(norm_property, KeyError("gamma\nand more"))
     assert (finding.verdict, finding.difference) == ("FAIL", None)
     assert finding.note == r"KeyError: 'gamma\nand more'"
-    assert answered(norm_property, ValueError("first\nsecond")).note == "ValueError: first"
-    assert answered(norm_property, ValueError()).note == "ValueError: "
+    assert finding_for(norm_property, ValueError("first\nsecond")).note == "ValueError: first"
+    assert finding_for(norm_property, ValueError()).note == "ValueError"
 
 
-def test_a_question_that_does_not_arise():
-    finding = answered(batch_norm_identity, NotApplicable("a reason"))
+def test_a_check_that_does_not_apply_gives_the_reason():
+    finding = finding_for(batch_norm_identity, NotApplicable("a reason"))
     assert (finding.verdict, finding.difference, finding.note) == ("n/a", None, "a reason")

@@ -1,4 +1,4 @@
-"""The identity with torch's BatchNorm: what differs is named."""
+"""Identity with PyTorch's BatchNorm: each bug is found, and its cause is named."""
 
 from functools import partial
 
@@ -8,19 +8,19 @@ from bn_lightning.norms.check import command, identity, probes
 
 FAULTY = "tests.support.faulty_norms"
 CHECKS = [check for check in command.all_checks() if check in vars(identity).values()]
-# A bug: what differs, and the cause that the finding names.
+# For each bug: the check that finds it, and a part of its note.
 BUGS = {
     "WrongAxis": (
         identity.same_output_in_training,
-        "statistics over images, height; batch normalization over images, height, width",
+        "over images, height. Batch normalization takes them over images, height, width.",
     ),
-    "MomentumTheWrongWayRound": (
+    "MomentumIsInverted": (
         identity.same_running_stats,
-        "momentum is the wrong way round",
+        "momentum is inverted",
     ),
     "RunningVarianceIsBiased": (
         identity.same_running_stats,
-        "biased: divided by m and not by m - 1",
+        "biased: it is divided by m instead of m - 1",
     ),
 }
 
@@ -30,7 +30,7 @@ def make(name):
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught_and_named(bug):
+def test_a_bug_is_found_and_its_cause_is_named(bug):
     check, note = BUGS[bug]
     finding = check(make(f"{FAULTY}.{bug}"))
     assert finding.verdict == "DIFFERS"
@@ -39,13 +39,13 @@ def test_a_planted_bug_is_caught_and_named(bug):
 
 
 @pytest.mark.parametrize("name", ["custom", "builtin", f"{FAULTY}.Plain"])
-def test_batch_norms_are_the_same(name):
+def test_batch_norms_equal_pytorchs_in_every_check(name):
     for check in CHECKS:
         finding = check(make(name))
         assert finding.verdict == "same", finding
 
 
-def test_the_articles_layer_has_a_biased_variance():
+def test_the_tutorials_layer_differs_only_in_its_biased_variance():
     findings = [check(make("article")) for check in CHECKS]
     (differs,) = (f for f in findings if f.verdict == "DIFFERS")
     assert differs.question == "running statistics after three steps"
@@ -53,5 +53,5 @@ def test_the_articles_layer_has_a_biased_variance():
 
 
 @pytest.mark.parametrize("name", ["group", "renorm"])
-def test_a_norm_that_is_meant_to_differ_is_not_the_same(name):
+def test_norms_of_another_kind_differ(name):
     assert "DIFFERS" in {check(make(name)).verdict for check in CHECKS}

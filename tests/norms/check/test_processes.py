@@ -1,28 +1,35 @@
-"""The property that takes two processes: a planted bug is caught and named."""
+"""The property that needs two processes: a bug is found, and its cause is named."""
 
 from functools import partial
 
 import pytest
 
 from bn_lightning.norms.check import probes
-from bn_lightning.norms.check.processes import two_processes_equal_one
+from bn_lightning.norms.check import processes as check
+from tests.support import processes
 
 FAULTY = "tests.support.faulty_norms"
 
 
-def test_a_mean_of_means_is_caught_and_named():
-    finding = two_processes_equal_one(partial(probes.make_layer, f"{FAULTY}.MeanOfMeans", {}))
+@pytest.fixture(autouse=True)
+def forked_processes(monkeypatch):
+    """Fork the two processes, which is faster than spawning them as the command does."""
+    monkeypatch.setattr(check, "spawn", processes.start)
+
+
+def test_equal_weights_of_unequal_shards_are_found_and_named():
+    finding = check.two_processes_equal_one(partial(probes.make_layer, f"{FAULTY}.MeanOfMeans", {}))
     assert finding.verdict == "FAIL"
-    assert "the mean of the processes' means" in finding.note
+    assert "averages the means of the processes with equal weights" in finding.note
 
 
 @pytest.mark.parametrize("name", ["article", f"{FAULTY}.Plain"])
-def test_a_norm_that_cannot_synchronize_is_not_asked(name):
-    finding = two_processes_equal_one(partial(probes.make_layer, name, {}))
+def test_check_does_not_apply_to_a_norm_without_sync_batchnorm(name):
+    finding = check.two_processes_equal_one(partial(probes.make_layer, name, {}))
     assert finding.verdict == "n/a"
     assert "no attribute sync_batchnorm" in finding.note
 
 
-def test_the_custom_layer_passes():
-    finding = two_processes_equal_one(partial(probes.make_layer, "custom", {}))
+def test_the_layer_from_scratch_passes():
+    finding = check.two_processes_equal_one(partial(probes.make_layer, "custom", {}))
     assert finding.verdict == "pass", finding
