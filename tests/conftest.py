@@ -1,13 +1,22 @@
+"""What all tests share: how a command is run, and one finished run."""
+
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+# Tests run in parallel, and OpenMP threads that wait for work would slow each other down.
+# OpenMP reads this when torch is imported. Processes started by a test inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from bn_lightning import cli, terminal
 from bn_lightning.data import sources
+from tests.support import processes
 
 REPOSITORY = Path(__file__).parent.parent
 PROJECTS = Path(__file__).parent / "projects"
@@ -22,7 +31,7 @@ needs_all_images = pytest.mark.skipif(
 
 
 def on_cpu(arguments):
-    """The arguments, with the accelerator on which runs are compared bit by bit."""
+    """Return the arguments with the CPU as accelerator, on which runs are compared bit by bit."""
     trains = (
         arguments
         and arguments[0] in ("fit", "validate", "test", "predict")
@@ -33,47 +42,75 @@ def on_cpu(arguments):
     return [str(argument) for argument in arguments]
 
 
-def command(*arguments, cwd, timeout=240, check=True, module="bn_lightning"):
-    """Run `python -m MODULE` in a process of its own; fails the test unless it exits with 0."""
-    paths = [str(PROJECTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *on_cpu(arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def run_here(*arguments, cwd, check=True, module="bn_lightning"):
+    """Run `python -m MODULE` in this process; fail the test unless it exits with 0.
+
+    A new process would spend five seconds on importing torch and Lightning. `command` starts one,
+    for tests that need it: signals, a console, several ranks.
+    """
+    arguments = on_cpu(arguments)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "path", [str(PROJECTS), *sys.path])
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setattr(terminal, "_program", f"python -m {module}")
+        try:
+            cli.main(f"{module}.experiment:EXPERIMENT")
+        except SystemExit as exit:
+            code = exit.code or 0
+    # Another test may have a module of the same name in its own folder.
+    for name, imported in list(sys.modules.items()):
+        if str(getattr(imported, "__file__", None)).startswith(f"{cwd}{os.sep}"):
+            del sys.modules[name]
     if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+        assert code == 0, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments, cwd, module="bn_lightning", environment=None):
+    """Start `python -m MODULE` in a new process. Return it, as `subprocess.Popen` does."""
+    paths = [str(PROJECTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
+    return processes.start_command(module, on_cpu(arguments), cwd, environment)
+
+
+def command(*arguments, cwd, timeout=240, check=True, **options):
+    """Run `python -m MODULE` in a new process; fail the test unless it exits with 0.
+
+    The options are those of `start`.
+    """
+    process = start(*arguments, cwd=cwd, **options)
+    out, err = process.communicate(timeout=timeout)
+    if check:
+        assert process.returncode == 0, out + err
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, capsys):
-    """The command line in this process and in an empty folder: `main(*arguments)` gives (exit code, stdout, stderr)."""
+def main(tmp_path, monkeypatch):
+    """Change to an empty folder, and return a function that runs a command in this process.
+
+    `main(*arguments)` returns (exit code, stdout, stderr).
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(terminal, "_program", "python -m bn_lightning")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bn_lightning", *on_cpu(arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        done = run_here(*arguments, cwd=Path.cwd(), check=False)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a finished run on the sample, and what it printed. Not to be changed by a test."""
+    """The folder of a finished run on the sample, and its output. No test may change it."""
     cwd = tmp_path_factory.mktemp("trained")
-    done = command("fit", *QUICK, cwd=cwd)
+    done = run_here("fit", *QUICK, cwd=cwd)
     return cwd / "runs" / "lenet" / "0", done.stdout
 
 

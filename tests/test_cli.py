@@ -1,24 +1,26 @@
-"""The table of commands: help, exit codes, and whose program it is."""
+"""The commands: help, exit codes and the name of the program."""
 
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 
 import bn_lightning
 from bn_lightning import UserError, __version__, cli, terminal
 from bn_lightning.errors import RunFailed
 from bn_lightning.training.stopping import Stopped
-from tests.conftest import PROJECTS, QUICK, command, on_cpu
+from tests.conftest import PROJECTS, QUICK, on_cpu, run_here
 
 FRIEDMAN = "friedman.experiment:EXPERIMENT"
 HEAVY = ("torch", "lightning", "torchmetrics", "rich", "numpy", "jsonargparse")
 
 
-def light(module, *arguments):
-    """Return what `python -m MODULE` prints; it fails where something heavy was imported."""
+def output_without_heavy_imports(module, *arguments):
+    """Return the output of `python -m MODULE`. Fail if it has imported a heavy module."""
     code = (
         f"import runpy, sys; sys.argv = ['x', *{list(arguments)}]\n"
         f"try: runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
@@ -34,8 +36,8 @@ def light(module, *arguments):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_help_names_each_command_and_needs_no_torch(monkeypatch, arguments):
-    printed = light("bn_lightning", *arguments)
+def test_help_names_each_command_and_imports_no_torch(monkeypatch, arguments):
+    printed = output_without_heavy_imports("bn_lightning", *arguments)
     monkeypatch.setattr(terminal, "_program", "python -m bn_lightning")
     assert printed == cli.usage()
     assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
@@ -44,7 +46,7 @@ def test_help_names_each_command_and_needs_no_torch(monkeypatch, arguments):
 
 
 def test_help_of_another_project_has_its_name_and_its_docstring(monkeypatch):
-    printed = light("friedman", "--help")
+    printed = output_without_heavy_imports("friedman", "--help")
     assert printed.startswith("usage: python -m friedman COMMAND")
     assert "\nFriedman's regression problem, learned by a multilayer perceptron.\n" in printed
     assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
@@ -54,21 +56,22 @@ def test_help_of_another_project_has_its_name_and_its_docstring(monkeypatch):
     assert printed == cli.usage(FRIEDMAN)
 
 
-def test_a_package_without_a_docstring_has_its_name(tmp_path, monkeypatch):
+def test_help_of_a_package_without_a_docstring_has_its_name(tmp_path, monkeypatch):
     (tmp_path / "silent_project").mkdir()
     (tmp_path / "silent_project/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert "\nsilent_project\n" in cli.usage("silent_project.experiment:EXPERIMENT")
 
 
-def test_version():
+def test_version_is_that_of_bn_lightning():
     for module in ("bn_lightning", "friedman"):
-        assert light(module, "--version") == f"bn_lightning {__version__}\n"
+        assert output_without_heavy_imports(module, "--version") == f"bn_lightning {__version__}\n"
 
 
 @pytest.mark.parametrize("name", ["fit", "test"])
-def test_help_of_a_command(tmp_path, name):
-    printed = command(name, "--help", cwd=tmp_path).stdout
+def test_help_of_a_command(main, tmp_path, name):
+    code, printed, _ = main(name, "--help")
+    assert code == 0
     for setting in (
         *("--model.norm", "--model.lr", "--model.optimizer", "--model.memory_format"),
         *("--data.source", "--data.val_images", "--data.batch_size", "--trainer.max_epochs"),
@@ -81,8 +84,29 @@ def test_help_of_a_command(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_has_own_settings_first_and_few_of_the_trainer(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = main("fit", "--help")
+    flags = ("--resume", "--model.norm", "--data.source", "--trainer.max_epochs")
+    places = [printed.index(f"  {flag} ") for flag in flags]
+    assert code == 0 and places == sorted(places)
+    assert "--trainer.barebones" not in printed and "data.seed" not in printed
+    assert "(default: sigmoid)" in printed
+    assert len(printed.splitlines()) < 150
+    assert "--help.trainer" in printed
+
+
+def test_help_trainer_has_all_settings_of_the_trainer_and_no_others(main):
+    code, printed, _ = main("fit", "--help.trainer")
+    assert code == 0
+    assert printed.startswith("usage: python -m bn_lightning fit [settings]")
+    for name in inspect.signature(pl.Trainer.__init__).parameters:
+        assert name == "self" or f"--trainer.{name}" in printed
+    assert "--model.norm" not in printed and "--data.source" not in printed
+
+
 def test_help_of_a_command_of_another_project(tmp_path):
-    printed = command("fit", "--help", cwd=tmp_path, module="friedman").stdout
+    printed = run_here("fit", "--help", cwd=tmp_path, module="friedman").stdout
     assert printed.startswith("usage: python -m friedman fit [settings]")
     assert "--model.width" in printed and "--data.rows" in printed
     assert "--model.norm_args" not in printed and "--data.source" not in printed
@@ -91,14 +115,14 @@ def test_help_of_a_command_of_another_project(tmp_path):
 # Commands
 
 
-def test_unknown_command(main):
+def test_the_error_of_an_unknown_command_names_all_commands(main):
     code, out, err = main("fti")
     assert (code, out) == (2, "")
     assert err.startswith("error: Unknown command 'fti'. Commands: fit, ")
     assert all(name in err for name in cli.COMMANDS)
 
 
-def test_each_command_has_a_module_with_a_main():
+def test_each_command_has_a_main_function():
     import importlib
 
     for name, (module, text) in cli.COMMANDS.items():
@@ -107,7 +131,7 @@ def test_each_command_has_a_module_with_a_main():
 
 
 @pytest.mark.parametrize("package", ["optuna", "matplotlib"])
-def test_a_command_without_its_extra_says_what_to_install(package):
+def test_the_error_of_a_missing_package_says_what_to_install(package):
     code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = ['sweep']; "
     code += "from bn_lightning.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -116,7 +140,7 @@ def test_a_command_without_its_extra_says_what_to_install(package):
     assert done.stderr == f"error: sweep needs {package}, which is not installed: {install}\n"
 
 
-def test_console_script(tmp_path):
+def test_the_console_script_uses_its_own_name(tmp_path):
     script = Path(sys.executable).with_name("bn_lightning")
     if not script.exists():
         pytest.skip("the package is not installed in this environment")
@@ -128,12 +152,12 @@ def test_console_script(tmp_path):
     assert run("--help").stdout.startswith("usage: bn_lightning COMMAND")
 
 
-# How a command ends
+# Exit codes
 
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """Return what runs a command that raises an exception, and gives its exit code."""
+    """Return a function that runs a command that raises an error, and returns the exit code."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cli, "COMMANDS", {"fail": ("planted_command", "raises")})
     monkeypatch.setattr(sys, "argv", ["x", "fail", "--fast"])
@@ -148,14 +172,14 @@ def planted(tmp_path, monkeypatch):
             try:
                 raise before
             except BaseException:
-                # As Lightning does; Python keeps the first as the context of the second.
+                # Lightning does the same. The first error is the context of the second.
                 raise error  # noqa: B904
 
         module.main = main
         monkeypatch.setitem(sys.modules, "planted_command", module)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             cli.main(FRIEDMAN)
-        return ended.value.code
+        return exited.value.code
 
     return run
 
@@ -178,18 +202,18 @@ def test_exit_codes(planted, capsys, error, code, printed):
     assert out == "" and err.startswith(printed) and "Traceback" not in err
 
 
-def test_an_interrupt_that_lightning_has_made_an_exit(planted):
+def test_an_interrupt_that_lightning_turns_into_an_exit_is_130(planted):
     assert planted(SystemExit(1), before=KeyboardInterrupt()) == 130
     assert planted(SystemExit(1), before=ValueError()) == 1
 
 
-def test_a_module_that_is_missing_for_another_reason_keeps_its_traceback(planted):
+def test_other_missing_modules_keep_their_traceback(planted):
     with pytest.raises(ModuleNotFoundError, match="typo"):
         planted(ModuleNotFoundError("typo", name="typo"))
 
 
 @pytest.mark.parametrize("form", ["csv", "table"])
-def test_what_reads_may_stop_reading(trained, tmp_path, form):
+def test_predict_exits_quietly_if_its_reader_stops(trained, tmp_path, form):
     given = [sys.executable, "-m", "bn_lightning", "predict", "--format", form]
     given += ["--ckpt_path", trained[0] / "checkpoints" / "best.ckpt"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -199,12 +223,12 @@ def test_what_reads_may_stop_reading(trained, tmp_path, form):
     assert process.returncode == 141
 
 
-def test_a_fit_that_nobody_reads_leaves_no_word(tmp_path):
+def test_fit_exits_quietly_if_its_reader_stops(tmp_path):
     given = [sys.executable, "-m", "bn_lightning", *on_cpu(("fit", *QUICK))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(given, **pipes, cwd=tmp_path) as process:
         process.stdout.readline()
         process.stdout.close()
-        said = process.stderr.read()
-        assert b"cannot continue" not in said and b"Traceback" not in said
+        err = process.stderr.read()
+        assert b"cannot continue" not in err and b"Traceback" not in err
     assert process.returncode == 141

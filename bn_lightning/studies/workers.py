@@ -138,8 +138,7 @@ class _Worker:
     """One process, as its parent sees it."""
 
     def __init__(self, reference: str) -> None:
-        # A forked process would inherit locks whose threads it lacks.
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._connection, theirs = context.Pipe()
         told = (theirs, reference, terminal.program())
         self.process = context.Process(target=_work, args=told)
@@ -176,6 +175,19 @@ class _Worker:
     def end(self) -> None:
         self._connection.close()
         self.process.join()
+
+
+def _context() -> Any:
+    """Return how worker processes are started.
+
+    On Linux they are forked from a server, which imports PyTorch and Lightning once for all of
+    them. The server has no threads, unlike this process, so a fork of it inherits no locked locks.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 # In the worker's process

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.conftest import command
+from tests.conftest import run_here
 
 QUICK = ("--data.source", "sample", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
 NORM = """\
@@ -45,7 +45,7 @@ def compared(tmp_path_factory):
     """The folder of a comparison on the sample, and its output. No test may change it."""
     cwd = tmp_path_factory.mktemp("compared")
     (cwd / "drawn.py").write_text(NORM)
-    return cwd, command(*ARGUMENTS, cwd=cwd).stdout
+    return cwd, run_here(*ARGUMENTS, cwd=cwd).stdout
 
 
 def table_of(text):
@@ -100,13 +100,13 @@ def test_with_a_seed_all_variants_begin_with_the_same_weights(compared, monkeypa
 def test_a_comparison_that_is_done_does_nothing_and_says_the_same(compared):
     files = [path for path in compared[0].rglob("*") if path.parent.name == "checkpoints"]
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = command(*ARGUMENTS, cwd=compared[0]).stdout
+    again = run_here(*ARGUMENTS, cwd=compared[0]).stdout
     assert "[" not in again and table_of(again) == table_of(compared[1])
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
 def test_other_settings_under_the_same_name_are_refused(compared):
-    done = command(*ARGUMENTS, "--model.lr", "0.5", cwd=compared[0], check=False)
+    done = run_here(*ARGUMENTS, "--model.lr", "0.5", cwd=compared[0], check=False)
     assert done.returncode == 2 and "--model.lr was 1.0 and is now 0.5" in done.stderr
 
 
@@ -142,23 +142,21 @@ from torch import nn
 
 
 def norm(num_features, num_dims):
-    if "DEADLY" in os.environ and multiprocessing.parent_process():
+    if os.path.exists("deadly") and multiprocessing.parent_process():
         os.kill(os.getpid(), signal.SIGKILL)
     return nn.Identity()
 """
 
 
-def test_a_run_whose_process_is_killed_is_counted_and_run_again_the_next_time(
-    tmp_path, monkeypatch
-):
+def test_a_run_whose_process_is_killed_is_counted_and_run_again_the_next_time(tmp_path):
     (tmp_path / "deadly.py").write_text(DEADLY)
     arguments = ("compare", "--norm", "none", "deadly.norm", "--seeds", "1", *QUICK)
-    monkeypatch.setenv("DEADLY", "1")
-    out = command(*arguments, cwd=tmp_path).stdout
+    (tmp_path / "deadly").touch()
+    out = run_here(*arguments, cwd=tmp_path).stdout
     assert "deadly.norm, seed 0: FAILED: Its process has died (SIGKILL)" in out
     assert "2 runs, 1 failed" in out
-    monkeypatch.delenv("DEADLY")
-    out = command(*arguments, cwd=tmp_path).stdout
+    (tmp_path / "deadly").unlink()
+    out = run_here(*arguments, cwd=tmp_path).stdout
     assert "[2/2] deadly.norm" in out and "2 runs, 0 failed" in out
 
 
@@ -208,7 +206,7 @@ def test_a_comparison_that_is_stopped_is_resumed(tmp_path, number):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--norm", "layer"), "There is no norm 'layer'"),
+        (("--norm", "layer"), "Unknown norm 'layer'"),
         (("--vary.model.rate", "1"), "Did you mean"),
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bn_lightning.errors import UserError
 from bn_lightning.studies import sweep
-from tests.conftest import command
+from tests.conftest import run_here
 
 CONFIG = """\
 data: {source: sample}
@@ -34,7 +34,7 @@ def swept(tmp_path_factory):
     """The folder of a sweep on the sample, and its output. No test may change it."""
     cwd = tmp_path_factory.mktemp("swept")
     (cwd / "sweep.yaml").write_text(CONFIG)
-    return cwd, command(*ARGUMENTS, cwd=cwd).stdout
+    return cwd, run_here(*ARGUMENTS, cwd=cwd).stdout
 
 
 def trials_of(cwd):
@@ -81,7 +81,7 @@ def test_the_winner_is_a_config_for_fit(swept, main):
 
 
 def test_a_finished_sweep_does_nothing_and_reports_the_same(swept):
-    again = command(*ARGUMENTS, cwd=swept[0]).stdout
+    again = run_here(*ARGUMENTS, cwd=swept[0]).stdout
     assert again == "".join(line for line in swept[1].splitlines(True) if not line.startswith("["))
     assert len(list((swept[0] / "runs/sweep").glob("trial-*"))) == 4
 
@@ -96,7 +96,7 @@ def test_a_finished_sweep_does_nothing_and_reports_the_same(swept):
         ({"model.lr": {"low": 0.0, "high": 1.0, "log": True}}, "The space of model.lr is"),
         ({"data.val_images": [0, 5000]}, "No validation samples are held out"),
         ({"model.rate": [1]}, "Did you mean"),
-        ({"model.norm": ["custom", "layer"]}, "There is no norm 'layer'"),
+        ({"model.norm": ["custom", "layer"]}, "Unknown norm 'layer'"),
         ({}, "There is no space to search in"),
     ],
 )

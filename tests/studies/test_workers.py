@@ -1,9 +1,6 @@
 """Worker processes: a run in one is the run alone, and failures leave a worker for the next."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,7 +10,7 @@ from bn_lightning.errors import RunFailed
 from bn_lightning.runs import process, run
 from bn_lightning.studies import workers
 from bn_lightning.studies.workers import Workers
-from tests.conftest import assert_same_weights, on_cpu
+from tests.conftest import assert_same_weights, run_here
 
 EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
 ALONE = ("--data.source", "sample", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
@@ -27,7 +24,6 @@ def cwd(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield folder
 
 
@@ -52,11 +48,9 @@ def test_a_run_in_a_warm_worker_is_the_run_alone(pool, cwd, tmp_path):
     assert folder.as_posix() == "runs/warm/1"
     assert yaml.safe_load((folder / "config.yaml").read_text())["monitor"] is False
     # The output of a run is in its log, also what it prints without Python.
-    assert log.read_text().count("all of it is in runs/warm/") == 2
+    assert log.read_text().count("results are in runs/warm/") == 2
 
-    command = [sys.executable, "-m", "bn_lightning", *on_cpu(("fit", *ALONE, *settings, "1"))]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True)
-    assert done.returncode == 0
+    run_here("fit", *ALONE, *settings, "1", cwd=tmp_path)
     for name in ("best.ckpt", "last.ckpt"):
         alone = tmp_path / "runs/lenet/0/checkpoints" / name
         assert_same_weights(folder / "checkpoints" / name, alone)

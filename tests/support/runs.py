@@ -1,16 +1,14 @@
-"""Runs in processes of their own, and what a run leaves."""
+"""Runs in new processes, and the files of a run."""
 
 import json
 import os
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import QUICK
+from tests.conftest import QUICK, start
 
-# Signals as POSIX has them.
 posix = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX signals")
 
 
@@ -20,38 +18,30 @@ def result_of(folder):
 
 
 def content_of(folder):
-    """Return the bytes of each file of a run."""
+    """Return the bytes of each file of a run by its relative path."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def begin(cwd, *settings, environment=None):
-    """Start `fit` with 100 epochs in a process of its own."""
-    settings = (*QUICK, "--trainer.max_epochs", 100, "--trainer.accelerator", "cpu", *settings)
-    return subprocess.Popen(
-        [sys.executable, "-m", "bn_lightning", "fit", *map(str, settings)],
-        cwd=cwd,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | (environment or {}),
-    )
+    """Start `fit` with 100 epochs in a new process."""
+    settings = (*QUICK, "--trainer.max_epochs", 100, *settings)
+    return start("fit", *settings, cwd=cwd, environment=environment)
 
 
 def wait_until_it_trains(run, cwd):
-    """Wait until a checkpoint of a later step than the first was written."""
+    """Wait until the second checkpoint is written."""
     last, end = cwd / "runs/lenet/0/checkpoints/last.ckpt", time.monotonic() + 60
     first = None
     while first is None or last.stat().st_mtime_ns == first:
         assert run.poll() is None, run.communicate()
-        assert time.monotonic() < end, "it does not train"
+        assert time.monotonic() < end, "the run does not train"
         time.sleep(0.01)
         if last.exists() and first is None:
             first = last.stat().st_mtime_ns
 
 
 def in_namespaces(which, script, cwd, timeout=120):
-    """Run a shell script in Linux namespaces of its own; without any the test is skipped."""
+    """Run a shell script in new Linux namespaces; skip the test if they are not available."""
     unshare = ["unshare", *which, "sh", "-c"]
     try:
         possible = subprocess.run([*unshare, "true"], capture_output=True).returncode == 0
