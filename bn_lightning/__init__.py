@@ -1,4 +1,4 @@
-"""LeNet on Fashion-MNIST with a batch normalization that can be swapped, in PyTorch Lightning."""
+"""LeNet on Fashion-MNIST with pluggable batch normalization, in PyTorch Lightning."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The module of each public name, imported on first use: `--help` must not pay for torch.
-# No module of this package may have a public name: it would hide the object.
+# Maps each public name to its module. Modules are imported on first use, so that `--help` does not
+# import torch. A module must not have the same name as one of these objects: it would hide it.
 _MODULES = {
     "BatchNorm": "norms.layer",
     "batch_norm": "norms.layer",

@@ -1,4 +1,4 @@
-"""The experiment of this project: the one file that binds its parts together."""
+"""The experiment of this project: its task, its data and its defaults."""
 
 from bn_lightning.data.fashion_mnist import FashionMNIST
 from bn_lightning.runs.experiment import Experiment

@@ -1,4 +1,4 @@
-"""Classes, functions and objects by name or by import path, `package.module.Name`."""
+"""Lookup of classes, functions and objects by name or by import path, `package.module.Name`."""
 
 import importlib
 import inspect
@@ -10,39 +10,40 @@ from bn_lightning.errors import UserError
 
 
 def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
-    """Return what a name stands for: an entry of `known`, or an object by its import path.
+    """Return an entry of `known` by its name, or an object by its import path.
 
     Args:
-        name: a key of `known`, or `package.module.Name`; modules of the current folder count.
-        kind: what is looked for, for error messages: `norm`, `optimizer`.
+        name: a key of `known`, or `package.module.Name`; the module may be in the current folder.
+        kind: the kind of object for error messages, such as `norm` or `optimizer`.
 
     Raises:
-        UserError: no such name, or something that cannot be imported.
+        UserError: the name is unknown, or cannot be imported.
     """
-    if not isinstance(name, str):  # a checkpoint keeps names, and no code
+    # Settings must be plain data, because checkpoints contain them.
+    if not isinstance(name, str):
         given = f"{getattr(name, '__module__', '?')}.{getattr(name, '__qualname__', '?')}"
-        raise UserError(f"The {kind} is given by its name, as text: {kind}={given!r}")
+        raise UserError(f"The {kind} must be given by its name, as a string: {kind}={given!r}")
     if name in known:
         return known[name]
     module_name, _, attribute = name.rpartition(".")
-    if not module_name or name.startswith("."):  # a relative path has no package here
+    if not module_name or name.startswith("."):
+        names = f"one of {', '.join(known)}, or " if known else ""
         raise UserError(
-            f"There is no {kind} {name!r}. There are {', '.join(known)}, or an import path: "
-            "my_module.Name"
+            f"Unknown {kind} {name!r}. Use {names}an import path such as my_module.Name."
         )
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"The {kind} {name!r} cannot be imported: {error}.\n"
-            f"It is read as the name {attribute!r} in the module {module_name!r}, which is looked "
-            "for in the current folder and among the installed packages."
-            + (f"\nKnown without an import: {', '.join(known)}." if known else "")
+            f"It was read as the object {attribute!r} in the module {module_name!r}. The module "
+            "must be installed or in the current folder."
+            + (f"\nKnown names: {', '.join(known)}." if known else "")
         ) from error
 
 
 def classes_in(module: ModuleType, base: type) -> dict[str, type]:
-    """Return the public subclasses of `base` that a module such as `torch.optim` offers, by name."""
+    """Return the public subclasses of `base` in a module such as `torch.optim`, by name."""
     return {
         name: value
         for name, value in sorted(vars(module).items())
@@ -52,10 +53,10 @@ def classes_in(module: ModuleType, base: type) -> dict[str, type]:
 
 
 def is_defined_in(name: str, package: str) -> bool:
-    """Return whether an import path leads to an object that this package itself defines.
+    """Return whether an import path refers to an object that is defined in the given package.
 
-    Only modules of the package are imported. A name that the package has imported from elsewhere
-    does not count.
+    Objects that the package imports from elsewhere do not count. No module outside the package is
+    imported.
     """
     module_name, _, attribute = name.rpartition(".")
     if f"{module_name}.".partition(".")[0] != package:

@@ -1,4 +1,4 @@
-"""The article's recipe on all of Fashion-MNIST, through the command that the README names."""
+"""The article's recipe on all of Fashion-MNIST, run by the command in the README."""
 
 import json
 
@@ -22,7 +22,7 @@ def fit(cwd, config, *flags):
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory):
-    """Result and losses of two epochs, by norm."""
+    """The result and the losses of two epochs for each norm."""
     flags = ("--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, "--model.norm")
     norms = ("custom", "builtin", "article", "none")
     return {
@@ -31,26 +31,26 @@ def two_epochs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("norm", ["custom", "builtin", "article"])
-def test_two_epochs_learn(two_epochs, norm):
-    """After two epochs three seeds gave a loss of 0.46 to 0.48 and an accuracy of 0.82 to 0.84."""
+def test_two_epochs_reach_the_expected_accuracy(two_epochs, norm):
+    """Three seeds had a loss of 0.46 to 0.48 and an accuracy of 0.82 to 0.84."""
     result, _ = two_epochs[norm]
-    assert result["steps"] == 470  # two times 60,000 images in batches of 256
+    assert result["steps"] == 470  # 2 epochs of 60,000 images in batches of 256
     assert 0.43 < result["train_loss"] < 0.52
     assert 0.80 < result["train_acc"] < 0.86
     assert result["val_acc_best"] > 0.65
 
 
-def test_the_norms_begin_with_the_same_loss(two_epochs):
+def test_all_norms_have_the_same_first_loss(two_epochs):
     first = {norm: losses[0] for norm, (_, losses) in two_epochs.items()}
     assert first["custom"] == pytest.approx(first["builtin"], abs=1e-5)
     assert first["article"] == pytest.approx(first["builtin"], abs=1e-5)
 
 
-def test_without_a_norm_it_hardly_learns(two_epochs):
+def test_training_without_a_norm_is_slower(two_epochs):
     assert two_epochs["none"][0]["train_loss"] > two_epochs["custom"][0]["train_loss"] + 0.3
 
 
-def test_builtin_config_is_the_article_with_torchs_layer(two_epochs, tmp_path):
+def test_builtin_config_equals_the_article_config_with_torchs_layer(two_epochs, tmp_path):
     result, _ = fit(tmp_path, "builtin.yaml", "--trainer.max_epochs", 2)
     same = ("train_loss", "train_acc", "test_loss", "test_acc", "norm", "steps")
     assert {name: result[name] for name in same} == {

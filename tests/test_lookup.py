@@ -1,4 +1,4 @@
-"""Objects by name or by import path."""
+"""Lookup of objects by name or by import path."""
 
 import importlib
 import sys
@@ -13,25 +13,25 @@ from bn_lightning.norms.layer import BatchNorm
 KNOWN = {"custom": BatchNorm, "none": None}
 
 
-def test_a_known_name_comes_first():
+def test_a_known_name_takes_precedence():
     assert lookup.find("custom", "norm", KNOWN) is BatchNorm
     assert lookup.find("none", "norm", KNOWN) is None
-    # A module of the same name does not hide it.
+    # A module of that name does not take precedence.
     assert lookup.find("torch.nn.ReLU", "norm", {"torch.nn.ReLU": 3}) == 3
 
 
-def test_an_import_path():
+def test_an_import_path_is_imported():
     assert lookup.find("torch.nn.GroupNorm", "norm", KNOWN) is torch.nn.GroupNorm
     assert lookup.find("bn_lightning.norms.layer.BatchNorm", "norm", KNOWN) is BatchNorm
     assert lookup.find("bn_lightning.BatchNorm", "norm", {}) is BatchNorm  # a lazy export
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("batch", r"There is no norm 'batch'\. There are custom, none, or an import path"),
-        (".BatchNorm", r"There is no norm '\.BatchNorm'"),
-        ("", "There is no norm ''"),
+        ("batch", r"Unknown norm 'batch'\. Use one of custom, none, or an import path"),
+        (".BatchNorm", r"Unknown norm '\.BatchNorm'"),
+        ("", "Unknown norm ''"),
         ("no_such_module.Norm", "No module named 'no_such_module'"),
         ("torch.nn.NoNorm", "has no attribute 'NoNorm'"),
         ("torch.nn.", "has no attribute ''"),
@@ -39,19 +39,18 @@ def test_an_import_path():
         ("not an.identifier", "No module named 'not an'"),
     ],
 )
-def test_what_is_not_found_is_said(name, said):
-    with pytest.raises(UserError, match=said) as refused:
+def test_an_unknown_name_is_reported_with_the_known_names(name, message):
+    with pytest.raises(UserError, match=message) as refused:
         lookup.find(name, "norm", KNOWN)
-    message = str(refused.value)
-    assert f"norm {name!r}" in message
-    assert "custom, none" in message  # what there is
+    assert f"norm {name!r}" in str(refused.value)
+    assert "custom, none" in str(refused.value)
 
 
-def test_how_a_path_is_read_is_said():
+def test_the_message_states_how_an_import_path_was_read():
     with pytest.raises(UserError) as refused:
         lookup.find("a.b.c", "optimizer", {})
-    assert "It is read as the name 'c' in the module 'a.b'" in str(refused.value)
-    assert "Known without an import" not in str(refused.value)
+    assert "It was read as the object 'c' in the module 'a.b'" in str(refused.value)
+    assert "Known names" not in str(refused.value)
 
 
 def test_a_relative_path_is_refused():
@@ -59,7 +58,7 @@ def test_a_relative_path_is_refused():
         lookup.find("..layer.BatchNorm", "norm", KNOWN)
 
 
-def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+def test_the_cause_of_a_failed_import_is_reported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needs_more.py").write_text("import no_such_package\n")
     with pytest.raises(UserError, match="No module named 'no_such_package'") as refused:
@@ -67,17 +66,19 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
     assert isinstance(refused.value.__cause__, ModuleNotFoundError)
 
 
-def test_an_object_is_no_name():
-    with pytest.raises(UserError, match=r"The norm is given by its name, as text: norm='.*Batch"):
+def test_an_object_instead_of_a_name_is_refused():
+    with pytest.raises(
+        UserError, match=r"The norm must be given by its name, as a string: norm='.*Batch"
+    ):
         lookup.find(BatchNorm, "norm", KNOWN)
-    with pytest.raises(UserError, match="as text"):
+    with pytest.raises(UserError, match="as a string"):
         lookup.find(3, "norm", KNOWN)
 
 
-def test_classes_of_a_module():
+def test_classes_in_returns_the_public_subclasses_of_a_module():
     found = lookup.classes_in(torch.optim, Optimizer)
     assert found["AdamW"] is torch.optim.AdamW
-    assert "Optimizer" not in found  # the base itself
+    assert "Optimizer" not in found
     assert "lr_scheduler" not in found
     assert list(found) == sorted(found)
     assert all(
@@ -85,7 +86,7 @@ def test_classes_of_a_module():
     )
 
 
-# What a package itself defines
+# Objects that a package defines
 
 PARTS = """\
 import functools
@@ -140,7 +141,7 @@ def shop(tmp_path, monkeypatch):
         "toy_shop.parts.AN_OBJECT",
     ],
 )
-def test_what_a_package_defines(shop, name):
+def test_an_object_of_the_package_is_defined_in_it(shop, name):
     assert lookup.is_defined_in(name, "toy_shop")
 
 
@@ -162,7 +163,7 @@ def test_what_a_package_defines(shop, name):
         "..toy_shop.parts.Own",
     ],
 )
-def test_what_it_does_not(shop, name):
+def test_an_imported_or_unknown_object_is_not_defined_in_the_package(shop, name):
     assert not lookup.is_defined_in(name, "toy_shop")
 
 

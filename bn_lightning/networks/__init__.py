@@ -1,1 +1,1 @@
-"""Networks with an exchangeable normalization layer."""
+"""Networks with a configurable normalization layer."""

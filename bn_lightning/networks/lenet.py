@@ -1,4 +1,4 @@
-"""LeNet for 28x28 greyscale images, with the normalization layer as a parameter."""
+"""LeNet for 28x28 grayscale images, with a configurable normalization layer."""
 
 from typing import Any, Literal
 
@@ -21,20 +21,21 @@ POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d
 
 
 class LeNet(nn.Module):
-    """LeNet-5 (LeCun et al. 1998) as the tutorial has it, normalized between the affine map and the activation.
+    """The tutorial's version of LeNet-5 (LeCun et al. 1998), with a norm before each activation.
 
-    h = phi(norm(W x + b)), four times: two convolutions, each with a 2x2 pooling, and two linear layers; a fifth layer
-    gives the logits. 44,878 parameters with batch normalization. Weights are Xavier-uniform (Glorot and Bengio 2010,
-    equation 16), biases as torch sets them.
+    There are four blocks h = phi(norm(W x + b)): two convolutions, each followed by 2x2 pooling,
+    and two linear layers. A fifth layer returns the logits. With batch normalization, the network
+    has 44,878 parameters. Weights are initialized Xavier-uniform (Glorot and Bengio 2010,
+    equation 16). Biases have torch's default initialization.
 
     Args:
-        norm: a name of `registry.NORMS`, `custom`, `builtin` or `none` among them, or an import path.
-        norm_args: further arguments of the norm.
-        activation: phi.
-        pooling: the mean or the maximum of each 2x2 square.
+        norm: name in `registry.NORMS` (such as `custom`, `builtin`, `none`), or an import path.
+        norm_args: other arguments of the norm.
+        activation: the activation function phi.
+        pooling: `avg` or `max`.
 
     Raises:
-        UserError: an unknown norm, or arguments that it does not take.
+        UserError: the norm is unknown, or does not accept an argument.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class LeNet(nn.Module):
         super().__init__()
 
         def make_norm(num_features: int, num_dims: int) -> nn.Module:
-            # With a seed all other weights are the same, whatever the norm draws.
+            # The norm may draw random numbers. The other weights must not depend on them.
             with torch.random.fork_rng(devices=()):
                 return registry.make(norm, num_features, num_dims, norm_args)
 
@@ -66,7 +67,7 @@ class LeNet(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 10) of images (N, 1, 28, 28)."""
+        """Return logits (N, 10) for images (N, 1, 28, 28)."""
         x = self.pool(self.phi(self.norm1(self.conv1(images))))  # (N, 6, 12, 12)
         x = self.pool(self.phi(self.norm2(self.conv2(x))))  # (N, 16, 4, 4)
         x = self.phi(self.norm3(self.fc1(x.flatten(1))))  # (N, 120)

@@ -1,1 +1,1 @@
-"""What is learned: loss, metrics and what a run reports."""
+"""Tasks: loss, metrics and reports of a run."""

@@ -20,23 +20,23 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(Task):
-    """LeNet trained by cross-entropy. Batches are images (B, 1, 28, 28) and labels (B,).
+    """LeNet trained with cross-entropy. Batches are images (B, 1, 28, 28) and labels (B,).
 
     Args:
-        norm: the normalization layer: `custom` (from scratch), `builtin` (PyTorch's), `article`
-            (the tutorial's), `renorm` (batch renormalization), `group` (group norm), `none`, or an
-            import path, `package.module.Name`, called as
+        norm: normalization layer: `custom` (from scratch), `builtin` (PyTorch's), `article` (the
+            tutorial's), `renorm` (batch renormalization), `group` (group norm), `none`, or an
+            import path `package.module.Name`, called as
             `norm(num_features=..., num_dims=2|4, **norm_args)`.
-        norm_args: further arguments of the norm, such as `--model.norm_args.eps 1e-3`.
-        activation: the activation function after each norm.
-        pooling: the mean or the maximum of each 2x2 square.
-        lr: learning rate; of OneCycleLR the peak.
-        label_smoothing: of the training loss: the share of each label that is spread over all
-            classes (Szegedy et al. 2016, section 7). Validation and test losses are without it.
-        training: further settings of `Task`: optimizer, scheduler, compile, memory_format.
+        norm_args: other arguments of the norm, for example `--model.norm_args.eps 1e-3`.
+        activation: activation function after each norm.
+        pooling: 2x2 pooling after each convolution.
+        lr: learning rate; the peak for OneCycleLR.
+        label_smoothing: fraction of each label that is spread over all classes, in training only
+            (Szegedy et al. 2016, section 7).
+        training: settings of `Task`: optimizer, scheduler, compile, memory_format.
 
     Raises:
-        UserError: an unknown norm, optimizer or scheduler, or arguments that it does not take.
+        UserError: a norm, optimizer or scheduler is unknown, or does not accept an argument.
     """
 
     selects = ("val_acc", "max")
@@ -54,10 +54,10 @@ class Classifier(Task):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise UserError(
-                f"label_smoothing is {label_smoothing}; it must be from 0 to less than 1: "
-                "--model.label_smoothing 0.05"
+                f"label_smoothing is {label_smoothing}; it must be at least 0 and less than 1, for "
+                "example --model.label_smoothing 0.05."
             )
-        # The data module checks labels once. Checking each batch costs more than counting.
+        # The data module validates the labels once. Validating each batch would be slow.
         accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
         network = LeNet(norm, norm_args, activation, pooling)
         super().__init__(network, {"acc": accuracy}, lr=lr, **training)
@@ -68,7 +68,7 @@ class Classifier(Task):
     def step(self, batch: Batch, stage: Stage) -> Step:
         images, labels = batch
         logits = self(images)
-        # In float32 at least, also where the network computes in 16 bits.
+        # The loss is computed at least in float32, even if the network computes in 16 bits.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         smoothing = self.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(precise, labels, label_smoothing=smoothing)
@@ -87,7 +87,7 @@ class Classifier(Task):
         self.confusion = counts.cpu()
         accuracies = counts.diag() / counts.sum(1)
         for name, accuracy in zip(self._class_names(), accuracies, strict=True):
-            # The counts are the same on all processes already.
+            # The confusion matrix is already reduced over all ranks.
             self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -98,7 +98,7 @@ class Classifier(Task):
         classes = getattr(self.trainer.datamodule, "classes", None)  # type: ignore[attr-defined]
         return classes or [str(label) for label in range(NUM_CLASSES)]
 
-    # What a run reports
+    # Reports of a run
 
     def describe(self) -> str:
         return f"{type(self.network).__name__}, norm {self.hparams['norm']}"
@@ -107,13 +107,13 @@ class Classifier(Task):
         return {"norm": self.hparams["norm"]}
 
     def summary(self) -> list[str]:
-        """Return what the article prints at its end: gamma and beta of the first norm layer."""
+        """Return gamma and beta of the first norm layer, as the article prints them at its end."""
         first = next(iter(recognition.layers(self.network).values()), None)
         if first is None:
             return []
         article_names = {"weight": "gamma", "bias": "beta"}
         return [
-            f"{article_names.get(name, name)} of the first norm layer: {_numbers(values)}"
+            f"{article_names.get(name, name)} of the first norm layer: {_format(values)}"
             for name, values in first.named_parameters()
         ]
 
@@ -123,10 +123,10 @@ class Classifier(Task):
 
 
 def class_table(confusion: Tensor, names: Sequence[str]) -> str:
-    """Return the accuracy of each class and its most frequent confusion, as a table.
+    """Return a table with the accuracy of each class and its most frequent misclassification.
 
     Args:
-        confusion: counts (C, C), rows by truth and columns by prediction.
+        confusion: counts (C, C), a row per true class and a column per predicted class.
     """
     rows = []
     for truth, counts in enumerate(confusion):
@@ -137,8 +137,8 @@ def class_table(confusion: Tensor, names: Sequence[str]) -> str:
         mistake = f"{names[wrong]} ({int(others[wrong]) / total:.1%})" if int(others[wrong]) else ""
         accuracy = f"{int(counts[truth]) / total:.3f}" if total else "none"
         rows.append([names[truth], accuracy, mistake])
-    return terminal.table(("class", "test acc", "most often taken for"), rows)
+    return terminal.table(("class", "test acc", "most often misclassified as"), rows)
 
 
-def _numbers(values: Tensor) -> str:
+def _format(values: Tensor) -> str:
     return "[" + ", ".join(f"{value:.2f}" for value in values.detach().flatten().tolist()) + "]"

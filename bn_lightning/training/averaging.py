@@ -1,7 +1,7 @@
-"""Stochastic weight averaging with running statistics that fit the averaged weights, for norms of any class.
+"""Stochastic weight averaging with matching running statistics, for norm layers of any class.
 
 Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
-https://arxiv.org/abs/1803.05407, algorithm 1, whose last line computes the statistics.
+https://arxiv.org/abs/1803.05407, algorithm 1. Its last line recomputes the statistics.
 """
 
 from typing import Any
@@ -13,35 +13,43 @@ from torch import nn
 from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition
 
+# What a layer needs so that its statistics can be recomputed.
+REQUIRED = ("num_batches_tracked", "reset_running_stats", "momentum")
+
 
 class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
-    """Lightning's callback, which ends with a pass over the training samples for the statistics of averaged weights.
+    """Lightning's callback, extended to norm layers of any class.
 
-    Lightning's own takes that pass for subclasses of torch's `_BatchNorm` only, and without a word leaves other layers
-    with the statistics of other weights. This one takes it for any layer with `num_batches_tracked`,
-    `reset_running_stats()` and a `momentum` whose None averages all batches alike, as `bn_lightning.BatchNorm` has.
+    After training, a pass over the training samples computes the running statistics for the
+    averaged weights. Lightning's callback does so for subclasses of torch's `_BatchNorm` only. It
+    silently leaves other layers with the statistics of the weights before averaging.
+
+    This callback supports every layer that has `num_batches_tracked`, `reset_running_stats()` and
+    `momentum`. With `momentum = None`, the layer must give all batches the same weight, as
+    `bn_lightning.BatchNorm` does.
 
     Raises:
-        UserError: from `fit`, for a layer with running statistics and without one of these.
+        UserError: in `fit`, if a layer has running statistics but lacks one of these.
     """
 
-    # Lightning's default for device is no text, and a config.yaml with it cannot be read again.
+    # Lightning's default for `device` is a torch.device, which config.yaml cannot represent.
     def __init__(self, *args: Any, device: str | None = "cpu", **kwargs: Any) -> None:
-        super().__init__(*args, device=device, **kwargs)  # type: ignore[misc]  # args without device
+        super().__init__(*args, device=device, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def pl_module_contains_batch_norm(pl_module: pl.LightningModule) -> bool:
-        needed = ("num_batches_tracked", "reset_running_stats", "momentum")
         layers = recognition.with_statistics(pl_module)
         for name, layer in layers.items():
-            # torch's InstanceNorm has them all, and neither counts batches nor knows a momentum of None.
-            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not all(
-                hasattr(layer, n) for n in needed
-            ):
+            # torch's InstanceNorm has all three attributes, but it does not count batches and does
+            # not support a momentum of None.
+            is_instance_norm = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+            if is_instance_norm or not all(hasattr(layer, attribute) for attribute in REQUIRED):
                 raise UserError(
-                    f"The statistics of {name}, a {type(layer).__name__}, cannot be taken anew for averaged weights.\n"
-                    "Those of the norms custom and builtin can, and of a layer of yours with num_batches_tracked, "
-                    "reset_running_stats() and a momentum whose None averages all batches alike: --model.norm custom"
+                    f"The running statistics of {name}, a {type(layer).__name__}, cannot be "
+                    "recomputed for averaged weights.\n"
+                    "Use --model.norm custom or builtin. Your own layer needs num_batches_tracked, "
+                    "reset_running_stats() and a momentum; with a momentum of None it must give "
+                    "all batches the same weight."
                 )
         return bool(layers)
 
@@ -51,5 +59,6 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
             layer.reset_running_stats()
             self.momenta[layer] = layer.momentum
             layer.momentum = None
-        # The last batch of the pass takes an optimizer step all the same, by the gradients of the last one in training.
+        # Lightning takes an optimizer step after the last batch of this pass. Without this line it
+        # would use the gradients of the last training step.
         pl_module.zero_grad()

@@ -1,4 +1,4 @@
-"""Batches from tensors in memory, in an order that any run can resume."""
+"""Batches of tensors in memory, in an order that can be resumed at any batch."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,26 +7,25 @@ from typing import Any
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-Augment = Callable[[Tensor, Tensor], Tensor]  # samples, and their indices in the data set
+Augment = Callable[[Tensor, Tensor], Tensor]  # (samples, their indices) -> samples
 
 
 class ExactLoader(Iterable[Any]):
-    """A training loader that can start at any batch of any epoch.
+    """Base class of training loaders that can start at any batch of any epoch.
 
-    `ExactResume` resumes a run to the bit only with such a loader. A subclass reads the epoch and
-    the first batch when its first batch is requested, and keeps no position of its own.
+    `ExactResume` resumes a run bit for bit only with such a loader. A subclass must not store a
+    position. It determines the epoch and the first batch when a batch is first requested.
     """
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def size_of(self, batch_idx: int) -> int:
-        """Return the number of samples in a batch of the epoch, over all processes."""
+        """Return the number of samples in a batch of the epoch, over all ranks."""
         raise NotImplementedError
 
-    # Lightning resumes in the middle of an epoch only with a loader that has these two methods.
-    # A position kept here would be lost when Lightning asks for the number of steps before it
-    # restores the loader.
+    # Lightning resumes within an epoch only if the loader has these two methods. A position stored
+    # here would be lost: Lightning reads the number of steps before it restores the loader.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -36,12 +35,12 @@ class ExactLoader(Iterable[Any]):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch visits.
+    """The samples of one epoch.
 
     Attributes:
-        order: indices of samples, int64 (M,).
-        first: the batch to start with.
-        augment: changes training samples; None leaves them as they are.
+        order: sample indices in the order of training, int64 (M,).
+        first: index of the first batch to return.
+        augment: augmentation of the samples; None for no augmentation.
     """
 
     order: Tensor
@@ -50,19 +49,18 @@ class Epoch:
 
 
 class TensorBatches(ExactLoader):
-    """Batches by indexing two tensors in memory.
+    """A loader that indexes two tensors in memory.
 
-    With several processes each takes its own shard of every batch; all shards together are the
-    batch.
+    With several ranks, each rank gets its own shard of every batch.
 
     Args:
-        inputs: raw samples (N, ...), on the device where they are wanted.
+        inputs: raw samples (N, ...), on the device of the network.
         targets: (N, ...), on the same device.
-        indices: int64 (M,), the samples that take part.
-        batch_size: samples of one batch over all processes; the last batch may be smaller.
-        epoch: called when the first batch is requested; None visits `indices` in their order.
-        rank, world_size: which shard to take, of how many.
-        preprocessing: from raw samples to the input of the network.
+        indices: indices of the samples to use, int64 (M,).
+        batch_size: samples per batch over all ranks; the last batch may be smaller.
+        epoch: called when a batch is first requested; by default `indices` in their order.
+        rank, world_size: the shard to return, and the number of shards.
+        preprocessing: maps raw samples to the input of the network.
     """
 
     def __init__(
@@ -92,8 +90,8 @@ class TensorBatches(ExactLoader):
         return min(self.batch_size, len(self.indices) - batch_idx * self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Lightning calls iter() more than once before it takes a batch. The body of a generator
-        # runs when the first batch is taken.
+        # Lightning calls iter() more than once before it requests a batch. As this is a generator,
+        # its body runs only when the first batch is requested.
         epoch = self.epoch() if self.epoch else Epoch(self.indices)
         order = epoch.order.to(self.inputs.device)
         batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]
@@ -102,7 +100,7 @@ class TensorBatches(ExactLoader):
 
     def take(self, indices: Tensor, augment: Augment | None = None) -> Batch:
         """Return the network's input and the targets of the samples at `indices` (B,)."""
-        # index_select takes a quarter of the time of inputs[indices].
+        # index_select is four times as fast as inputs[indices].
         inputs = self.inputs.index_select(0, indices)
         if augment is not None:
             inputs = augment(inputs, indices)

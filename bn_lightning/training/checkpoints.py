@@ -1,4 +1,4 @@
-"""Checkpoints as files: written whole or not at all, read without executing anything in them."""
+"""Checkpoint files: atomic writing, and loading that executes no code from the file."""
 
 import contextlib
 import io
@@ -14,8 +14,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from bn_lightning.errors import RunFailed, UserError
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole or, after an OSError, not at all: an older one is then as it was."""
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file completely, or leave the existing one unchanged.
+
+    The content goes to a temporary file in the same folder, which is flushed to disk and renamed.
+
+    Raises:
+        OSError: the file could not be written; the temporary file is removed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -27,21 +33,23 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # Windows cannot open a folder
+    # The new name must reach the disk too. Windows cannot open a folder.
+    if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's plugin that writes checkpoints: `Trainer(plugins=[WholeCheckpointIO()])`.
+    """Lightning's checkpoint plugin with atomic writes: `Trainer(plugins=[WholeCheckpointIO()])`.
 
-    A file is written beside the one that it will replace, flushed to the disk with its folder, and only then renamed:
-    whatever happens, there is the old checkpoint or the new one. Lightning's own plugin writes into TMPDIR and moves,
-    which from one file system to another is a copy, and flushes nothing.
+    After a crash or a power loss, the file is either the old checkpoint or the new one. Lightning's
+    own plugin writes to TMPDIR and moves the file. Between file systems a move is a copy, and
+    nothing is flushed to disk.
 
     Raises:
-        RunFailed: from `save_checkpoint`, for a full disk or a folder that is gone; the old checkpoint is still there.
+        RunFailed: in `save_checkpoint`, if the disk is full or the folder has disappeared. The old
+            checkpoint is unchanged.
     """
 
     def __init__(self) -> None:
@@ -50,79 +58,90 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        if "://" in str(path):  # an object store has its own way to be whole
+        if "://" in str(path):  # object stores write atomically
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
-            if path.parent not in self._folders:  # one that was there and is gone is not made anew
+            # A folder that existed before and has disappeared is not recreated.
+            if path.parent not in self._folders:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._folders.add(path.parent)
-            write_whole(path, content.getbuffer())
+            write_atomically(path, content.getbuffer())
         except OSError as error:
-            try:
-                kept = (
-                    f"The one before is whole: {path}"
-                    if path.exists()
-                    else "There is none from before."
-                )
-            except OSError:  # the disk itself is gone
-                kept = ""
             raise RunFailed(
-                f"The checkpoint {path} cannot be written: {error.strerror or error}.\n{kept}\n"
-                "When there is room again, go on with what was saved: fit --ckpt_path last, and the same settings"
+                f"The checkpoint {path} cannot be written: {error.strerror or error}.\n"
+                f"{_describe_remaining(path)}"
+                "Fix the cause, then resume with `fit --ckpt_path last` and the same settings."
             ) from error
 
 
+def _describe_remaining(path: Path) -> str:
+    try:
+        exists = path.exists()
+    except OSError:  # the disk is unreachable
+        return ""
+    if exists:
+        return f"The previous checkpoint is intact: {path}\n"
+    return "There is no previous checkpoint.\n"
+
+
 def load(path: str) -> tuple[str, dict[str, Any]]:
-    """Load a checkpoint, from a file or an address, without executing anything in it.
+    """Load a checkpoint from a file or a URL, without executing any code in it.
 
     Returns:
-        The path of the file, downloaded where an address was given, and what it holds.
+        The path of the local file (a URL is downloaded first), and its content.
 
     Raises:
-        UserError: no such file, or not a checkpoint of this project.
+        UserError: the file does not exist, or is not a checkpoint of this project.
     """
     try:
         local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
         checkpoint = torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
-            f"There is no checkpoint {path!r}. A run keeps its own in runs/NAME/N/checkpoints/"
+            f"There is no checkpoint {path!r}. The checkpoints of a run are in "
+            "runs/NAME/N/checkpoints/."
         ) from None
     except IsADirectoryError:
         raise UserError(
-            f"{path!r} is a folder. The checkpoint that a run has kept: {Path(path, 'checkpoints', 'best.ckpt')}"
+            f"{path!r} is a folder. Give a checkpoint file, for example "
+            f"{Path(path, 'checkpoints', 'best.ckpt')}"
         ) from None
-    except Exception as error:  # torch.load has no exception of its own, and what it raises hangs on the file's bytes
-        # Of torch's own words only what it found, and not its advice to load the file without this care.
-        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
-        reason = found[1] if found else type(error).__name__
+    # torch.load has no exception type of its own. What it raises depends on the bytes of the file.
+    except Exception as error:
+        # torch's message also advises to load the file unsafely. Only its finding is shown.
+        found = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+        reason = found[1] if found else f"torch.load raised {type(error).__name__}."
         raise UserError(
-            f"{path!r} is not a checkpoint that can be loaded safely, and nothing in it was executed.\n    {reason}\n"
-            "Give a file that fit wrote: runs/NAME/N/checkpoints/last.ckpt"
+            f"{path!r} is corrupt or is not a checkpoint that can be loaded safely. "
+            f"Nothing in it was executed.\n    {reason}\n"
+            "Give a file that fit wrote, for example runs/NAME/N/checkpoints/last.ckpt."
         ) from error
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(
-                f"{path!r} holds no run: its {name!r} is no dict. Give a file that fit wrote."
+                f"{path!r} is not a checkpoint of a run: {name!r} is not a dict. "
+                "Give a file that fit wrote."
             )
     if "state_dict" not in checkpoint:
         raise UserError(
-            f"{path!r} holds no run: it has no 'state_dict'. Give a file that fit wrote."
+            f"{path!r} is not a checkpoint of a run: it has no 'state_dict'. "
+            "Give a file that fit wrote."
         )
     return str(local), checkpoint
 
 
 def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:
-    """Refuse to train on with a checkpoint that lacks what a run needs for that.
+    """Refuse to resume training from a checkpoint that lacks the required entries.
 
     Raises:
-        UserError: written by another version of this project, or with the weights alone.
+        UserError: another version of this project wrote it, or it contains only weights.
     """
     if not {"train_metrics", "optimizer_states"} <= checkpoint.keys():
         raise UserError(
-            f"{path!r} was written by another version of this project, or holds the weights alone: a run cannot go on "
-            "with it as it was.\nIt can be tested, validated and predicted with; for training, begin a new run."
+            f"{path!r} was written by another version of this project, or contains only weights. "
+            "Training cannot be resumed from it.\n"
+            "Use it with test, validate or predict, or start a new run."
         )

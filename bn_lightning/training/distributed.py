@@ -1,4 +1,4 @@
-"""Several processes that train together: equal buffers, and CPU cores shared without waste."""
+"""Distributed training: synchronized buffers, and CPU cores divided among the ranks."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ from bn_lightning.norms import recognition
 
 
 class DistributedTraining(pl.Callback):
-    """Makes several processes train as one, at little cost. With one process it does nothing.
+    """Reduces the cost of training with several processes. With one process it does nothing.
 
-    The running statistics of a run are those of rank 0. DistributedDataParallel sends them to the
-    other ranks before each step, although most norm layers do not read them there. Here they are
-    sent before each validation. So a validation gives the same metrics whether or not the run was
-    resumed in between.
+    A run uses the running statistics of rank 0. DistributedDataParallel broadcasts them before each
+    step, although most norm layers do not read them in training. This callback broadcasts them
+    before each validation instead. So validation metrics do not depend on whether the run was
+    resumed.
 
-    It has to come after callbacks that exchange the weights for validation, such as averages.
+    It must come after callbacks that swap the weights for validation, such as weight averaging.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -31,8 +31,8 @@ class DistributedTraining(pl.Callback):
         if isinstance(model, DistributedDataParallel) and only_written:
             model.broadcast_buffers = False
         if trainer.strategy.root_device.type == "cpu" and sys.platform == "linux":
-            _keep_to_own_cores(trainer)
-            _let_gloo_wait()
+            _pin_threads_to_cores(trainer)
+            _lower_gloo_priority()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
@@ -42,30 +42,32 @@ class DistributedTraining(pl.Callback):
     on_test_epoch_start = on_validation_epoch_start
 
 
-def _keep_to_own_cores(trainer: pl.Trainer) -> None:
-    """Divide the cores among the processes of this machine, as their threads are: moved about, they take each other's.
+def _pin_threads_to_cores(trainer: pl.Trainer) -> None:
+    """Pin the threads of this process to its share of the machine's cores.
 
-    Not where something else has divided them (SLURM): the processes then see fewer cores than the machine has.
+    Without this, threads of different ranks migrate to the same core. Nothing is done if the
+    process sees fewer cores than the machine has: then SLURM, for example, has divided them.
     """
     count = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
     cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // count
-    if share and len(cores) == os.cpu_count():
-        first = trainer.local_rank * share
-        for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(
-                OSError
-            ):  # a thread that has just ended, or a container that forbids it
-                os.sched_setaffinity(int(thread.name), cores[first : first + share])
+    cores_per_rank = len(cores) // count
+    if not cores_per_rank or len(cores) != os.cpu_count():
+        return
+    first = trainer.local_rank * cores_per_rank
+    own_cores = cores[first : first + cores_per_rank]
+    for thread in Path("/proc/self/task").iterdir():
+        # The thread may have ended, or a container may forbid this.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(int(thread.name), own_cores)
 
 
-def _let_gloo_wait() -> None:
-    """Have gloo's thread that listens to the other processes not push away the threads that it works for.
+def _lower_gloo_priority() -> None:
+    """Keep gloo's listener thread from preempting the threads that wait for it.
 
-    While another thread of its process holds a connection's lock, it does not sleep but asks again and again. Where it
-    has pushed that thread from the only core of the process, the lock is let go at the scheduler's next tick, 4 ms
-    later: a third of all exchanges took that long, and 0.2 ms now. Under SCHED_BATCH a thread that wakes pushes none
-    away.
+    The listener polls in a busy loop while another thread holds the lock of a connection. If it
+    preempts that thread on the only core of the process, the lock is held until the next scheduler
+    tick, 4 ms later. This happened in a third of all exchanges; they now take 0.2 ms. Under
+    SCHED_BATCH, a thread that wakes up does not preempt others.
     """
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""Optimizer and learning-rate schedule, built from names and checked before a run.
+"""Optimizer and learning-rate scheduler, created from their names and validated before a run.
 
-A new setting is first an argument of `Task`, which makes it a flag, and then one of `Optimization`.
+To add a setting, add an argument to `Task`, which makes it a flag, and pass it to `Optimization`.
 """
 
 import inspect
@@ -16,17 +16,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from bn_lightning import lookup
 from bn_lightning.errors import UserError
 
-# Arguments of schedules that state the length of the run in optimizer steps.
+# Scheduler arguments that state the length of the run in optimizer steps.
 LENGTHS = ("total_steps", "T_max")
 
 
 class Optimization:
-    """An optimizer and a schedule as a user names them.
-
-    Args: see `Task`.
+    """The optimizer and the scheduler that the settings name. For the arguments, see `Task`.
 
     Raises:
-        UserError: an unknown name, or something that is not a class.
+        UserError: a name is unknown, or does not refer to a class.
     """
 
     def __init__(
@@ -48,10 +46,10 @@ class Optimization:
         self.scheduler_args = dict(scheduler_args or {})
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Build both once, so that a wrong argument shows before anything is started.
+        """Create both once, so that wrong arguments are reported before a run starts.
 
         Raises:
-            UserError: an argument that the optimizer or the scheduler does not take.
+            UserError: the optimizer or the scheduler does not accept an argument.
         """
         arguments = {"lr": self.lr, **self.optimizer_args}
         optimizer = _build(self.optimizer, arguments, parameters)
@@ -59,41 +57,41 @@ class Optimization:
             _build(self.scheduler, self._scheduler_arguments(steps=1_000), optimizer)
 
     def configure(
-        self, parameters: Iterable[nn.Parameter], steps_of_run: Callable[[], float]
+        self, parameters: Iterable[nn.Parameter], get_num_steps: Callable[[], float]
     ) -> Any:
-        """Return what `configure_optimizers` of a LightningModule returns.
+        """Return the result of a LightningModule's `configure_optimizers`.
 
         Args:
-            steps_of_run: the number of optimizer steps; called only if the schedule needs it.
+            get_num_steps: returns the number of optimizer steps; called only if needed.
 
         Raises:
-            UserError: the schedule needs to know the length of the run, which has none.
+            UserError: the scheduler needs the length of the run, but the run has no limit.
         """
         optimizer = self.optimizer(parameters, lr=self.lr, **self.optimizer_args)
         if self.scheduler is None:
             return optimizer
         lengths = self._lengths()
-        steps = steps_of_run() if lengths else 0
+        steps = get_num_steps() if lengths else 0
         if steps == float("inf"):
             raise UserError(
-                f"{self.scheduler.__name__} needs to know how long the run is: give "
-                "--trainer.max_epochs or --trainer.max_steps, or its own length: "
-                f"--model.scheduler_args.{lengths[0]}"
+                f"{self.scheduler.__name__} needs the length of the run, but the run has no "
+                "limit.\nSet --trainer.max_epochs, --trainer.max_steps or "
+                f"--model.scheduler_args.{lengths[0]}."
             )
         scheduler = self.scheduler(optimizer, **self._scheduler_arguments(int(steps)))
-        # A schedule that counts steps moves at every step. It was told their number here, or it
-        # has no other unit (OneCycleLR, CyclicLR).
-        interval = "step" if lengths or self._takes("max_lr") else "epoch"
+        # A scheduler counts steps if it was given their number, or has `max_lr` (OneCycleLR,
+        # CyclicLR). Others count epochs.
+        interval = "step" if lengths or self._accepts("max_lr") else "epoch"
         config = {"scheduler": scheduler, "interval": interval}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = "val_loss"
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def refuse_another_length(self, trainer: pl.Trainer) -> None:
-        """Refuse to resume a schedule that was planned for a run of another length.
+    def refuse_other_length(self, trainer: pl.Trainer) -> None:
+        """Refuse to resume with a schedule of another length.
 
         Raises:
-            UserError: the steps that are done would have had other learning rates.
+            UserError: the steps done so far had other learning rates than the new schedule has.
         """
         if self.scheduler is None:
             return
@@ -103,24 +101,24 @@ class Optimization:
                 planned = getattr(config.scheduler, name, steps)
                 if planned != steps:
                     raise UserError(
-                        f"{self.scheduler.__name__} was planned for {planned:,} steps when the run "
-                        f"began, and would now have {steps:,}: the learning rates of the steps "
-                        "that are done would have been others.\n"
-                        "Resume with the same --trainer.max_epochs or --trainer.max_steps, or start"
-                        " a new run."
+                        f"{self.scheduler.__name__} was configured for {planned:,} steps, but the "
+                        f"resumed run would have {steps:,} steps. The learning rates of the steps "
+                        "done so far would not match the new schedule.\n"
+                        "Resume with the original --trainer.max_epochs or --trainer.max_steps, or "
+                        "start a new run."
                     )
 
     def _lengths(self) -> list[str]:
-        """Return the scheduler's arguments that state the length, where the user has not."""
+        """Return the length arguments that the scheduler accepts and the user has not set."""
         given = self.scheduler_args.keys()
-        return [name for name in LENGTHS if self._takes(name) and not given & {name, "epochs"}]
+        return [name for name in LENGTHS if self._accepts(name) and not given & {name, "epochs"}]
 
-    def _takes(self, name: str) -> bool:
+    def _accepts(self, name: str) -> bool:
         return name in inspect.signature(self.scheduler).parameters
 
     def _scheduler_arguments(self, steps: int) -> dict[str, Any]:
         arguments: dict[str, Any] = dict.fromkeys(self._lengths(), steps)
-        if self._takes("max_lr"):
+        if self._accepts("max_lr"):
             arguments["max_lr"] = self.lr
         return arguments | self.scheduler_args
 
@@ -136,7 +134,8 @@ def _build(kind: Any, arguments: Mapping[str, Any], first: Any) -> Any:
     try:
         return kind(first, **arguments)
     except (TypeError, ValueError) as error:
+        _, *accepted = inspect.signature(kind).parameters
         raise UserError(
-            f"{kind.__name__} cannot be built with {dict(arguments)}: {error}.\n"
-            f"Its signature is {kind.__name__}{inspect.signature(kind)}"
+            f"{kind.__name__} cannot be created with {dict(arguments)}: {error}.\n"
+            f"It accepts {', '.join(accepted)}."
         ) from error

@@ -1,9 +1,8 @@
-"""Exact resume: a run that was stopped, at any point, continues as if it had not been stopped.
+"""Exact resume: a run that was stopped at any point continues as if it had not been stopped.
 
-Lightning writes a checkpoint inside a hook, in the middle of a step: what remains of the step
-(validation, logging, a schedule) then happens twice or never. Here `last.ckpt` is written between
-two steps, when one is finished and the next has not begun. Nothing depends on earlier random
-numbers: see `seeds`.
+Lightning writes a checkpoint inside a hook, in the middle of a step. After resuming, the rest of
+the step (validation, logging, the scheduler) happens twice or never. Here `last.ckpt` is written
+between two steps. Random numbers do not depend on earlier ones; see `seeds`.
 """
 
 from datetime import timedelta
@@ -22,33 +21,34 @@ from bn_lightning.training.stopping import StopRequests, is_check_due
 
 
 class ExactResume(Checkpoint):
-    """Writes `last.ckpt` between two steps, and resumes from it exactly.
+    """Callback that writes `last.ckpt` between two steps, and resumes from it exactly.
 
-    `Trainer(callbacks=[ExactResume()])`. It is written before each epoch, when training ends, and
-    when the run is asked to stop, by SIGTERM, Ctrl-C, SLURM's signal before it takes a job away, or
-    `max_time`: then the step is finished first. A second signal stops at once.
+    Use it as `Trainer(callbacks=[ExactResume()])`. It writes `last.ckpt` before each epoch, when
+    training ends, and when the run is stopped: by SIGTERM, by Ctrl-C, by the signal that SLURM
+    sends before it preempts a job, or by `max_time`. The current step is finished first. A second
+    signal stops the run immediately.
 
-    With a training loader that is no `ExactLoader`, such as a plain DataLoader, a resumed run is
-    not identical. Then `last.ckpt` is written at the ends of epochs only.
+    If the training loader is not an `ExactLoader`, for example a plain DataLoader, a resumed run is
+    not bit-identical. Then `last.ckpt` is written only at the end of each epoch.
 
     Args:
-        every_n_train_steps: also write it after so many optimizer steps; 0 for never.
-        dirpath: its folder; by default `checkpoints` in the logger's folder, as for
+        every_n_train_steps: also write `last.ckpt` every n optimizer steps; 0 for never.
+        dirpath: folder of `last.ckpt`; by default `checkpoints` in the logger's folder, as in
             ModelCheckpoint.
-        seed: of the random numbers of each step (dropout).
-        max_time: stop after this time; `Trainer(max_time=...)` would leave out the rest of the
-            epoch. Counted from the start of this process's training.
+        seed: seed of the random numbers in each step, such as those of dropout.
+        max_time: time limit, counted from the start of training in this process. In contrast to
+            `Trainer(max_time=...)`, the rest of the epoch is trained when the run is resumed.
 
     Attributes:
-        path: of `last.ckpt`, known from `setup` on.
-        resuming: whether the run resumes in the folder of its checkpoint; False when the checkpoint
-            starts another run.
+        path: path of `last.ckpt`, set in `setup`.
+        resuming: whether the run resumes in the folder of its checkpoint; False if the checkpoint
+            starts a new run.
         resumed_at: the steps at which the run was resumed.
-        has_trained: whether a batch was trained on in this process.
+        has_trained: whether this process has trained on a batch.
 
     Raises:
-        Stopped: when asked to stop, with everything saved. After `max_time` its code is 0.
-        RunFailed: a loss that is not finite.
+        Stopped: the run was stopped on request, and is saved. After `max_time` the code is 0.
+        RunFailed: a loss is NaN or infinite.
     """
 
     def __init__(
@@ -67,37 +67,37 @@ class ExactResume(Checkpoint):
         self.has_trained = False
         self.stop_requests = StopRequests(max_time)
         self._losses = NonFiniteLossGuard()
-        self._saved_at = -1  # the optimizer step of last.ckpt
+        self._saved_at = -1  # optimizer step of last.ckpt
         self._is_exact = True
-        # Set while last.ckpt is written: epoch, batches of it, whether training has ended.
-        self._point: tuple[int, int, bool] | None = None
+        # (epoch, batches done in it, whether training has ended), while last.ckpt is written.
+        self._position: tuple[int, int, bool] | None = None
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # `log_dir` is a collective, so all ranks ask for it.
-        by_default = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(by_default))
+        # Reading `log_dir` is a collective operation, so all ranks read it.
+        default_dirpath = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
         self.path = Path(self.dirpath, "last.ckpt")
         if stage == "fit":
-            # Between two steps is before the first hook of the next one. The end is after the last
-            # hook of all callbacks.
+            # A checkpoint between two steps is written before any other callback starts the next
+            # step. The final one is written after all other callbacks have finished.
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            others = [c for c in callbacks if c is not self and not isinstance(c, _End)]
-            callbacks[:] = [self, *others, _End(self)]
+            others = [c for c in callbacks if c is not self and not isinstance(c, _FinalSave)]
+            callbacks[:] = [self, *others, _FinalSave(self)]
             if trainer.is_global_zero:
                 Path(self.dirpath).mkdir(parents=True, exist_ok=True)
 
-    # The position of a run, in its checkpoint
+    # The position in a checkpoint
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._point is None:
+        if self._position is None:
             return
-        epoch, batch, finished = self._point
+        epoch, batch, finished = self._position
         checkpoint["between_steps"] = {
             "batches_that_stepped": lightning_internals.batches_that_stepped(checkpoint),
-            # Schedules and callbacks may read the metrics of an earlier validation.
+            # Schedulers and callbacks may read the metrics of an earlier validation.
             "callback_metrics": {n: value.cpu() for n, value in trainer.callback_metrics.items()},
             "resumed_at": self.resumed_at,
             "finished": self._limits(trainer) if finished else None,
@@ -128,21 +128,21 @@ class ExactResume(Checkpoint):
         reasons = dict(getattr(data, "fixed_settings", {}))
         if self._restored is not None and self._restored["batch"]:
             reasons["batch_size"] = (
-                "the run is within an epoch, whose batches would be others (between two epochs it "
-                "can change)"
+                "the checkpoint is in the middle of an epoch, and the batches of this epoch would "
+                "change"
             )
         for name, reason in reasons.items():
             if before.get(name) != now.get(name):
                 flag = "--seed_everything" if name == "seed" else f"--data.{name}"
                 raise UserError(
-                    f"{flag} was {before.get(name)} when the run began and is now {now.get(name)}: "
-                    f"{reason}.\n"
-                    "Leave it out to resume, or start a new run, without the checkpoint."
+                    f"{flag} was {before.get(name)} when the run started and is now "
+                    f"{now.get(name)}.\nIt cannot be changed: {reason}.\n"
+                    "Remove the setting to resume, or start a new run without the checkpoint."
                 )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is not None and self._restored["finished"] == self._limits(trainer):
-            # Early stopping has ended the run, and no checkpoint of Lightning's says so.
+            # The run has ended, possibly by early stopping, which Lightning does not save.
             trainer.should_stop = True
 
     @staticmethod
@@ -156,8 +156,8 @@ class ExactResume(Checkpoint):
         if not self._is_exact and trainer.is_global_zero:
             kind = type(trainer.train_dataloader).__name__
             print(
-                f"the training loader, a {kind}, has no position: last.ckpt is written at the ends "
-                "of epochs only, and a resumed run will not be identical",
+                f"The training loader ({kind}) cannot be resumed within an epoch. last.ckpt is "
+                "written only at the end of each epoch, and a resumed run is not bit-identical.",
                 flush=True,
             )
         if self._restored is not None:
@@ -180,16 +180,17 @@ class ExactResume(Checkpoint):
 
     def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
         step = trainer.global_step
-        is_new = step != self._saved_at  # otherwise nothing would be lost
-        if is_new and batch_idx % trainer.accumulate_grad_batches:
-            return  # no checkpoint holds the gradients of half a step
-        is_due = is_new and self._is_save_due(step, batch_idx)
-        is_asked = is_due or is_check_due(trainer, batch_idx)
-        stops = is_asked and bool(self.stop_requests.pending(trainer))
-        if is_due or (stops and is_new and self._can_save_at(batch_idx)):
+        is_unsaved = step != self._saved_at
+        # A checkpoint does not contain accumulated gradients.
+        if is_unsaved and batch_idx % trainer.accumulate_grad_batches:
+            return
+        save_due = is_unsaved and self._is_save_due(step, batch_idx)
+        check_due = save_due or is_check_due(trainer, batch_idx)
+        stopping = check_due and bool(self.stop_requests.pending(trainer))
+        if save_due or (stopping and is_unsaved and self._can_save_at(batch_idx)):
             self._losses.check(trainer, self.path, self._saved_at)
             self._save(trainer, trainer.current_epoch, batch_idx)
-        if stops:
+        if stopping:
             self._stop(trainer)
 
     def _is_save_due(self, step: int, batch_idx: int) -> bool:
@@ -202,11 +203,11 @@ class ExactResume(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer) -> None:
         if self._saved_at == trainer.global_step:
-            saved = f"everything is saved in {self.path}"
+            saved = f"progress is saved in {self.path}"
         elif self._saved_at >= 0:
-            saved = f"saved until step {self._saved_at:,} in {self.path}"
+            saved = f"progress up to step {self._saved_at:,} is saved in {self.path}"
         else:
-            saved = "nothing was saved yet"
+            saved = "no checkpoint was saved"
         self.stop_requests.stop(trainer, saved)
 
     def on_train_batch_end(
@@ -225,11 +226,11 @@ class ExactResume(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = lightning_internals.batches_done(trainer)
         if done < trainer.num_training_batches and trainer.global_step != self._saved_at:
-            # max_steps has ended the run within an epoch, and a longer run would resume there.
+            # max_steps ended the run within an epoch. A longer run resumes from here.
             self._save(trainer, trainer.current_epoch, done, finished=True)
 
-    def at_the_end(self, trainer: pl.Trainer) -> None:
-        """Save what all callbacks have left when training has ended."""
+    def save_at_end(self, trainer: pl.Trainer) -> None:
+        """Save the state after all callbacks have finished."""
         if lightning_internals.batches_done(trainer) >= trainer.num_training_batches:
             self._save(trainer, trainer.current_epoch, 0, finished=True)
         if self.stop_requests.pending(trainer) and not self.stop_requests.is_out_of_time:
@@ -240,31 +241,35 @@ class ExactResume(Checkpoint):
     ) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # No event of before a checkpoint may be missing when it is resumed.
+                # All events up to a checkpoint must be on disk when a run resumes from it.
                 logger.experiment.flush()
-        self._point = (epoch, batch_idx, finished)
+        self._position = (epoch, batch_idx, finished)
         try:
             trainer.save_checkpoint(self.path, weights_only=False)
         finally:
-            self._point = None
+            self._position = None
         self._saved_at = trainer.global_step
 
 
-class _End(pl.Callback):
-    """The last of all callbacks: some change the weights in their on_train_end."""
+class _FinalSave(pl.Callback):
+    """The last callback, since others may change the weights in `on_train_end`."""
 
     def __init__(self, resume: ExactResume) -> None:
         self.resume = resume
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.resume.at_the_end(trainer)
+        self.resume.save_at_end(trainer)
 
 
 def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: int) -> None:
-    """Adapt the state of a ModelCheckpoint to the folder where the run resumes.
+    """Adapt the state of a ModelCheckpoint to the folder in which the run resumes.
 
-    `dirpath` is None where the checkpoint starts another run. The folder may have moved, and its
-    best checkpoint may be of a later step than the one at which the run resumes.
+    The folder may have moved. Its best checkpoint may be from a later step than the one from which
+    the run resumes; then it is forgotten.
+
+    Args:
+        dirpath: the folder; None if the checkpoint starts a new run.
+        step: the step from which the run resumes.
     """
     before = str(state["dirpath"])
 
@@ -274,7 +279,7 @@ def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: i
         return {moved(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     if dirpath is not None and Path(before).name != Path(dirpath).name:
-        return  # a folder that the user has chosen
+        return  # a folder that the user has set
     if dirpath is not None:
         state.update({name: moved(value) for name, value in state.items()})
         best = Path(state["best_model_path"])

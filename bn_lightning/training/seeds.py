@@ -1,15 +1,15 @@
-"""Random numbers: the one place where the seeds of a run are derived.
+"""Random numbers: all seeds of a run are derived here.
 
 The contract, for the seed of `--seed_everything`:
 
-* weights: the global generators, seeded once before the network is built;
+* weights: the global generators, seeded once before the network is created;
 * data split: a function of the seed;
 * order of an epoch: a function of (seed, epoch);
 * augmentation of a sample: a function of (seed, epoch, sample);
 * everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank).
 
-Nothing depends on what was computed before. So a resumed run draws what an uninterrupted one does,
-and the samples of an epoch are the same for any number of processes.
+Random numbers never depend on earlier computation. So a resumed run draws the same numbers as an
+uninterrupted run, and an epoch has the same samples for any number of processes.
 """
 
 import random
@@ -21,30 +21,30 @@ from torch import Tensor
 
 
 def for_split(seed: int) -> np.random.Generator:
-    """Return the generator that splits validation samples off."""
+    """Return the generator of the split into training and validation samples."""
     return np.random.default_rng(seed)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """Return the order in which an epoch visits its samples: int64 (num_samples,)."""
+    """Return the order of the samples in an epoch, int64 (num_samples,)."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(num_samples))
 
 
 def for_samples(seed: int, epoch: int) -> np.random.Generator:
-    """Return a generator for one epoch of augmentation.
+    """Return the generator of the augmentation in one epoch.
 
-    Draw for the whole data set at once and look samples up by their index: then the numbers of a
-    sample depend on nothing else.
+    Draw numbers for the whole data set at once, and index them by sample. Then the numbers of a
+    sample do not depend on its position in the epoch.
     """
-    # The third number keeps it apart from the generator of `epoch_order`.
+    # The third number distinguishes it from the generator of `epoch_order`.
     return np.random.default_rng((seed, epoch, 1))
 
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int, device: torch.device) -> None:
     """Seed all global generators for one training step on one rank."""
-    # NumPy's SeedSequence takes ten times as long as a checksum.
+    # A checksum is ten times as fast as NumPy's SeedSequence.
     number = zlib.crc32(f"{seed} {epoch} {batch} {rank}".encode())
-    # torch.manual_seed takes half a millisecond where CUDA was not used yet.
+    # torch.manual_seed takes 0.5 ms if CUDA has not been initialized.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)

@@ -1,9 +1,9 @@
-"""Reasons to stop a run early that come from outside: signals and the time limit.
-
-Losses that are not finite are a reason of their own, in `losses`. A callback that watches a metric
-sets `trainer.should_stop`, as Lightning's EarlyStopping does.
+"""Early stopping of a run by a signal or the time limit.
 
 A stop is a collective decision: if one rank wants to stop, all ranks stop after the same step.
+
+Non-finite losses are handled in `losses`. A callback that monitors a metric sets
+`trainer.should_stop`, as Lightning's EarlyStopping does.
 """
 
 import os
@@ -29,31 +29,31 @@ from bn_lightning.training import lightning_internals
 # In both cases it is read every 10 steps only.
 CHECK_INTERVAL = 10
 
-# Used beside the numbers of signals.
+# A stop reason, as an integer that is not a signal number.
 OUT_OF_TIME = 1_000
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop, and has stopped. The code is 128 + the number of the signal."""
+    """The exit of a run that was stopped on request. Its code is 128 + the signal number, or 0."""
 
 
 def is_check_due(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Return whether to check for stop requests before the batch of that number."""
+    """Return whether to check for stop requests before the given batch."""
     is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
     return is_cheap or batch_idx % CHECK_INTERVAL == 0
 
 
 class StopRequests:
-    """Requests to stop from outside: signals, and `max_time`, counted from `begin`."""
+    """Requests to stop a run: signals, and `max_time`, which is counted from `begin`."""
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None) -> None:
         self._timer = Timer(max_time, interval="step")
         self._requeue_signal: int | None = None
         self._reason = 0  # a signal's number, or OUT_OF_TIME
-        self._noted_at = 0.0
+        self._received_at = 0.0
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record signals from now on, instead of Lightning's handlers, which it restores itself."""
+        """Start the timer and replace Lightning's signal handlers; Lightning restores them."""
         self._timer.on_train_start(trainer, pl_module)
         if threading.current_thread() is not threading.main_thread():
             return
@@ -63,32 +63,36 @@ class StopRequests:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
             numbers.add(signal.Signals(self._requeue_signal))
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def record(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
-            # Some send one signal to the process and to its group: two at once count as one.
-            if self._reason and now - self._noted_at > 0.3:
+            # Some programs send a signal to the process and to its group. Two signals within 0.3 s
+            # count as one.
+            if self._reason and now - self._received_at > 0.3:
                 os._exit(128 + number)
-            self._reason, self._noted_at = number, now
+            self._reason, self._received_at = number, now
 
         for number in numbers:
-            signal.signal(number, note)
-        # Here all ranks are asked, and less often.
+            signal.signal(number, record)
+        # `pending` exchanges the requests of all ranks, and does so less often.
         lightning_internals.disable_sigterm_broadcast(trainer)
 
     def pending(self, trainer: pl.Trainer) -> int:
-        """Return the request of any rank, the same on all of them; 0 for none."""
+        """Return the stop reason of any rank, the same on all ranks; 0 for none."""
         left = self._timer.time_remaining()
         reason = self._reason or (OUT_OF_TIME if left is not None and left <= 0 else 0)
         if trainer.world_size > 1:
             own = torch.tensor(reason, device=trainer.strategy.root_device)
             reason = int(trainer.strategy.reduce(own, reduce_op="max"))
-        # Setting it to 0 would forget a signal that arrives at this moment.
+        # Assigning 0 would discard a signal that arrives at this moment.
         if reason:
             self._reason = reason
         return reason
 
     def stop(self, trainer: pl.Trainer, saved: str) -> NoReturn:
-        """End all processes; `saved` says where the run can be resumed from.
+        """End all processes of the run.
+
+        Args:
+            saved: what was saved and where, for the message.
 
         Raises:
             Stopped: always.
@@ -96,7 +100,7 @@ class StopRequests:
         reason = self._reason
         why = "--trainer.max_time" if reason == OUT_OF_TIME else signal.Signals(reason).name
         if trainer.is_global_zero:
-            print(f"\nstopped by {why} after step {trainer.global_step:,}; {saved}", flush=True)
+            print(f"\nStopped by {why} after step {trainer.global_step:,}; {saved}", flush=True)
             if reason == self._requeue_signal:
                 _requeue()
         is_success = reason in (OUT_OF_TIME, self._requeue_signal)
@@ -104,12 +108,12 @@ class StopRequests:
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether `max_time` ended the run."""
+        """Whether the time limit ended the run."""
         return self._reason == OUT_OF_TIME
 
 
 def _requeue() -> None:
-    """Ask SLURM to run the job again. Lightning's own handler saves in the middle of a step."""
+    """Requeue the SLURM job. Lightning's own handler would save in the middle of a step."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -118,16 +122,23 @@ def _requeue() -> None:
         fault = done.stderr.strip() if done.returncode else ""
     except OSError as error:
         fault = str(error)
-    said = f"job {job} was not requeued: {fault}" if fault else f"job {job} is requeued"
-    print(said, file=sys.stderr, flush=True)
+    if fault:
+        message = f"SLURM job {job} was not requeued: {fault}"
+    else:
+        message = f"SLURM job {job} was requeued"
+    print(message, file=sys.stderr, flush=True)
 
 
 def end_all_ranks(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
-    """End each process of a run, where all ranks know the reason: rank 0 reports it."""
+    """End the process on each rank. Every rank must call this with the same error.
+
+    Raises:
+        Stopped | RunFailed: `error` on rank 0, which reports it; Stopped on other ranks.
+    """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.is_global_zero:
         raise error
     if isinstance(environment, LightningEnvironment):
-        # For any other code Lightning would kill rank 0, which may still be writing.
+        # On any other code, Lightning would kill rank 0, which may still be writing.
         raise Stopped(0)
     raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)

@@ -1,4 +1,4 @@
-"""What may change the rounding of a run besides settings: versions, device, processes, threads."""
+"""Conditions outside the settings that affect rounding: versions, device, processes, threads."""
 
 import functools
 from importlib.metadata import version
@@ -7,12 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-# Each look reads a file, and every checkpoint needs it.
+# Cached, because each lookup reads a file and every checkpoint contains the versions.
 _version = functools.cache(version)
 
 
 def of(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what may change the rounding of a run without being a setting."""
+    """Return the conditions that affect the rounding of a run, as plain data."""
     versions = {name: _version(name) for name in ("torch", "lightning")}
     threads = torch.get_num_threads() * trainer.world_size
     device = trainer.strategy.root_device.type
@@ -20,13 +20,16 @@ def of(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def report_differences(trainer: pl.Trainer, before: dict[str, Any]) -> None:
-    """Print what is different from before: the run is then the same up to rounding only."""
+    """Print the conditions that differ from those of the checkpoint."""
     now = of(trainer)
     changed = [
-        f"{name} {now[name]}, before {before.get(name)}"
+        f"{name} {now[name]} (was {before.get(name, 'unknown')})"
         for name in now
         if now[name] != before.get(name)
     ]
     if changed and trainer.is_global_zero:
-        what = "; ".join(changed)
-        print(f"resuming with {what}: the same run up to rounding, not to the bit", flush=True)
+        print(
+            f"Resuming with {', '.join(changed)}. The resumed run is equal up to rounding, but not "
+            "bit for bit.",
+            flush=True,
+        )

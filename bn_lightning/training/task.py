@@ -1,4 +1,4 @@
-"""The base class of tasks: everything in a LightningModule that does not depend on what is learned."""
+"""The base class of tasks: the parts of a LightningModule that do not depend on the problem."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -18,10 +18,12 @@ MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 
 
 class Step(NamedTuple):
-    """What one step returns.
+    """The result of one step.
 
-    `loss` is the mean over the samples; `outputs` and `targets` go to the metrics; `num_samples` is
-    the number of samples in this process's shard of the batch.
+    Attributes:
+        loss: mean over the samples.
+        outputs, targets: the arguments of the metrics.
+        num_samples: number of samples in this rank's shard of the batch.
     """
 
     loss: Tensor
@@ -31,12 +33,12 @@ class Step(NamedTuple):
 
 
 class Task(pl.LightningModule):
-    """A network with its loss, metrics, optimizer and schedule, for any data.
+    """Base class of a network with its loss, metrics, optimizer and scheduler, for any data.
 
-    A subclass gives its network and metrics to this constructor, and says what one step is. All of
-    its own arguments are plain data: they become flags, `--model.width`, and are kept in
-    checkpoints, which load with `weights_only=True`. `**training` passes those of this class on, so
-    a subclass gets new ones without a change:
+    A subclass passes its network and metrics to this constructor, and implements `step`. All of its
+    own arguments must be plain data: they become flags such as `--model.width`, and are saved in
+    checkpoints, which load with `weights_only=True`. `**training` forwards the arguments of this
+    class, so a subclass also accepts future ones:
 
         class Regression(Task):
             selects = ("val_rmse", "min")
@@ -52,34 +54,34 @@ class Task(pl.LightningModule):
                 return Step(F.mse_loss(outputs, targets), outputs, targets, len(targets))
 
     Args:
-        network: what is trained. Its weights have the prefix `network.` in a checkpoint.
-        metrics: torchmetrics by name, each updated with (outputs, targets). They are logged as
-            means over an epoch: `rmse` becomes `train_rmse`, `val_rmse` and `test_rmse`. The loss
-            is one already.
-        lr: learning rate; of OneCycleLR the peak.
-        optimizer: a class of `torch.optim`, or an import path.
-        optimizer_args: further arguments of the optimizer, such as
+        network: the network to train. Its weights have the prefix `network.` in a checkpoint.
+        metrics: torchmetrics by name, each updated with (outputs, targets). Their values over an
+            epoch are logged: `rmse` as `train_rmse`, `val_rmse` and `test_rmse`. The loss is always
+            logged.
+        lr: learning rate; the peak for OneCycleLR.
+        optimizer: class in `torch.optim`, or an import path.
+        optimizer_args: other arguments of the optimizer, for example
             `--model.optimizer_args.momentum 0.9`.
-        scheduler: a class of `torch.optim.lr_scheduler`, or an import path; None keeps the learning
-            rate. A schedule that needs the length of the run (OneCycleLR, CosineAnnealingLR) is
-            told the number of steps and moves at each; others move at the end of each epoch.
-        scheduler_args: further arguments of the scheduler, such as
+        scheduler: class in `torch.optim.lr_scheduler`, or an import path; null for a constant
+            learning rate. OneCycleLR and others that need the number of steps are updated after
+            each step, others after each epoch.
+        scheduler_args: other arguments of the scheduler, for example
             `--model.scheduler_args.pct_start 0.2`.
-        compile: run the network through `torch.compile`. Checkpoints are the same.
-        memory_format: of the network. `auto` is channels-last on a CPU if every norm layer of the
-            network declares that it prefers it, or the network has none; else contiguous.
+        compile: compile the network with `torch.compile`; checkpoints are not affected.
+        memory_format: memory format of the network; `auto` selects channels-last on a CPU if all
+            norm layers prefer it, otherwise contiguous.
 
     Attributes:
         selects: the metric that selects the best checkpoint, and whether the largest (`max`) or the
             smallest (`min`) value is best.
-        import_paths: settings whose value may be an import path. What only a checkpoint names is
-            not imported.
-        confusion: counts of the last test by class, (C, C), rows by truth and columns by
-            prediction; None for a task without classes.
-        step_samples: samples of the last training step, over all processes.
+        import_paths: settings whose value may be an import path. An import path that comes only
+            from a checkpoint is not imported.
+        confusion: confusion matrix of the last test, (C, C), a row per true class and a column per
+            predicted class; None for a task without classes.
+        step_samples: number of samples of the last training step, over all ranks.
 
     Raises:
-        UserError: an unknown optimizer or scheduler, or arguments that it does not take.
+        UserError: an optimizer or scheduler is unknown, or does not accept an argument.
     """
 
     selects: ClassVar[tuple[str, Literal["min", "max"]]] = ("val_loss", "min")
@@ -100,14 +102,15 @@ class Task(pl.LightningModule):
         memory_format: MemoryFormat = "auto",
     ) -> None:
         super().__init__()
-        # Also the arguments of the subclass. The logger gets them with the results, at the end.
+        # This also saves the arguments of the subclass. They are logged with the results, at the
+        # end of the run.
         self.save_hyperparameters(ignore=self._objects(), logger=False)
         self.network = network
         self.optimization = Optimization(lr, optimizer, optimizer_args, scheduler, scheduler_args)
         self.optimization.check(network.parameters())
         self.metric_names = ("loss", *(metrics or {}))
         for stage in ("train", "val", "test"):
-            # With "disable" a NaN is not left out of the mean.
+            # With "disable", the mean includes NaN values.
             setattr(self, f"{stage}_loss", MeanMetric(nan_strategy="disable"))
             for name, metric in (metrics or {}).items():
                 setattr(self, f"{stage}_{name}", metric.clone())
@@ -119,59 +122,59 @@ class Task(pl.LightningModule):
 
     @classmethod
     def _objects(cls) -> list[str]:
-        """Return the arguments that are objects, not settings; a subclass may have such settings."""
+        """Return the arguments that are objects, unless a subclass has settings of that name."""
         is_overridden = cls.__init__ is not Task.__init__
         settings = inspect.signature(cls).parameters if is_overridden else {}
         return [name for name in ("network", "metrics") if name not in settings]
 
-    # What a subclass says
+    # Methods that a subclass implements or may override
 
     def step(self, batch: Any, stage: Stage) -> Step:
         """Return the loss, outputs, targets and number of samples of one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no step()")
 
     def describe(self) -> str:
-        """Return what is trained, for the console."""
+        """Return a description of the model, for the console."""
         return type(self.network).__name__
 
     def facts(self) -> dict[str, Any]:
-        """Return what result.json is to say about the network, as plain data."""
+        """Return entries of result.json on the network, as plain data."""
         return {}
 
     def summary(self) -> list[str]:
-        """Return lines for the end of a run, after its metrics."""
+        """Return lines to print after the metrics at the end of a run."""
         return []
 
     def test_report(self) -> str:
-        """Return what a test found beyond its metrics."""
-        return "no table of classes: this task has no classes"
+        """Return a report on the last test, in addition to its metrics."""
+        return "No table of classes: this task has no classes."
 
     # Metrics
 
     @classmethod
     def best(cls, validations: Iterable[Mapping[str, float]]) -> Mapping[str, float]:
-        """Return the best of some validations by the metric that selects; empty without any."""
+        """Return the best validation according to `selects`; empty if there is none."""
         name, mode = cls.selects
         best = max if mode == "max" else min
         return best(validations, key=lambda metrics: metrics[name], default={})
 
     def names(self, stage: Stage) -> list[str]:
-        """Return the names of the stage's metrics in logs and records, the loss first."""
+        """Return the logged names of the metrics of a stage, the loss first."""
         return [f"{stage}_{name}" for name in self.metric_names]
 
     def _measured_step(self, batch: Any, stage: Stage) -> Step:
         step = self.step(batch, stage)
-        # Once for each sample, instead of a weight: torchmetrics 1.9 ignores weights together with
-        # nan_strategy="disable".
+        # The loss is repeated for each sample instead of weighted, because torchmetrics 1.9 ignores
+        # weights if nan_strategy is "disable".
         getattr(self, f"{stage}_loss").update(step.loss.detach().expand(step.num_samples))
         for name in self.metric_names[1:]:
             getattr(self, f"{stage}_{name}").update(step.outputs.detach(), step.targets)
         return step
 
     def _log_means(self, stage: Stage) -> None:
-        """Log the means over the epoch. Lightning computes and resets the metrics."""
+        """Log the metrics over the epoch. Lightning computes and resets them."""
         for name in self.names(stage):
-            # `train_loss` itself is the curve by steps.
+            # `train_loss` is the loss per step.
             tag = f"{name}_epoch" if name == "train_loss" else name
             in_bar = stage != "test" and not name.endswith("_loss")
             self.log(tag, getattr(self, name), on_step=False, on_epoch=True, prog_bar=in_bar)
@@ -183,30 +186,32 @@ class Task(pl.LightningModule):
         return self.network(inputs)  # type: ignore[no-any-return]
 
     def setup(self, stage: str) -> None:
-        if self._is_set_up:  # Lightning calls again for the test after fit
+        # Lightning also calls this for the test after fit.
+        if self._is_set_up:
             return
         self._is_set_up = True
         layout = self.hparams["memory_format"]
         if layout == "auto":
-            # On a CPU convolutions are faster in channels-last order. Norm layers may be slower:
-            # PyTorch's takes 2 to 4 times as long where channels are few.
+            # On a CPU, convolutions are faster in channels-last format. Norm layers may be slower:
+            # PyTorch's takes 2 to 4 times as long if there are few channels.
             on_cpu = self.trainer.strategy.root_device.type == "cpu"
             if on_cpu and recognition.prefers_channels_last(self.network):
                 layout = "channels_last"
         if layout == "channels_last":
             self.network.to(memory_format=torch.channels_last)
         if self.hparams["compile"]:
-            self.network.compile()  # in place: a wrapper would add _orig_mod to each weight's name
+            # This works in place. A wrapper would add `_orig_mod` to the name of each weight.
+            self.network.compile()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         step = self._measured_step(batch, "train")
-        loss, processes = step.loss, self.trainer.world_size
-        self.step_samples = self._samples_of_all(batch_idx, step.num_samples)
-        if processes > 1:
-            # The gradients of all processes are averaged, and their shards may differ in size.
-            loss = loss * (step.num_samples * processes / self.step_samples)
-        # self.log costs as much as a small layer. So the means are logged once an epoch, since
-        # Lightning keeps the metric objects, and the loss only when the logger takes it.
+        loss, world_size = step.loss, self.trainer.world_size
+        self.step_samples = self._count_samples(batch_idx, step.num_samples)
+        if world_size > 1:
+            # Gradients are averaged over all ranks, and the shards may differ in size.
+            loss = loss * (step.num_samples * world_size / self.step_samples)
+        # self.log is as expensive as a small layer. So the loss is logged only in the steps that
+        # the logger records. Metrics are logged once per epoch, because Lightning keeps them.
         if not self._means_are_logged:
             self._log_means("train")
             self._means_are_logged = True
@@ -215,10 +220,10 @@ class Task(pl.LightningModule):
             self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def _samples_of_all(self, batch_idx: int, own: int) -> int:
-        """Return the samples of a batch over all processes.
+    def _count_samples(self, batch_idx: int, own: int) -> int:
+        """Return the number of samples of a batch over all ranks.
 
-        For a loader that does not say, all shards are assumed to have the same size.
+        If the loader has no `size_of`, all shards are assumed to be equal in size.
         """
         size_of = getattr(self.trainer.train_dataloader, "size_of", None)
         return size_of(batch_idx) if size_of else own * self.trainer.world_size
@@ -227,7 +232,7 @@ class Task(pl.LightningModule):
         if self._overrides_checkpoint and self.optimization.scheduler is None:
             for group in self.trainer.optimizers[0].param_groups:
                 group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
-        self.optimization.refuse_another_length(self.trainer)
+        self.optimization.refuse_other_length(self.trainer)
         own = self._train_metrics()
         unfinished_epoch.restore(
             own, self._restored_metrics, self.global_rank, self.trainer.world_size
@@ -235,8 +240,8 @@ class Task(pl.LightningModule):
         self._restored_metrics = {}
 
     def on_train_epoch_end(self) -> None:
-        # A run that was resumed after the last step of an epoch has logged none of its metrics, so
-        # Lightning does not reset them.
+        # A run that resumed after the last step of an epoch has not logged the metrics of this
+        # epoch, so Lightning does not reset them.
         if not self._means_are_logged:
             for metric in self._train_metrics().values():
                 metric.reset()
@@ -266,7 +271,7 @@ class Task(pl.LightningModule):
         self._log_means("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return what `predict` prints: with classes, probabilities (B, C)."""
+        """Return the predictions for `predict`: probabilities (B, C) if there are classes."""
         return self(batch[0])  # type: ignore[no-any-return]
 
     # Checkpoints
@@ -285,11 +290,12 @@ class Task(pl.LightningModule):
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):
                 data.refuse_other_data(checkpoint)
-            # Lightning loads the weights before it converts the module to its precision. Weights in
-            # float64 would be rounded on the way.
+            # Lightning loads the weights before it converts the module to its precision. Without
+            # this conversion, float64 weights would be rounded.
             self._trainer.precision_plugin.convert_module(self)
-        # A resumed optimizer has the learning rate of its checkpoint. What is set now takes
-        # precedence, except with a schedule, which continues as it was.
+        # A resumed optimizer has the learning rate of its checkpoint. The current settings take
+        # precedence, unless there is a scheduler, which continues unchanged.
         before = checkpoint.get("hyper_parameters", {})
-        overriding = ("lr", "optimizer_args")
-        self._overrides_checkpoint = any(before.get(n) != self.hparams[n] for n in overriding)
+        self._overrides_checkpoint = any(
+            before.get(name) != self.hparams[name] for name in ("lr", "optimizer_args")
+        )

@@ -1,6 +1,6 @@
-"""The metrics of an unfinished epoch, in a checkpoint.
+"""Saving and restoring the metrics of an unfinished epoch.
 
-Every process keeps its own state: added up in another order, sums would be rounded differently.
+The state of each rank is saved separately. Sums in another order would be rounded differently.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim
 
 from bn_lightning.errors import UserError
 
-# By "METRIC.STATE": a tensor (processes, ...), or for a list state a list of tensors per process.
+# Maps "METRIC.STATE" to a tensor (ranks, ...), or to a list of tensors per rank for a list state.
 States = dict[str, Any]
 
 
 def save(metrics: Mapping[str, Metric], world_size: int) -> States:
-    """Return the states of the metrics on all processes. Every process has to call it."""
+    """Return the states of the metrics on all ranks. This is a collective operation."""
     return {
-        f"{name}.{state}": _from_all_processes(value, world_size)
+        f"{name}.{state}": _gather(value, world_size)
         for name, metric in metrics.items()
         for state, value in metric.metric_state.items()
     }
 
 
-def _from_all_processes(value: Tensor | list[Tensor], world_size: int) -> Any:
+def _gather(value: Tensor | list[Tensor], world_size: int) -> Any:
     if isinstance(value, list):
         own = [part.detach().cpu() for part in value]
         lists: list[Any] = [own]
@@ -46,37 +46,37 @@ def restore(metrics: Mapping[str, Metric], saved: States, rank: int, world_size:
     """Set the states of the metrics on this rank.
 
     Raises:
-        UserError: the run has another number of processes now, and a metric has a state that cannot
-            be divided anew.
+        UserError: the number of processes has changed, and a state cannot be redistributed.
     """
-    for key, by_process in saved.items():
+    for key, by_rank in saved.items():
         name, _, state = key.partition(".")
         metric = metrics.get(name)
         if metric is None or state not in metric.metric_state:
-            continue  # the task has other metrics now
-        if len(by_process) == world_size:
-            value = by_process[rank]
+            continue  # the task no longer has this metric
+        if len(by_rank) == world_size:
+            value = by_rank[rank]
         else:
-            value = _divided_anew(by_process, metric, name, state, rank)
+            value = _redistribute(by_rank, metric, name, state, rank)
         if isinstance(value, Tensor):
             setattr(metric, state, value.to(metric.device))
         else:
             setattr(metric, state, [part.to(metric.device) for part in value])
 
 
-def _divided_anew(by_process: Any, metric: Metric, name: str, state: str, rank: int) -> Any:
-    """Return this rank's state, such that all ranks together have what all processes had before."""
+def _redistribute(by_rank: Any, metric: Metric, name: str, state: str, rank: int) -> Any:
+    """Return the state of this rank, so that the reduction over all ranks is the same as before."""
     reduction = metric._reductions[state]
-    if not isinstance(by_process, Tensor):
+    if not isinstance(by_rank, Tensor):
         if reduction in (dim_zero_cat, None):
-            return [part for parts in by_process for part in parts] if rank == 0 else []
+            return [part for parts in by_rank for part in parts] if rank == 0 else []
     elif reduction is dim_zero_sum:
-        return by_process.sum(0) if rank == 0 else torch.zeros_like(by_process[0])
+        return by_rank.sum(0) if rank == 0 else torch.zeros_like(by_rank[0])
     elif reduction is dim_zero_max:
-        return by_process.amax(0)
+        return by_rank.amax(0)
     elif reduction is dim_zero_min:
-        return by_process.amin(0)
+        return by_rank.amin(0)
     raise UserError(
-        f"The metric {name} cannot be carried over to another number of processes within an epoch: "
-        f"its state {state!r} has no sum.\nResume with {len(by_process)} process(es)."
+        f"Within an epoch, the metric {name} cannot be resumed with another number of processes: "
+        f"its state {state!r} is not a sum, maximum, minimum or list.\n"
+        f"Resume with {len(by_rank)} process(es)."
     )

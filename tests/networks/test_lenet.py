@@ -1,3 +1,5 @@
+"""LeNet: architecture, initialization, and its norm, activation and pooling."""
+
 import math
 
 import pytest
@@ -9,8 +11,8 @@ from bn_lightning import LeNet
 IMAGES = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def test_is_the_network_of_the_article():
-    """The layers as the tutorial lists them, in one nn.Sequential, with the same weights: the same logits."""
+def test_lenet_computes_the_logits_of_the_articles_network():
+    """The article lists these layers in one nn.Sequential."""
     tutorial = nn.Sequential(
         nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.Sigmoid(), nn.AvgPool2d(2, 2),
         nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.Sigmoid(), nn.AvgPool2d(2, 2), nn.Flatten(),
@@ -25,7 +27,7 @@ def test_is_the_network_of_the_article():
 
 
 @pytest.mark.parametrize("norm", ["custom", "builtin", "article", "none"])
-def test_number_of_parameters(norm):
+def test_the_number_of_parameters(norm):
     expected = 44_426 if norm == "none" else 44_878
     assert sum(p.numel() for p in LeNet(norm).parameters()) == expected
 
@@ -38,7 +40,7 @@ def test_weights_are_xavier_uniform():
         assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
-def test_all_norms_start_from_the_same_weights():
+def test_all_norms_start_with_the_same_weights():
     first = []
     for norm in ("custom", "builtin", "article", "none"):
         torch.manual_seed(1)
@@ -48,15 +50,13 @@ def test_all_norms_start_from_the_same_weights():
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "gelu", "silu"])
 @pytest.mark.parametrize("pooling", ["avg", "max"])
-def test_activation_and_pooling(activation, pooling):
+def test_activation_and_pooling_are_those_of_the_settings(activation, pooling):
     lenet = LeNet("none", activation=activation, pooling=pooling)
     x = torch.randn(2, 1, 4, 4)
     phi = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}.get(activation)
     if phi:
         torch.testing.assert_close(lenet.phi(x), phi(x))
-    squares = x.unflatten(3, (2, 2)).unflatten(
-        2, (2, 2)
-    )  # (N, C, 2, 2, 2, 2): two of rows, two of columns
+    squares = x.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (N, C, 2, 2, 2, 2)
     expected = squares.mean((3, 5)) if pooling == "avg" else squares.amax((3, 5))
     torch.testing.assert_close(lenet.pool(x), expected)
     assert lenet(IMAGES).shape == (8, 10)

@@ -1,13 +1,13 @@
-"""Kill runs at random moments, resume them, and compare the outcome with an undisturbed run.
+"""Kill runs at random times, resume them, and compare the outcome with an uninterrupted run.
 
     python -m tests.support.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0]
         [--seed 0]
 
-Each trial starts a run of 2 epochs on the sample, with everything switched on that has a state:
-augmentation, dropout, gradient accumulation, OneCycleLR, averaged weights, validation within the
-epoch, bfloat16. The run is killed by SIGKILL after a random time, up to three times in a row, and
-then finishes. Weights, optimizer, schedule, curves and result.json are compared bit for bit.
-With --writing N, N more trials are killed while a checkpoint is written.
+Each trial trains for 2 epochs on the sample and uses every feature that has a state: augmentation,
+dropout, gradient accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16.
+The run is killed with SIGKILL after a random time, up to three times in a row, and then finishes.
+Weights, optimizer, scheduler, curves and result.json are compared bit for bit. With --writing N, N
+more runs are killed while they write a checkpoint.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 
 from tests.support.logs import events_in
 
-# TensorBoard reports each purge.
+# Otherwise TensorBoard reports each purge of events.
 logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
 NORM = """\
@@ -53,14 +53,14 @@ MEASURED = ("images_per_second", "train_seconds", "resumed_at_steps", "commit")
 
 
 def prepare(cwd: Path) -> Path:
-    """Make a folder with the norm that SETTINGS name."""
+    """Create a folder that contains the norm in SETTINGS."""
     cwd.mkdir(parents=True, exist_ok=True)
     (cwd / "noisy.py").write_text(NORM)
     return cwd
 
 
 def start(cwd, *settings, code=None):
-    """Start a run in a process group of its own: all its processes can be killed at once."""
+    """Start a run in a new process group, so that all of its processes can be killed together."""
     program = ["-c", code] if code else ["-m", "bn_lightning"]
     command = [sys.executable, *program, "fit", *map(str, settings), "--ckpt_path", "last"]
     with (cwd / "log").open("ab") as log:
@@ -68,18 +68,18 @@ def start(cwd, *settings, code=None):
 
 
 def finish(cwd, *settings):
-    """Let a run end by itself."""
+    """Run to the end."""
     code = start(cwd, *settings).wait(timeout=300)
     assert code == 0, (cwd / "log").read_text()
 
 
 def kill(run):
     """Kill a run, and return whether it was still running."""
-    was_going = run.poll() is None
-    if was_going:
+    was_running = run.poll() is None
+    if was_running:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    return was_going
+    return was_running
 
 
 def wait_for(path: Path, run) -> None:
@@ -88,7 +88,7 @@ def wait_for(path: Path, run) -> None:
 
 
 def curves(folder):
-    """Return all (step, value) of each tag, as a reader of the events sees them."""
+    """Return all (step, value) pairs of each tag, as TensorBoard reads them."""
     events = events_in(folder)
     timed = {"images_per_second", "result/images_per_second", "steps_per_second"}
     tags = set(events.Tags()["scalars"]) - timed
@@ -96,7 +96,7 @@ def curves(folder):
 
 
 def differences(one, other, where=""):
-    """Yield where two nested results differ in a bit."""
+    """Yield the differences between two nested results, which are compared bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
             if key not in one or key not in other:
@@ -116,18 +116,18 @@ def differences(one, other, where=""):
 
 
 def outcome(folder):
-    """Return all that a run leaves, without times and places."""
+    """Return all results of a run except durations and positions."""
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     result = json.loads((folder / "result.json").read_text())
     for name in MEASURED:
         result.pop(name, None)
-    kept = (
+    compared = (
         *("state_dict", "current_model_state", "averaging_state"),
         *("optimizer_states", "lr_schedulers", "global_step"),
     )
     return {
-        **{name: checkpoint[name] for name in kept if name in checkpoint},
+        **{name: checkpoint[name] for name in compared if name in checkpoint},
         "best": best,
         "result": result,
         "curves": curves(folder),
@@ -135,74 +135,74 @@ def outcome(folder):
 
 
 def last_folder(cwd):
-    """Return the last folder: a run that is killed before its first checkpoint leaves others."""
+    """Return the last run folder. Runs killed before their first checkpoint leave others."""
     return max((cwd / "runs/lenet").iterdir(), key=lambda path: int(path.name))
 
 
 def compare(cwd, truth):
-    """Return what differs between the undisturbed run and the one in `cwd`."""
+    """Return the differences between the uninterrupted run and the run in `cwd`."""
     folder = last_folder(cwd)
     found = list(differences(truth, outcome(folder)))
     checkpoints = (cwd / "runs/lenet").glob("*/checkpoints/last.ckpt")
     left = [path for path in checkpoints if path.parents[1] != folder]
-    return found + [f"it was resumed in another folder than {path}" for path in left]
+    return found + [f"the run did not resume in the folder of {path}" for path in left]
 
 
-# A run that kills itself in the middle of writing the checkpoint of this number.
+# A run that kills itself while it writes the checkpoint of this number.
 KILL_WHILE_WRITING = """\
 import os, pathlib, signal
-number, share = {number}, {share}
+number, fraction = {number}, {fraction}
 true_open = pathlib.Path.open
-class Torn:
+class PartialFile:
     def __init__(self, file): self.file = file
     def __enter__(self): return self
     def __exit__(self, *error): self.file.close()
     def __getattr__(self, name): return getattr(self.file, name)
     def write(self, content):
-        self.file.write(content[:int(len(content) * share)])
+        self.file.write(content[:int(len(content) * fraction)])
         self.file.flush()
         os.killpg(0, signal.SIGKILL)
-def open_torn(self, *args, **kwargs):
+def open_partially(self, *args, **kwargs):
     global number
     file = true_open(self, *args, **kwargs)
     if self.name.endswith(".ckpt.tmp"):
         number -= 1
         if number == 0:
-            return Torn(file)
+            return PartialFile(file)
     return file
-pathlib.Path.open = open_torn
+pathlib.Path.open = open_partially
 from bn_lightning.cli import main
 main()
 """
 
 
-def undisturbed(cwd, settings):
-    """Return the outcome of a run that nothing kills, and its seconds after set-up."""
+def run_uninterrupted(cwd, settings):
+    """Return the outcome of a run that is not killed, and its duration after setup in seconds."""
     run = start(prepare(cwd), *settings)
     wait_for(cwd / "runs/lenet/0/config.yaml", run)
-    begun = time.monotonic()
+    started = time.monotonic()
     assert run.wait() == 0, (cwd / "log").read_text()
-    return outcome(cwd / "runs/lenet/0"), time.monotonic() - begun
+    return outcome(cwd / "runs/lenet/0"), time.monotonic() - started
 
 
-def kill_at_random(cwd, settings, chance, duration):
-    """Kill a run up to three times, and return how often it was killed."""
+def kill_at_random(cwd, settings, rng, duration):
+    """Kill a run up to three times, let it finish, and return the number of kills."""
     prepare(cwd)
     kills = 0
-    for _ in range(chance.choice((1, 1, 2, 3))):
+    for _ in range(rng.choice((1, 1, 2, 3))):
         before = (cwd / "log").stat().st_size if (cwd / "log").exists() else 0
         run = start(cwd, *settings)
         while run.poll() is None and b"run folder" not in (cwd / "log").read_bytes()[before:]:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, duration))
+        time.sleep(rng.uniform(0, duration))
         kills += kill(run)
     finish(cwd, *settings)
     return kills
 
 
-def kill_while_writing(cwd, settings, number, share):
-    """Kill a run when a share of its checkpoint of that number is written."""
-    code = KILL_WHILE_WRITING.format(number=number, share=share)
+def kill_while_writing(cwd, settings, number, fraction):
+    """Kill a run after it has written a fraction of the given checkpoint, and let it finish."""
+    code = KILL_WHILE_WRITING.format(number=number, fraction=fraction)
     assert start(prepare(cwd), *settings, code=code).wait() == -signal.SIGKILL
     finish(cwd, *settings)
 
@@ -219,14 +219,14 @@ def main():
     args = parser.parse_args()
     several = ("--trainer.devices", args.processes) if args.processes > 1 else ()
     settings = (*SETTINGS, *several)
-    chance = random.Random(args.seed)
-    truth, duration = undisturbed(args.folder / "alone", settings)
-    print(f"undisturbed: {duration:.1f} s from its folder to its end", flush=True)
+    rng = random.Random(args.seed)
+    truth, duration = run_uninterrupted(args.folder / "uninterrupted", settings)
+    print(f"uninterrupted: {duration:.1f} s after setup", flush=True)
 
     kills, found = 0, []
     while kills < args.kills:
         cwd = args.folder / f"kill-{len(found) + 1}"
-        kills += kill_at_random(cwd, settings, chance, duration)
+        kills += kill_at_random(cwd, settings, rng, duration)
         found.append(compare(cwd, truth))
         result = json.loads((last_folder(cwd) / "result.json").read_text())
         at = result["resumed_at_steps"] or "none"
@@ -237,18 +237,21 @@ def main():
         flush=True,
     )
 
-    torn = []
+    partial = []
     for number in range(1, args.writing + 1):
-        cwd, share = args.folder / f"writing-{number}", chance.random()
-        kill_while_writing(cwd, settings, number, share)
-        torn.append(compare(cwd, truth))
-        print(f"killed {share:.0%} into checkpoint {number}: {torn[-1] or 'equal'}", flush=True)
+        cwd, fraction = args.folder / f"writing-{number}", rng.random()
+        kill_while_writing(cwd, settings, number, fraction)
+        partial.append(compare(cwd, truth))
+        print(
+            f"killed after {fraction:.0%} of checkpoint {number}: {partial[-1] or 'equal'}",
+            flush=True,
+        )
     if args.writing:
         print(
             f"{args.writing} kills while a checkpoint was written: "
-            f"{torn.count([])} of {args.writing} equal bit for bit"
+            f"{partial.count([])} of {args.writing} equal bit for bit"
         )
-    sys.exit(any([*found, *torn]))
+    sys.exit(any([*found, *partial]))
 
 
 if __name__ == "__main__":

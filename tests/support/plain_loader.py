@@ -1,4 +1,4 @@
-"""An experiment whose training loader is a plain DataLoader: it has no position to resume at."""
+"""Experiments with a plain DataLoader, which cannot be resumed within an epoch."""
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -8,7 +8,7 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 class Shuffled(Table):
-    """200 rows in an order that torch's generator draws: 10 batches."""
+    """200 rows in 10 batches, shuffled by torch's generator."""
 
     def train_dataloader(self):
         rows = TensorDataset(self.inputs[: self.rows], self.targets[: self.rows])
@@ -43,6 +43,6 @@ STREAM = Experiment(Regression, Stream, "stream", SMALL)
 
 
 def rows_of_a_line():
-    """Return a dataset of 40 points, for a module that is no Task."""
+    """Return a data set of 40 points, for a module that is not a Task."""
     x = torch.linspace(0, 1, 40).unsqueeze(1)
     return TensorDataset(x, 2 * x)

@@ -1,4 +1,4 @@
-"""Image classification: loss, metrics, and what a run reports."""
+"""Image classification: loss, metrics, and the reports of a run."""
 
 import lightning.pytorch as pl
 import pytest
@@ -41,43 +41,41 @@ def test_custom_and_builtin_have_the_same_first_loss(seed):
 
 
 def test_metrics_are_means_over_all_images():
-    """Batches of 300 and a smaller last one: means are over images, not over batches."""
+    """The last batch is smaller, so a mean over batches would differ."""
     pl.seed_everything(0)
     model, data = Classifier(), FashionMNIST("sample", batch_size=300)
     trainer = pl.Trainer(**QUIET)
-    [figures] = trainer.test(model, datamodule=data, verbose=False)
+    [metrics] = trainer.test(model, datamodule=data, verbose=False)
     images, labels = data.test_dataloader().take(torch.arange(1_000))
     with torch.no_grad():
         logits = model.eval()(images)
-    assert figures["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     right = logits.argmax(1) == labels
-    assert figures["test_acc"] == pytest.approx(right.float().mean().item())
+    assert metrics["test_acc"] == pytest.approx(right.float().mean().item())
     for c, name in enumerate(data.classes):
         of_class = right[labels == c].float().mean().item()
-        assert figures[f"test_acc_of/{name}"] == pytest.approx(of_class)
+        assert metrics[f"test_acc_of/{name}"] == pytest.approx(of_class)
     counts = torch.zeros(10, 10, dtype=torch.long)
     for truth, prediction in zip(labels, logits.argmax(1), strict=True):
         counts[truth, prediction] += 1
     assert torch.equal(model.confusion, counts)
     assert model.test_report() == class_table(counts, CLASSES)
     trainer.test(model, datamodule=data, verbose=False)
-    assert torch.equal(model.confusion, counts)  # of the last test, not of both
+    assert torch.equal(model.confusion, counts)  # of the last test only
 
 
-def test_labels_are_smoothed_in_training_alone():
-    """The loss by Szegedy et al. 2016, equation 10.
-
-    (1 - e) times the right class's, and e times the mean of all.
-    """
+def test_labels_are_smoothed_in_training_only():
+    """Szegedy et al. 2016, section 7: loss = (1 - e) * loss of the true class + e * mean loss."""
     model, data = Classifier(label_smoothing=0.2), FashionMNIST("sample")
-    # A new network gives nearly the same logits for all images, and both losses would be the same.
+    # The network is trained, since an untrained one has almost equal logits, so that both losses
+    # would be equal.
     fit(model, limit_train_batches=1.0)
     trainer = pl.Trainer(**QUIET)
-    [figures] = trainer.test(model, datamodule=data, verbose=False)
+    [metrics] = trainer.test(model, datamodule=data, verbose=False)
     batch = data.test_dataloader().take(torch.arange(1_000))
     losses = -model.eval()(batch[0]).log_softmax(1)
     right = losses[torch.arange(1_000), batch[1]]
-    assert figures["test_loss"] == pytest.approx(right.mean().item(), rel=1e-5)
+    assert metrics["test_loss"] == pytest.approx(right.mean().item(), rel=1e-5)
     smoothed = model.step(batch, "train").loss
     expected = (0.8 * right + 0.2 * losses.mean(1)).mean().item()
     assert smoothed.item() == pytest.approx(expected, rel=1e-5)
@@ -85,18 +83,19 @@ def test_labels_are_smoothed_in_training_alone():
     assert model.step(batch, "val").loss.item() == pytest.approx(right.mean().item(), rel=1e-5)
 
 
-def test_a_step_is_a_loss_logits_labels_and_a_number():
+def test_a_step_returns_loss_logits_labels_and_number_of_samples():
     model = Classifier().to(torch.bfloat16)
     images, labels = torch.rand(6, 1, 28, 28, dtype=torch.bfloat16), torch.arange(6)
     step = model.step((images, labels), "val")
     assert step.outputs.shape == (6, 10) and step.targets is labels and step.num_samples == 6
     assert step.outputs.dtype == torch.bfloat16
-    assert step.loss.dtype == torch.float32  # where the network computes in 16 bits
+    # The network computes in 16 bits, the loss does not.
+    assert step.loss.dtype == torch.float32
     double = Classifier().double().step((images.double(), labels), "val")
     assert double.loss.dtype == torch.float64
 
 
-def test_defaults_are_the_articles():
+def test_the_defaults_are_those_of_the_article():
     model = Classifier()
     optimizer = model.configure_optimizers()
     assert type(optimizer) is torch.optim.SGD
@@ -106,20 +105,20 @@ def test_defaults_are_the_articles():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"norm": "batch"}, "There are custom"),
+        ({"norm": "batch"}, "Use one of custom"),
         ({"norm_args": {"epsilon": 1}}, "epsilon"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be from 0 to less than 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and less than 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ],
 )
-def test_wrong_settings(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
         Classifier(**settings)
 
 
-def test_a_checkpoint_is_plain_data_and_rebuilds_the_model(tmp_path):
+def test_a_checkpoint_is_plain_data_and_restores_the_model(tmp_path):
     arguments = {"momentum": 0.9}
     model = Classifier("builtin", {"eps": 1e-3}, "relu", "max", 0.1, optimizer_args=arguments)
     trainer = fit(model)
@@ -136,8 +135,8 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["custom", "article"])
-def test_accuracy_survives_a_checkpoint(tmp_path, norm):
-    """The moving statistics are part of the state, and accuracy is lost without them."""
+def test_a_restored_checkpoint_has_the_same_accuracy(tmp_path, norm):
+    """This requires that the running statistics are saved."""
     model = Classifier(norm)
     trainer = fit(model, max_epochs=2, limit_train_batches=1.0)
     [before] = trainer.validate(model, datamodule=trainer.datamodule, verbose=False)
@@ -157,7 +156,7 @@ def test_predictions_are_probabilities():
     torch.testing.assert_close(probabilities.sum(1), torch.ones(1_000))
 
 
-def test_a_norm_of_the_users_own(main, tmp_path):
+def test_the_norm_can_be_a_function_in_a_users_module(main, tmp_path):
     (tmp_path / "own_norms.py").write_text(
         "from torch import nn\n\n\ndef group_norm(num_features, num_dims, num_groups=2):\n"
         "    return nn.GroupNorm(num_groups, num_features)\n"
@@ -167,16 +166,16 @@ def test_a_norm_of_the_users_own(main, tmp_path):
     assert result_of(tmp_path / "runs" / "lenet" / "0")["norm"] == "own_norms.group_norm"
 
 
-# What a run reports
+# Reports of a run
 
 
-def test_what_is_trained_is_said():
+def test_describe_and_facts_name_the_norm():
     model = Classifier("group", {"num_groups": 2})
     assert model.describe() == "LeNet, norm group"
     assert model.facts() == {"norm": "group"}
 
 
-def test_closing_lines_of_other_norms():
+def test_the_summary_contains_gamma_and_beta_of_the_first_norm():
     assert Classifier("none").summary() == []
     article = "\n".join(Classifier("article").summary())
     assert "gamma of the first norm layer: [1.00, 1.00, 1.00, 1.00, 1.00, 1.00]" in article
@@ -184,14 +183,14 @@ def test_closing_lines_of_other_norms():
     assert [line.split()[0] for line in Classifier("custom").summary()] == ["gamma", "beta"]
 
 
-def test_what_a_class_is_taken_for():
+def test_the_class_table_names_the_most_frequent_misclassification():
     counts = torch.tensor([[90, 4, 6], [0, 100, 0], [0, 0, 0]])
     table = class_table(counts, ["coat", "dress", "bag"])
     _, *rows = (line.split() for line in table.splitlines())
     assert rows == [["coat", "0.900", "bag", "(6.0%)"], ["dress", "1.000"], ["bag", "none"]]
 
 
-def test_classes_without_names_have_numbers():
+def test_classes_without_names_are_numbered():
     class Images(Table):
         """A data module that names no classes."""
 
@@ -200,7 +199,7 @@ def test_classes_without_names_have_numbers():
             return self.batches(images, torch.arange(20) % 10)
 
     model, trainer = Classifier(), pl.Trainer(**QUIET)
-    [figures] = trainer.test(model, datamodule=Images(), verbose=False)
-    assert {f"test_acc_of/{label}" for label in range(10)} <= figures.keys()
+    [metrics] = trainer.test(model, datamodule=Images(), verbose=False)
+    assert {f"test_acc_of/{label}" for label in range(10)} <= metrics.keys()
     names = [line.split()[0] for line in model.test_report().splitlines()[1:]]
     assert names == [str(label) for label in range(10)]

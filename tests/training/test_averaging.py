@@ -1,4 +1,4 @@
-"""Averaged weights, and the running statistics that go with them."""
+"""Averaged weights and their running statistics."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ from bn_lightning import Classifier, FashionMNIST, StochasticWeightAveraging, Us
 from bn_lightning.training.batches import Epoch
 from tests.conftest import QUICK, assert_same_weights, weights
 
-OURS, LIGHTNINGS = (
-    "bn_lightning.StochasticWeightAveraging",
-    "lightning.pytorch.callbacks.StochasticWeightAveraging",
-)
+OURS = "bn_lightning.StochasticWeightAveraging"
+LIGHTNINGS = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 CLOSE = {"rtol": 0, "atol": 5e-5}
-FEW = ("--trainer.limit_train_batches", 6, "--model.lr", "0.1")
+# config.yaml cannot represent the default device of Lightning's callback.
+pytestmark = pytest.mark.filterwarnings("ignore:\\s*Unable to serialize instance cpu")
+FEW = ("--data.batch_size", 64, "--trainer.limit_train_batches", 6, "--model.lr", "0.1")
 
 
 def averaging(callback, norm="custom"):
@@ -32,23 +32,25 @@ def averaging(callback, norm="custom"):
     )
 
 
-def test_custom_ends_as_builtin_does_with_lightnings_callback(main, tmp_path):
+def test_custom_norm_ends_like_builtin_norm_with_lightnings_callback(main, tmp_path):
     flags = ("--trainer.max_epochs", 3, "--data.val_images", 0)
     for callback, norm in ((LIGHTNINGS, "builtin"), (OURS, "builtin"), (OURS, "custom")):
         code, out, err = main(
             "fit", *averaging(callback, norm), *flags, "--name", norm + callback[0]
         )
         assert code == 0, err
-        assert "epoch  4/4" in out  # the pass for the statistics
-    truth, same, ours = (weights(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt") for name in
-                         ("builtinl", "builtinb", "customb"))  # fmt: skip
+        assert "epoch  4/4" in out  # the pass that computes the statistics
+    truth, same, ours = (
+        weights(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt")
+        for name in ("builtinl", "builtinb", "customb")
+    )
     assert truth.keys() == ours.keys()
     for name, value in truth.items():
         assert torch.equal(same[name], value), name
         torch.testing.assert_close(ours[name], value, **CLOSE, msg=name)
 
-    # By hand, for the first norm: the mean over the batches of that pass.
-    data = FashionMNIST("sample", val_images=0)
+    # The expected statistics of the first norm are the mean over the batches of that pass.
+    data = FashionMNIST("sample", batch_size=64, val_images=0)
     data.prepare_data()
     data.setup("fit")
     batches = data.train_dataloader()
@@ -63,8 +65,8 @@ def test_custom_ends_as_builtin_does_with_lightnings_callback(main, tmp_path):
     assert ours["network.norm1.num_batches_tracked"] == len(outputs) == 6
 
 
-def test_the_average_is_left_as_it_is_and_config_yaml_gives_it_again(main, tmp_path):
-    """Without validation Lightning's callback would take one more step, away from the average."""
+def test_the_average_is_not_trained_further_and_config_yaml_reproduces_it(main, tmp_path):
+    """Without validation, Lightning's callback would train the average for one more step."""
     assert main("fit", *averaging(OURS), "--trainer.limit_val_batches", 0)[0] == 0
     folder = tmp_path / "runs" / "lenet" / "0"
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
@@ -78,28 +80,30 @@ def test_the_average_is_left_as_it_is_and_config_yaml_gives_it_again(main, tmp_p
 
 
 @pytest.mark.parametrize(
-    "callback, norm, said",
+    "callback, norm, messages",
     [
         (
             LIGHTNINGS,
             "custom",
-            ["does not see norm layers such as BatchNorm", f"--trainer.callbacks+={OURS}"],
+            ["does not recognize norm layers such as BatchNorm", f"--trainer.callbacks+={OURS}"],
         ),
         (LIGHTNINGS, "renorm", ["norm1, a BatchRenorm", "--model.norm custom"]),
         (OURS, "article", ["norm1, a BatchNorm", "--model.norm custom"]),
     ],
 )
-def test_statistics_of_other_weights_are_refused(main, tmp_path, callback, norm, said):
+def test_norms_whose_statistics_cannot_be_recomputed_are_refused(
+    main, tmp_path, callback, norm, messages
+):
     code, _, err = main("fit", *averaging(callback, norm))
     assert code == 2
     assert err.startswith("error: ")
     assert "Traceback" not in err
-    for words in said:
-        assert words in err
+    for message in messages:
+        assert message in err
     assert not list(tmp_path.glob("runs/lenet/*"))
 
 
-def test_a_config_that_names_one_callback_without_a_list(main, tmp_path):
+def test_a_single_callback_in_a_config_file_is_also_refused(main, tmp_path):
     given = f"{{class_path: {LIGHTNINGS}, init_args: {{swa_lrs: 0.1}}}}"
     (tmp_path / "one.yaml").write_text(f"trainer:\n  callbacks: {given}\n")
     code, _, err = main("fit", *QUICK, "--config", "one.yaml")
@@ -108,12 +112,12 @@ def test_a_config_that_names_one_callback_without_a_list(main, tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["group", "none"])
-def test_without_statistics_lightnings_callback_is_not_refused(main, norm):
+def test_lightnings_callback_is_accepted_if_the_norm_has_no_statistics(main, norm):
     assert main("fit", *averaging(LIGHTNINGS, norm), "--trainer.fast_dev_run", "true")[0] == 0
 
 
 @pytest.mark.parametrize("norm", ["custom", "builtin"])
-def test_layers_start_over_and_get_their_momentum_back(norm):
+def test_statistics_are_reset_and_the_momentum_is_restored_afterwards(norm):
     callback, model = StochasticWeightAveraging(0.1), Classifier(norm)
     model.network(torch.rand(4, 1, 28, 28)).sum().backward()
     buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
@@ -128,7 +132,7 @@ def test_layers_start_over_and_get_their_momentum_back(norm):
     assert model.network.norm1.momentum == 0.1
 
 
-def test_without_running_statistics_there_is_no_pass():
+def test_there_is_no_pass_without_running_statistics():
     for model in (
         Classifier("group"),
         *(Classifier(n, {"track_running_stats": False}) for n in ("custom", "builtin")),
@@ -136,7 +140,7 @@ def test_without_running_statistics_there_is_no_pass():
         assert not StochasticWeightAveraging.pl_module_contains_batch_norm(model)
 
 
-def test_instance_norm_is_refused_which_would_stay_at_what_it_was_reset_to():
+def test_instance_norm_with_statistics_is_refused():
     model = Classifier()
     model.network.norm2 = nn.InstanceNorm2d(16, track_running_stats=True)
     with pytest.raises(UserError, match=r"network\.norm2, a InstanceNorm2d"):
@@ -144,9 +148,7 @@ def test_instance_norm_is_refused_which_would_stay_at_what_it_was_reset_to():
 
 
 @pytest.mark.parametrize("use_buffers", ["true", "false"])
-def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin(
-    main, tmp_path, use_buffers
-):
+def test_lightnings_moving_average_is_the_same_for_custom_and_builtin(main, tmp_path, use_buffers):
     flags = (
         "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
         *("--trainer.callbacks.decay", "0.9", "--trainer.callbacks.use_buffers", use_buffers),
@@ -154,7 +156,7 @@ def test_lightnings_moving_average_of_weights_is_the_same_for_custom_and_builtin
     for norm in ("custom", "builtin"):
         code, _, err = main("fit", *QUICK, *FEW, *flags, "--model.norm", norm, "--name", norm)
         assert code == 0, err
-    # What fit tests at its end are the averaged weights, as they stand in the checkpoint.
+    # At its end, fit tests the averaged weights, which are in the checkpoint.
     result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
     _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
     assert f"test_acc   {result['test_acc']:.4f}" in out

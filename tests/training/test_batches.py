@@ -11,44 +11,44 @@ INPUTS, TARGETS, INDICES = torch.arange(50, dtype=torch.uint8), torch.arange(50)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_shards_of_all_processes_are_the_batch(world_size):
+def test_the_shards_of_all_ranks_form_the_batch(world_size):
     images = INPUTS.view(50, 1, 1)
 
     def batches(rank=0, world_size=1):
         epoch = Epoch(epoch_order(50, 0, 0))
         return TensorBatches(images, TARGETS, INDICES, 16, lambda: epoch, rank, world_size)
 
-    whole = [batch for _, batch in batches()]
+    expected = [batch for _, batch in batches()]
     shards = [[batch for _, batch in batches(rank, world_size)] for rank in range(world_size)]
-    for number, batch in enumerate(whole):
+    for number, batch in enumerate(expected):
         assert torch.equal(torch.cat([shard[number] for shard in shards]), batch)
         assert len(batch) == batches().size_of(number)
 
 
-def test_the_last_batch_is_smaller_and_counted():
+def test_the_last_batch_may_be_smaller():
     batches = TensorBatches(INPUTS, TARGETS, INDICES, 16)
     assert [len(targets) for _, targets in batches] == [16, 16, 16, 2]
     assert (len(batches), [batches.size_of(n) for n in range(4)]) == (4, [16, 16, 16, 2])
     assert len(TensorBatches(INPUTS, TARGETS, INDICES[:48], 16)) == 3
 
 
-def test_without_an_epoch_the_indices_are_visited_in_their_order():
+def test_without_an_epoch_the_order_is_that_of_the_indices():
     some = torch.tensor([7, 3, 9])
     [(inputs, targets)] = TensorBatches(INPUTS, TARGETS, some, 16)
     assert inputs.tolist() == targets.tolist() == [7, 3, 9]
 
 
-def test_the_epoch_is_asked_for_when_the_first_batch_is_taken():
-    """Lightning calls iter() before it has restored the number of the epoch."""
+def test_the_epoch_is_determined_when_the_first_batch_is_requested():
+    """Lightning calls iter() before it restores the number of the epoch."""
     now = 0
     batches = TensorBatches(INPUTS, TARGETS, INDICES, 16, lambda: Epoch(INDICES, first=now))
     early = iter(batches)
     now = 2
     assert [targets.tolist() for _, targets in early] == [list(range(32, 48)), [48, 49]]
-    assert batches.state_dict() == {}  # no position of its own
+    assert batches.state_dict() == {}
 
 
-def test_samples_are_augmented_by_their_indices_and_then_preprocessed():
+def test_samples_are_augmented_by_index_and_then_preprocessed():
     class Halved(nn.Module):
         def forward(self, inputs):
             return inputs / 2
@@ -62,12 +62,12 @@ def test_samples_are_augmented_by_their_indices_and_then_preprocessed():
     assert inputs.tolist() == [2.0]  # without augmentation
 
 
-def test_a_loader_of_ones_own_has_to_say_its_sizes():
-    class Silent(ExactLoader):
+def test_a_subclass_must_implement_the_sizes():
+    class Incomplete(ExactLoader):
         def __iter__(self):
             return iter(())
 
-    loader = Silent()
+    loader = Incomplete()
     with pytest.raises(NotImplementedError):
         len(loader)
     with pytest.raises(NotImplementedError):

@@ -22,7 +22,7 @@ QUIET = {
 
 
 class Numbers(DataModule):
-    """Says as little as it can: the numbers from 0 to 49, and whether they are odd."""
+    """A minimal data module: the numbers from 0 to 49, and whether they are odd."""
 
     def setup(self, stage=""):
         self.inputs = torch.arange(50)
@@ -42,23 +42,23 @@ def fit(data, ckpt_path=None, epochs=1):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"seed": -1}, "The seed is -1; it must not be negative"),
     ],
 )
-def test_wrong_settings(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
         Numbers(**settings)
 
 
-def test_settings_are_those_of_the_subclass_and_of_the_base():
+def test_settings_include_those_of_the_subclass_and_of_the_base_class():
     data = Table(rows=20, batch_size=5, seed=3)
     assert dict(data.hparams) == {"rows": 20, "folder": "tables", "batch_size": 5, "seed": 3}
 
 
-def test_data_say_little_by_default():
+def test_defaults_of_a_minimal_data_module():
     data = Numbers()
     assert (data.classes, data.validates_on_test_set, data.describe()) == (None, False, "Numbers")
     assert (data.machine_settings, data.source_settings, data.import_paths) == ((), (), ())
@@ -69,11 +69,11 @@ def test_data_say_little_by_default():
     for missing in (data.test_samples, data.example_input):
         with pytest.raises(UserError, match=r"Numbers has no test_samples\(\)"):
             missing()
-    with pytest.raises(UserError, match=r"Numbers does not read files: leave out --data\.images"):
+    with pytest.raises(UserError, match=r"Numbers does not read files\. Remove --data\.images"):
         data.read_files(["a.png"], None)
 
 
-def test_an_example_is_seven_raw_samples_of_its_own():
+def test_the_example_input_is_a_copy_of_seven_raw_samples():
     data = Table(rows=20)
     example = data.example_input()
     inputs, _ = data.test_samples()
@@ -85,7 +85,7 @@ def test_an_example_is_seven_raw_samples_of_its_own():
 # Loaders
 
 
-def test_each_epoch_visits_the_training_samples_in_an_order_of_its_own():
+def test_each_epoch_visits_all_training_samples_in_a_different_order():
     data = Numbers(batch_size=16, seed=3)
     data.setup()
     loader = data.train_dataloader()
@@ -99,7 +99,7 @@ def test_each_epoch_visits_the_training_samples_in_an_order_of_its_own():
     assert other.train_order(0).tolist() != orders[0]
 
 
-def test_the_trainer_is_asked_for_the_epoch_and_the_loader_augments_by_it():
+def test_the_loader_augments_samples_according_to_the_epoch():
     seen = []
 
     class Noted(Table):
@@ -118,12 +118,23 @@ def test_the_trainer_is_asked_for_the_epoch_and_the_loader_augments_by_it():
         assert visited == data.train_order(epoch).tolist()
 
 
-def test_overfitting_shows_the_same_batches_again_and_again():
+def test_overfit_batches_repeats_the_same_batches_in_each_epoch():
     data = Numbers(batch_size=16)
     data.train_indices = torch.arange(50)
     data.trainer = SimpleNamespace(overfit_batches=2)
     assert torch.equal(data.train_order(0), data.train_order(5))
     assert torch.equal(data.train_order(0), torch.arange(50))
+
+
+def test_a_last_batch_with_fewer_samples_than_processes_is_refused():
+    data = Numbers(batch_size=39)
+    data.trainer = SimpleNamespace(world_size=2)
+    data.setup()
+    message = (
+        r"1 sample\(s\), but 2 processes share each batch: 40 training samples in batches of 39"
+    )
+    with pytest.raises(UserError, match=message):
+        data.train_dataloader()
 
 
 def test_evaluation_visits_each_sample_once_in_order():
@@ -138,7 +149,7 @@ def test_evaluation_visits_each_sample_once_in_order():
 
 
 @pytest.mark.parametrize("kind", [Table, type("Renamed", (Table,), {})])
-def test_a_checkpoint_has_the_identity_under_one_key(tmp_path, kind):
+def test_a_checkpoint_contains_the_identity_under_the_same_key_for_each_class(tmp_path, kind):
     data = kind(rows=100)
     fit(data).save_checkpoint(tmp_path / "x.ckpt")
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
@@ -146,7 +157,7 @@ def test_a_checkpoint_has_the_identity_under_one_key(tmp_path, kind):
     assert kind.identity_in(content) == content["data"]
 
 
-def test_an_old_checkpoint_has_it_under_the_name_of_the_class():
+def test_an_old_checkpoint_contains_the_identity_under_the_class_name():
     old = {"FashionMNIST": {"source": "sample", "sha256": {"a": "1"}}}
     assert FashionMNIST.identity_in(old) == old["FashionMNIST"]
     assert Table.identity_in(old) == {}
@@ -161,18 +172,18 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path):
         fit(Table(rows=120), ckpt_path=path, epochs=2)
     message = str(refused.value)
     assert "was trained on other data (source formula)" in message
-    assert "Friedman's problem, 120 rows" in message  # what they are now
+    assert "Friedman's problem, 120 rows" in message  # the current data
     assert "--data.rows 100 (now 120)" in message
     assert fit(Table(rows=100), ckpt_path=path, epochs=2).current_epoch == 2
 
 
-def test_the_folder_of_the_machine_may_be_another(tmp_path):
+def test_a_run_resumes_with_another_data_folder(tmp_path):
     path = tmp_path / "x.ckpt"
     fit(Table(rows=100)).save_checkpoint(path)
     assert fit(Table(rows=100, folder="elsewhere"), ckpt_path=path, epochs=2).current_epoch == 2
 
 
-def test_a_checkpoint_may_be_tested_on_other_data(tmp_path):
+def test_a_checkpoint_can_be_tested_on_other_data(tmp_path):
     path = tmp_path / "x.ckpt"
     fit(Table(rows=100)).save_checkpoint(path)
     trainer = pl.Trainer(**QUIET)
@@ -187,11 +198,12 @@ def test_a_checkpoint_may_be_tested_on_other_data(tmp_path):
         ({"source": "system", "sha256": "1"}, {"source": "download", "sha256": "1"}, True),
         ({"sha256": "1"}, {"sha256": "2"}, False),
         ({"sha256": "1"}, {}, False),
-        ({}, {"sha256": "2"}, True),  # nothing is known of what it was trained on
-        ({"rows": 3}, {"rows": 3, "sha256": "2"}, True),  # nor of what was not said then
+        # Entries that the checkpoint does not contain are not compared.
+        ({}, {"sha256": "2"}, True),
+        ({"rows": 3}, {"rows": 3, "sha256": "2"}, True),
     ],
 )
-def test_all_that_was_said_of_the_data_is_compared_but_where_they_are(before, now, is_same):
+def test_all_entries_of_the_identity_except_the_source_are_compared(before, now, is_same):
     data = Numbers()
     data.identity = lambda: now
     checkpoint = {data_module.IDENTITY: before}

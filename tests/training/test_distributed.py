@@ -1,4 +1,4 @@
-"""A run on several processes, and on several machines, is the run on one."""
+"""A run on several processes or machines is equal to the run on one process."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import QUICK, command, weights
+from tests.conftest import QUICK, command, run_here, weights
 from tests.support.logs import events_in
 from tests.support.runs import begin, result_of
 
@@ -27,13 +27,13 @@ CLOSE = 1e-9
 
 
 def run(cwd, name, *settings):
-    """Train in float64, and return the folder of the run."""
+    """Train in float64, and return the run folder."""
     command("fit", *EXACT, "--name", name, *settings, cwd=cwd)
     return cwd / "runs" / name / "0"
 
 
 def assert_the_same(one, other):
-    """Every parameter and buffer, and the accuracies to the last image."""
+    """Compare all parameters and buffers, and the accuracies exactly."""
     a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, other))
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -43,47 +43,46 @@ def assert_the_same(one, other):
     results = [result_of(folder) for folder in (one, other)]
     for name in ("steps", "epochs", "test_acc", "val_acc", "val_acc_final", "train_acc"):
         assert results[0][name] == results[1][name], name
-    assert results[0]["train_loss"] == pytest.approx(
-        results[1]["train_loss"], rel=1e-6
-    )  # a sum in float32
+    # The loss is summed in float32.
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """100 steps in one process: batches of 256 images, the last of an epoch of 124."""
+    """A run of 100 steps in one process. The last batch of an epoch has 124 images, others 256."""
     return run(tmp_path_factory.mktemp("alone"), "one", "--trainer.max_steps", 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_are_one(alone, tmp_path, count):
+def test_several_processes_train_as_one_process(alone, tmp_path, count):
     several = run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count)
     assert_the_same(alone, several)
-    # The confusion matrix, the most confident mistakes and the filters, of all processes.
-    assert len(pictures(alone)) == 3
-    assert pictures(several) == pictures(alone)
+    # The confusion matrix, the most confident mistakes and the filters, over all ranks.
+    assert len(images(alone)) == 3
+    assert images(several) == images(alone)
 
 
-def pictures(folder):
+def images(folder):
     events = events_in(folder)
     return {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, first, then):
+def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path, first, then):
     folder = run(tmp_path, "changes", "--trainer.max_steps", 57, "--trainer.devices", first)
     settings = ("--trainer.max_steps", 100, "--trainer.devices", then)
     done = command("fit", "--resume", folder, *settings, cwd=tmp_path)
-    assert f"processes {then}, before {first}" in done.stdout
+    assert f"processes {then} (was {first})" in done.stdout
     assert_the_same(alone, folder)
 
 
 @pytest.mark.slow
-def test_without_a_norm_shards_of_another_size_give_the_same_gradient(tmp_path):
-    """Of 100 images 34, 33 and 33, accumulated over two batches.
+def test_shards_of_unequal_size_give_the_gradient_of_the_batch(tmp_path):
+    """The shards have 34, 33 and 33 images, and gradients are accumulated over two batches.
 
-    Without a norm nothing is exchanged but gradients.
+    Without a norm, the ranks exchange only gradients.
     """
     settings = (
         "--model.norm",
@@ -101,7 +100,7 @@ def test_without_a_norm_shards_of_another_size_give_the_same_gradient(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_processes_too(alone, tmp_path):
+def test_torchrun_can_start_the_processes(alone, tmp_path):
     torchrun = [
         sys.executable,
         "-m",
@@ -122,39 +121,40 @@ def test_torchrun_starts_the_processes_too(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_goes_takes_the_run_with_it_and_says_so(tmp_path):
-    begun = begin(tmp_path, "--trainer.devices", "2")
+def test_a_killed_process_ends_the_run_with_a_message(tmp_path):
+    process = begin(tmp_path, "--trainer.devices", "2")
     while not (tmp_path / "runs/lenet/0/checkpoints/best.ckpt").exists():
-        assert begun.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
     [child] = subprocess.run(
-        ["pgrep", "-P", str(begun.pid)], capture_output=True, text=True
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(child), signal.SIGKILL)
-    out, err = begun.communicate(timeout=60)
-    assert begun.returncode == 1, out + err
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
     assert "Another process of this run has died" in err
     assert "fit --resume runs/lenet/0" in err
     assert "Traceback" not in err
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_leave_one_run(tmp_path):
     done = command("fit", *QUICK, "--trainer.devices", "2", cwd=tmp_path)
     folder = tmp_path / "runs" / "lenet" / "0"
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("**/0")] == ["runs/lenet/0"]
-    # The second process writes nothing of its own.
+    # The second process writes no files.
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     found = result_of(folder)
     assert (found["processes"], found["steps"]) == (2, 44)
-    # Each of 1,000 is counted once.
+    # Each of the 1,000 test images is counted once.
     assert round(found["test_acc"] * 1_000, 3) == int(found["test_acc"] * 1_000 + 0.5)
     assert found["train_loss"] < 1.5
     assert done.stdout.count("epoch  ") == 2
-    alone = command("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", cwd=tmp_path)
+    alone = run_here("test", "--ckpt_path", folder / "checkpoints" / "best.ckpt", cwd=tmp_path)
     assert f"{found['test_acc']:.4f}" in alone.stdout
 
 
-def test_more_processes_than_samples_in_a_batch(tmp_path):
+@pytest.mark.slow
+def test_a_batch_with_fewer_samples_than_processes_ends_the_run(tmp_path):
     settings = ("--data.batch_size", 5499, "--trainer.devices", 2)
     done = command("fit", *QUICK, *settings, cwd=tmp_path, check=False)
     assert done.returncode == 2
@@ -166,7 +166,7 @@ def test_more_processes_than_samples_in_a_batch(tmp_path):
     assert list((tmp_path / "runs/lenet").iterdir()) == []
 
 
-# Several machines: network namespaces that are joined by a pair of virtual cables.
+# Several machines: network namespaces that are connected by a virtual cable
 
 HOSTS = {"a": "10.187.21.1", "b": "10.187.21.2"}
 SLOW = """\
@@ -182,7 +182,7 @@ class Slow(pl.Callback):
 
 @pytest.fixture
 def hosts():
-    """Two machines, as prefixes of a command that is to run there."""
+    """Prefixes that run a command on one of two simulated machines."""
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True, capture_output=True)
@@ -220,7 +220,7 @@ def hosts():
 
 
 def begin_on(host, prefix, cwd, *settings):
-    """torchrun on one machine, as the README has it; the first one carries the rendezvous."""
+    """Start torchrun on one machine, as the README does. The rendezvous is on the first machine."""
     torchrun = (
         *("-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"),
         *("--max-restarts=5", "--rdzv-backend=c10d", "--rdzv-id=run"),
@@ -254,7 +254,7 @@ def kill_all_on(prefix):
 
 
 def wait_for_step(cwd, step, runs, timeout=90):
-    """Until last.ckpt is of that step or a later one."""
+    """Wait until last.ckpt is from that step or a later one."""
     last, end = cwd / "runs/lenet/0/checkpoints/last.ckpt", time.monotonic() + timeout
     while True:
         with contextlib.suppress(FileNotFoundError):
@@ -268,16 +268,16 @@ def wait_for_step(cwd, step, runs, timeout=90):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_machine_is_lost_and_comes_back(hosts, tmp_path):
+def test_a_run_continues_when_a_machine_dies_and_returns(hosts, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", 110)
-    truth = run(tmp_path, "undisturbed", "--trainer.max_steps", 110)
+    truth = run(tmp_path, "uninterrupted", "--trainer.max_steps", 110)
     settings = (*settings, "--checkpoint.every_n_train_steps", 5, "--trainer.callbacks+=slow.Slow")
     a, b = (begin_on(host, hosts[host], tmp_path, *settings) for host in ("a", "b"))
     try:
         wait_for_step(tmp_path, 25, [a, b])
-        kill_all_on(hosts["b"])  # torchrun and the process that it has begun
-        wait_for_step(tmp_path, 45, [a])  # the other one goes on alone
+        kill_all_on(hosts["b"])  # torchrun and its training process
+        wait_for_step(tmp_path, 45, [a])  # the other machine continues alone
         b = begin_on("b", hosts["b"], tmp_path, *settings)
         codes = [process.wait(timeout=300) for process in (a, b)]
     finally:
@@ -285,7 +285,7 @@ def test_a_machine_is_lost_and_comes_back(hosts, tmp_path):
             kill_all_on(prefix)
     logs = {host: (tmp_path / f"log-{host}").read_text() for host in HOSTS}
     assert codes == [0, 0], logs
-    assert "processes 1, before 2" in logs["a"]
-    assert "processes 2, before 1" in "".join(logs.values())
+    assert "processes 1 (was 2)" in logs["a"]
+    assert "processes 2 (was 1)" in "".join(logs.values())
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
     assert_the_same(truth, tmp_path / "runs/lenet/0")

@@ -1,4 +1,4 @@
-"""Lightning's loop state: what this project reads of it and writes into checkpoints."""
+"""Lightning's loop state: reading it, and changing it in checkpoints."""
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +10,7 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 class Watch(pl.Callback):
-    """Notes where a run is, at the start and at the end of each batch."""
+    """Records the position of the run at the start and at the end of each batch."""
 
     def __init__(self):
         self.epochs, self.starts, self.ends = [], [], []
@@ -19,9 +19,9 @@ class Watch(pl.Callback):
         self.epochs.append((trainer.current_epoch, lightning_internals.first_batch(trainer)))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        place = (trainer.current_epoch, batch_idx, trainer.global_step)
-        # The batch that is about to be trained on is counted already.
-        self.starts.append((*place, lightning_internals.batches_done(trainer)))
+        position = (trainer.current_epoch, batch_idx, trainer.global_step)
+        # batches_done already includes the batch that is about to start.
+        self.starts.append((*position, lightning_internals.batches_done(trainer)))
 
     def on_train_batch_end(self, trainer, *rest):
         self.ends.append(lightning_internals.is_last_batch(trainer))
@@ -38,7 +38,7 @@ def train(ckpt_path=None, **limits):
     return trainer, watch
 
 
-def test_where_a_run_is():
+def test_the_position_of_a_run_in_its_epochs():
     _, watch = train(max_epochs=2)
     assert watch.epochs == [(0, 0), (1, 0)]
     steps = [(epoch, batch, 4 * epoch + batch, batch + 1) for epoch in (0, 1) for batch in range(4)]
@@ -47,7 +47,9 @@ def test_where_a_run_is():
 
 
 @pytest.mark.parametrize(("epoch", "batch", "steps"), [(1, 2, 6), (1, 0, 4), (0, 3, 3)])
-def test_a_checkpoint_is_made_to_resume_at_the_start_of_a_batch(tmp_path, epoch, batch, steps):
+def test_a_changed_checkpoint_resumes_at_the_start_of_the_given_batch(
+    tmp_path, epoch, batch, steps
+):
     trainer, _ = train(max_steps=steps)
     path = tmp_path / "x.ckpt"
     trainer.save_checkpoint(path)
@@ -62,9 +64,9 @@ def test_a_checkpoint_is_made_to_resume_at_the_start_of_a_batch(tmp_path, epoch,
     assert trainer.global_step == 12
 
 
-def test_the_environment_in_which_signals_arrive():
+def test_the_cluster_environment_and_the_disabled_broadcast():
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     found = lightning_internals.cluster_environment(trainer)
     assert found is None or isinstance(found, LightningEnvironment)
     lightning_internals.disable_sigterm_broadcast(trainer)
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # asks nobody
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()

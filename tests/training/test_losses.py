@@ -1,4 +1,4 @@
-"""Losses that are NaN or infinite end a run before a checkpoint has their weights."""
+"""A NaN or infinite loss ends the run before its weights are saved."""
 
 import json
 
@@ -14,23 +14,21 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 class Bad(pl.Callback):
-    """Spoils the weights in step 29."""
+    """Sets weights to infinity in step 29."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 29:
             pl_module.network.fc3.weight.data.fill_(float("inf"))
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
-    main, tmp_path, monkeypatch
-):
+def test_a_nan_loss_ends_the_run_before_its_weights_are_saved(main, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "bad.py").write_text(f"from {__name__} import Bad as Bad\n")
     settings = ("--checkpoint.every_n_train_steps", 4, "--trainer.callbacks+=bad.Bad")
     code, _, err = main("fit", *QUICK, *settings)
     assert code == 1
-    assert "The loss is nan in step 31: epoch 2, batch 9 of it." in err
-    assert "The last good checkpoint is of step 28" in err
+    assert "The loss is nan in step 31 (epoch 2, batch 9)." in err
+    assert "The last good checkpoint is from step 28" in err
     assert "Traceback" not in err
     failure = json.loads((tmp_path / "runs/lenet/0/failure.json").read_text())
     data = FashionMNIST("sample")
@@ -45,7 +43,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint_has_it(
 
 @pytest.fixture
 def trainer():
-    """A trainer that has trained one epoch on 100 rows."""
+    """A trainer after one epoch on 100 rows."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", enable_checkpointing=False, max_epochs=1, **quiet)
     trainer.fit(Regression(width=4), Table(rows=100, batch_size=25))
@@ -57,7 +55,7 @@ def outputs(*losses):
 
 
 @pytest.mark.parametrize("losses", [(), (1.0,), (1.0, 0.0, 1e30)])
-def test_finite_losses_pass(trainer, tmp_path, losses):
+def test_finite_losses_are_accepted(trainer, tmp_path, losses):
     guard = NonFiniteLossGuard()
     for batch_idx, loss in enumerate(outputs(*losses)):
         guard.add(trainer, loss, batch_idx)
@@ -66,7 +64,7 @@ def test_finite_losses_pass(trainer, tmp_path, losses):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_of_several_is_named_with_its_samples(trainer, tmp_path, bad):
+def test_the_message_names_the_first_non_finite_loss_and_its_samples(trainer, tmp_path, bad):
     guard = NonFiniteLossGuard()
     for batch_idx, loss in enumerate(outputs(1.0, 2.0, bad, float("nan"))):
         guard.add(trainer, loss, batch_idx)
@@ -74,8 +72,8 @@ def test_the_first_of_several_is_named_with_its_samples(trainer, tmp_path, bad):
     with pytest.raises(RunFailed) as failed:
         guard.check(trainer, path, saved_at=-1)
     message = str(failed.value)
-    assert f"The loss is {bad} in step 4: epoch 2, batch 3 of it." in message
-    assert "last good checkpoint" not in message  # there is none
+    assert f"The loss is {bad} in step 4 (epoch 2, batch 3)." in message
+    assert "last good checkpoint" not in message
     found = json.loads((tmp_path / FAILURE).read_text())
     assert found["samples"] == trainer.datamodule.train_order(1)[50:75].tolist()
     assert ", ".join(map(str, found["samples"][:8])) in message
@@ -86,12 +84,12 @@ def test_a_step_may_return_a_dict_or_nothing(trainer, tmp_path):
     guard.add(trainer, None, 0)
     guard.check(trainer, tmp_path / "a/b", saved_at=-1)
     guard.add(trainer, {"loss": torch.tensor(float("nan"))}, 1)
-    with pytest.raises(RunFailed, match=r"last good checkpoint is of step 3: (?s:.*)--resume"):
+    with pytest.raises(RunFailed, match=r"last good checkpoint is from step 3: (?s:.*)--resume"):
         guard.check(trainer, tmp_path / "run/checkpoints/last.ckpt", saved_at=3)
     assert list(tmp_path.iterdir()) == []  # the run has no folder
 
 
-def test_losses_are_checked_once(trainer, tmp_path):
+def test_each_loss_is_checked_once(trainer, tmp_path):
     guard = NonFiniteLossGuard()
     guard.add(trainer, torch.tensor(float("nan")), 0)
     with pytest.raises(RunFailed):
@@ -99,7 +97,7 @@ def test_losses_are_checked_once(trainer, tmp_path):
     guard.check(trainer, tmp_path / "a/b", saved_at=-1)
 
 
-def test_data_that_do_not_say_their_order(trainer, tmp_path):
+def test_without_training_indices_the_message_names_the_step_only(trainer, tmp_path):
     del trainer.datamodule.train_indices
     guard = NonFiniteLossGuard()
     guard.add(trainer, torch.tensor(float("nan")), 0)

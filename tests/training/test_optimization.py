@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, checked before anything is started."""
+"""Optimizers and schedulers by name, validated before a run."""
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +9,7 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 def fit(settings, **trainer):
-    """Train on 8 batches an epoch."""
+    """Train with 8 batches per epoch."""
     quiet = {
         "accelerator": "cpu",
         "logger": False,
@@ -28,7 +28,7 @@ def lr_of(trainer):
     return trainer.optimizers[0].param_groups[0]["lr"]
 
 
-def test_one_cycle_spans_the_run():
+def test_one_cycle_covers_the_whole_run():
     settings = {"lr": 0.5, "scheduler": "OneCycleLR", "scheduler_args": {"pct_start": 0.25}}
     trainer = fit(settings, max_epochs=2)
     [config] = trainer.lr_scheduler_configs
@@ -38,7 +38,7 @@ def test_one_cycle_spans_the_run():
     assert trainer.optimizers[0].param_groups[0]["max_lr"] == 0.5
 
 
-def test_one_cycle_of_a_length_that_is_given():
+def test_one_cycle_with_an_explicit_length():
     length = {"epochs": 4, "steps_per_epoch": 8}
     trainer = fit({"lr": 0.5, "scheduler": "OneCycleLR", "scheduler_args": length})
     [config] = trainer.lr_scheduler_configs
@@ -46,7 +46,7 @@ def test_one_cycle_of_a_length_that_is_given():
     assert config.scheduler.last_epoch == 8
 
 
-def test_a_schedule_that_counts_steps_moves_at_each():
+def test_a_scheduler_with_a_peak_is_updated_after_each_step():
     cycle = {"base_lr": 0.001, "step_size_up": 4}
     trainer = fit({"lr": 0.01, "scheduler": "CyclicLR", "scheduler_args": cycle}, max_steps=4)
     assert lr_of(trainer) == pytest.approx(0.01)  # the peak is lr
@@ -57,18 +57,18 @@ def test_cosine_annealing_reaches_zero():
     assert lr_of(fit({"scheduler": "CosineAnnealingLR"})) == pytest.approx(0, abs=1e-9)
 
 
-def test_other_schedulers_move_once_an_epoch():
+def test_other_schedulers_are_updated_after_each_epoch():
     steps = {"step_size": 1, "gamma": 0.5}
     trainer = fit({"lr": 1.0, "scheduler": "StepLR", "scheduler_args": steps}, max_epochs=3)
     assert lr_of(trainer) == 0.125
 
 
-def test_plateau_watches_the_validation_loss():
+def test_reduce_on_plateau_monitors_the_validation_loss():
     trainer = fit({"scheduler": "ReduceLROnPlateau", "scheduler_args": {"patience": 0}})
     assert trainer.lr_scheduler_configs[0].monitor == "val_loss"
 
 
-def test_a_schedule_of_ones_own(tmp_path, monkeypatch):
+def test_a_scheduler_can_be_an_import_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_schedules.py").write_text(
         "from torch.optim.lr_scheduler import LambdaLR\n\n\nclass Inverse(LambdaLR):\n"
@@ -79,7 +79,7 @@ def test_a_schedule_of_ones_own(tmp_path, monkeypatch):
     assert lr_of(fit({"lr": 0.9, **own}, max_epochs=2)) == pytest.approx(0.1)
 
 
-def test_any_optimizer_by_name_or_import_path():
+def test_an_optimizer_can_be_a_name_or_an_import_path():
     for name in ("AdamW", "torch.optim.AdamW"):
         model = Regression(optimizer=name, lr=0.01, optimizer_args={"weight_decay": 0.1})
         optimizer = model.configure_optimizers()
@@ -89,30 +89,30 @@ def test_any_optimizer_by_name_or_import_path():
 
 @pytest.mark.parametrize("task", [Classifier, Regression])
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"optimizer": "Adan"}, "There are ASGD, .*Adam"),
+        ({"optimizer": "Adan"}, "Use one of ASGD, .*Adam"),
         ({"optimizer": "torch.optim"}, "'torch.optim'"),
         ({"optimizer_args": {"speed": 1}}, "speed"),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"optimizer": "Muon"}, "Muon cannot be built"),
+        ({"optimizer": "Muon"}, "Muon cannot be created"),
         ({"scheduler": "Cosine"}, "CosineAnnealingLR"),
         ({"scheduler": "StepLR"}, "step_size"),
         ({"scheduler": "torch.optim.lr_scheduler.bisect_right"}, "is not a class"),
     ],
 )
-def test_wrong_settings(task, settings, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_refused(task, settings, message):
+    with pytest.raises(UserError, match=message):
         task(**settings)
 
 
-def test_a_schedule_over_an_endless_run_is_refused():
+def test_a_schedule_that_needs_a_length_is_refused_without_a_limit():
     with pytest.raises(UserError, match=r"--trainer.max_epochs"):
         fit({"scheduler": "OneCycleLR"}, max_epochs=-1, max_time="00:00:10:00")
 
 
-def test_a_schedule_is_not_resumed_in_a_run_of_another_length(tmp_path):
-    """The same length is, and so is a schedule that was told its own length."""
+def test_a_schedule_cannot_be_resumed_with_another_length(tmp_path):
+    """The same length is accepted, and so is a schedule with an explicit length."""
     for name, arguments in (("OneCycleLR", {}), ("CosineAnnealingLR", {"T_max": 16})):
         settings = {"scheduler": name, "scheduler_args": arguments}
         trainer = fit(settings, max_epochs=2)
@@ -126,7 +126,9 @@ def test_a_schedule_is_not_resumed_in_a_run_of_another_length(tmp_path):
         data = Table(rows=200, batch_size=25)
         trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
 
-    with pytest.raises(UserError, match=r"OneCycleLR was planned for 16 steps .* now have 24"):
+    with pytest.raises(
+        UserError, match=r"OneCycleLR was configured for 16 steps, .* would have 24"
+    ):
         resume("OneCycleLR", {}, epochs=3)
     resume("OneCycleLR", {}, epochs=2)
     resume("CosineAnnealingLR", {"T_max": 16}, epochs=3)

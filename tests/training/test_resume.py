@@ -1,6 +1,6 @@
-"""A run that was stopped goes on as if it had not been.
+"""A run that was stopped and resumed is equal to an uninterrupted run.
 
-tests/support/kills.py does the same to many more runs.
+tests/support/kills.py kills many more runs.
 """
 
 import shutil
@@ -20,12 +20,17 @@ from torch.utils.data import DataLoader
 from bn_lightning import Classifier, ExactResume, FashionMNIST, WholeCheckpointIO
 from bn_lightning.runs import run
 from bn_lightning.training.stopping import Stopped
-from tests.conftest import QUICK, REPOSITORY, needs_all_images
+from tests.conftest import QUICK, REPOSITORY, needs_all_images, run_here
 from tests.support import kills
 from tests.support.logs import events_in
 from tests.support.plain_loader import rows_of_a_line
 from tests.support.runs import content_of, result_of
 
+# Only the command line suppresses this warning.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+# An epoch has 6 batches of 100 images.
+SHORT = (*QUICK, "--data.batch_size", "100", "--trainer.limit_train_batches", "6")
 SWA = (
     "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging",
     *("--trainer.callbacks.swa_lrs", "0.05", "--trainer.callbacks.swa_epoch_start", "1"),
@@ -40,22 +45,44 @@ COSINE = (
 )
 
 
-def fails_at(step):
-    """Return the code of a norm that stops the process in the forward pass of that step, once."""
-    return (
-        "import pathlib\nfrom bn_lightning import BatchNorm\n\n\nclass Norm(BatchNorm):\n"
-        "    calls = 0\n\n"
-        "    def forward(self, x):\n        Norm.calls += self.training\n"
-        f"        if Norm.calls == 4 * {step} and not pathlib.Path('failed').exists():\n"
-        "            pathlib.Path('failed').touch()\n            raise RuntimeError('planted')\n"
-        "        return super().forward(x)\n"
-    )
+# A norm that raises in the forward pass of the step that the file `fail_at` names, once.
+NORM = """\
+from pathlib import Path
+from bn_lightning import BatchNorm
+
+
+class Norm(BatchNorm):
+    calls = 0
+
+    def forward(self, x):
+        Norm.calls += self.training
+        plan = Path("fail_at")
+        if plan.exists() and Norm.calls == 4 * int(plan.read_text()):
+            plan.unlink()
+            raise RuntimeError("planted")
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Return a function that runs `fit` without interruption and returns the outcome."""
+    outcomes = {}
+
+    def outcome(*settings):
+        if settings not in outcomes:
+            cwd = tmp_path_factory.mktemp("uninterrupted")
+            (cwd / "planted.py").write_text(NORM)
+            run_here("fit", *settings, cwd=cwd)
+            outcomes[settings] = kills.outcome(cwd / "runs/lenet/0")
+        return outcomes[settings]
+
+    return outcome
 
 
 @pytest.mark.parametrize(
     ("settings", "step"),
-    # An epoch has 22 steps.
-    [((), 30), ((), 44), ((), 45), (SWA, 30), (SWA, 45), (PLATEAU, 44), (COSINE, 30)],
+    [((), 10), ((), 12), ((), 13), (SWA, 10), (SWA, 13), (PLATEAU, 12), (COSINE, 10)],
     ids=[
         "plain",
         "last step",
@@ -66,51 +93,46 @@ def fails_at(step):
         "cosine",
     ],
 )
-def test_what_fails_within_an_epoch_goes_on_exactly(main, tmp_path, monkeypatch, settings, step):
+def test_a_run_that_failed_within_an_epoch_resumes_bit_identically(
+    main, uninterrupted, tmp_path, settings, step
+):
     every = ("--checkpoint.every_n_train_steps", 4)
-    settings = (*QUICK, "--trainer.max_epochs", 3, *every, *settings)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "planted.py").write_text(fails_at(step))
-    (tmp_path / "failed").touch()
     norm = ("--model.norm", "planted.Norm")
-    assert main("fit", *settings, *norm, "--name", "whole")[0] == 0
-    truth = kills.outcome(tmp_path / "runs/whole/0")
-    (tmp_path / "failed").unlink()
-    sys.modules["planted"].Norm.calls = 0
+    settings = (*SHORT, "--trainer.max_epochs", 3, *every, *settings, *norm)
+    truth = uninterrupted(*settings)
+    (tmp_path / "planted.py").write_text(NORM)
+    (tmp_path / "fail_at").write_text(str(step))
     with pytest.raises(RuntimeError, match="planted"):
-        main("fit", *settings, *norm)
-    assert main("fit", *settings, *norm, "--ckpt_path", "last")[0] == 0
-    sys.modules.pop("planted")
+        main("fit", *settings)
+    assert main("fit", *settings, "--ckpt_path", "last")[0] == 0
     assert list(kills.differences(truth, kills.outcome(tmp_path / "runs/lenet/0"))) == []
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
     at = int(result_of(tmp_path / "runs/lenet/0")["resumed_at_steps"])
     assert step - 5 <= at < step
 
 
-def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_there(main, tmp_path):
-    assert main("fit", *QUICK, "--name", "whole")[0] == 0
-    assert main("fit", *QUICK, "--trainer.max_steps", 30)[0] == 0
+def test_a_run_that_max_steps_ended_within_an_epoch_resumes_there(main, uninterrupted, tmp_path):
+    assert main("fit", *SHORT, "--trainer.max_steps", 8)[0] == 0
     code, out, err = main("fit", "--resume", "runs/lenet/0", "--trainer.max_steps", -1)
     assert code == 0, err
-    assert "Resuming from step 30 (runs/lenet/0/checkpoints/last.ckpt)" in out
-    assert "changed: --trainer.max_steps -1, which was 30" in out
-    one, other = (kills.outcome(tmp_path / f"runs/{name}/0") for name in ("whole", "lenet"))
-    # But for the means that were logged when the epoch was cut short.
+    assert "Resuming from step 8 (runs/lenet/0/checkpoints/last.ckpt)" in out
+    assert "changed: --trainer.max_steps -1 (was 8)" in out
+    folder = tmp_path / "runs/lenet/0"
+    one, other = uninterrupted(*SHORT), kills.outcome(folder)
+    # The means that were logged at the end of the incomplete epoch differ.
     means = ("/curves/train_loss_epoch", "/curves/train_acc", "/curves/epoch")
     assert [it for it in kills.differences(one, other) if not it.startswith(means)] == []
-    folder = tmp_path / "runs/lenet/0"
     changed = yaml.safe_load((folder / "resumed-1.yaml").read_text())
     assert changed == {"trainer": {"max_steps": -1}}
-    before = (folder / "config.yaml").read_text()
-    assert "max_steps: 30" in before
-    # It is finished now: nothing is changed, and it says the same again.
+    assert "max_steps: 8" in (folder / "config.yaml").read_text()
+    # The run is finished now. Resuming it again changes nothing.
     code, out, err = main("fit", "--resume", "runs/lenet/0")
     assert code == 0, err
     assert "changed" not in out and not (folder / "resumed-2.yaml").exists()
     assert list(kills.differences(kills.outcome(folder), other)) == []
 
 
-def test_early_stopping_stays_stopped(main, tmp_path):
+def test_a_run_that_early_stopping_ended_does_not_train_further(main, tmp_path):
     stops = (
         "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
         *("--trainer.callbacks.monitor", "val_acc", "--trainer.callbacks.mode", "max"),
@@ -124,9 +146,8 @@ def test_early_stopping_stays_stopped(main, tmp_path):
     assert result_of(tmp_path / "runs/lenet/0")["epochs"] == epochs
 
 
-def test_a_moved_folder_keeps_its_best(main, trained, tmp_path):
-    """The best of the first epochs is known there too, and a worse one does not take its place."""
-    assert main("fit", *QUICK)[0] == 0
+def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main, tmp_path):
+    assert main("fit", *SHORT)[0] == 0
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     best = tmp_path / "moved/lenet/0/checkpoints/best.ckpt"
     before = best.read_bytes()
@@ -139,99 +160,107 @@ def test_a_moved_folder_keeps_its_best(main, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        (("--seed_everything", 1), "--seed_everything was 0 when the run began and is now 1"),
+        (("--seed_everything", 1), "--seed_everything was 0 when the run started and is now 1"),
         (("--data.val_images", 100), "--data.val_images was 5000"),
         (("--data.batch_size", 128), "--data.batch_size was 256"),
         (("--model.norm", "none"), "does not fit the network"),
-        (("--trainer.max_steps", 40), "CosineAnnealingLR was planned for 30 steps"),
-        (("--ckpt_path", "last"), "--resume and --ckpt_path are both given"),
-        (("--trainer.fast_dev_run", "true"), "--resume continues a run"),
+        (("--trainer.max_steps", 40), "CosineAnnealingLR was configured for 30 steps"),
+        (("--ckpt_path", "last"), "--resume and --ckpt_path cannot be used together"),
+        (("--trainer.fast_dev_run", "true"), "--resume saves the training in the run's folder"),
         pytest.param(
             ("--data.source", "system"), "was trained on other data", marks=needs_all_images
         ),
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_would_make_it_another_run_is_refused_and_nothing_is_touched(
-    main, tmp_path, settings, said
+def test_settings_that_do_not_fit_the_run_are_refused_and_its_folder_is_unchanged(
+    within_an_epoch, settings, message
 ):
-    assert main("fit", *QUICK, *COSINE, "--trainer.max_steps", 30)[0] == 0
-    before = content_of(tmp_path / "runs/lenet/0")
-    code, _, err = main("fit", "--resume", "runs/lenet/0", *settings)
-    assert code == 2
-    assert said in err
-    assert "Traceback" not in err
-    assert content_of(tmp_path / "runs/lenet/0") == before
+    folder = within_an_epoch / "runs/lenet/0"
+    before = content_of(folder)
+    done = run_here("fit", "--resume", folder, *settings, cwd=within_an_epoch, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert content_of(folder) == before
 
 
-def test_between_epochs_the_size_of_a_batch_may_change_and_that_is_said(main, tmp_path):
-    assert main("fit", *QUICK)[0] == 0
+@pytest.fixture(scope="module")
+def within_an_epoch(tmp_path_factory):
+    """The working directory of a run that ended within an epoch. No test may change it."""
+    cwd = tmp_path_factory.mktemp("within-an-epoch")
+    run_here("fit", *QUICK, *COSINE, "--trainer.max_steps", 30, cwd=cwd)
+    return cwd
+
+
+def test_the_batch_size_may_change_between_epochs(main, tmp_path):
+    assert main("fit", *QUICK, "--data.batch_size", 1_000)[0] == 0
     settings = ("--data.batch_size", 500, "--trainer.max_epochs", 3)
     code, out, err = main("fit", "--resume", "runs/lenet/0", *settings)
     assert code == 0, err
-    assert "changed: --data.batch_size 500, which was 256" in out
-    assert result_of(tmp_path / "runs/lenet/0")["steps"] == 44 + 11
+    assert "changed: --data.batch_size 500 (was 1000)" in out
+    assert result_of(tmp_path / "runs/lenet/0")["steps"] == 12 + 11
 
 
-def test_max_time_stops_within_an_epoch_and_tests_what_there_is(main, tmp_path):
-    assert main("fit", *QUICK, "--name", "whole")[0] == 0
+def test_max_time_stops_within_an_epoch_and_tests_the_network(main, uninterrupted, tmp_path):
     code, out, err = main("fit", *QUICK, "--trainer.max_time", str({"milliseconds": 250}))
     assert code == 0, err
-    assert "stopped by --trainer.max_time after step" in out
+    assert "Stopped by --trainer.max_time after step" in out
     assert "test acc" in out
     assert main("fit", "--resume", "runs/lenet/0", "--trainer.max_time", "null")[0] == 0
-    one, other = (kills.outcome(tmp_path / f"runs/{name}/0") for name in ("whole", "lenet"))
-    del one["curves"]["test_acc"], other["curves"]["test_acc"]
-    assert list(kills.differences(one, other)) == []
+    one, other = uninterrupted(*QUICK), kills.outcome(tmp_path / "runs/lenet/0")
+    # The stopped run was also tested in the middle.
+    found = kills.differences(one, other)
+    assert [it for it in found if not it.startswith("/curves/test_acc")] == []
 
 
-def test_two_lines_of_python_are_enough(tmp_path):
-    """Without the command line: a run that an exception has cut goes on from last.ckpt."""
-
-    class Cut(pl.Callback):
+def test_a_callback_and_a_plugin_are_enough_to_resume_exactly_in_python(tmp_path):
+    class Fail(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 31:
+            if trainer.global_step == 9:
                 raise InterruptedError
 
     def fit(where, *callbacks, ckpt_path=None):
         pl.seed_everything(0)
         trainer = pl.Trainer(
             max_epochs=2,
+            limit_train_batches=6,
             accelerator="cpu",
             default_root_dir=tmp_path / where,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[*callbacks, ExactResume(every_n_train_steps=10)],
+            callbacks=[*callbacks, ExactResume(every_n_train_steps=4)],
             plugins=[WholeCheckpointIO()],
         )
-        data = FashionMNIST("sample", flip=True)
+        data = FashionMNIST("sample", batch_size=100, flip=True)
         trainer.fit(Classifier(), data, ckpt_path=ckpt_path, weights_only=True)
         return torch.load(tmp_path / where / "checkpoints/last.ckpt", weights_only=True)
 
-    truth = fit("whole")
+    truth = fit("uninterrupted")
     with pytest.raises(InterruptedError):
-        fit("cut", Cut())
-    again = fit("cut", ckpt_path=tmp_path / "cut/checkpoints/last.ckpt")
+        fit("failed", Fail())
+    again = fit("failed", ckpt_path=tmp_path / "failed/checkpoints/last.ckpt")
     for name in ("state_dict", "optimizer_states", "global_step"):
         assert list(kills.differences(truth[name], again[name])) == []
 
 
-def test_no_step_is_in_the_curves_twice_or_missing(main, tmp_path):
-    every = (*QUICK, "--trainer.log_every_n_steps", 1)
-    assert main("fit", *every, "--trainer.max_steps", 30)[0] == 0
-    for steps in (12, -1):  # at first there is nothing left to do
+def test_a_resumed_run_logs_each_step_exactly_once(main, tmp_path):
+    every = (*SHORT, "--trainer.log_every_n_steps", 1)
+    assert main("fit", *every, "--trainer.max_steps", 8)[0] == 0
+    # With a limit of 3 steps, nothing is left to do.
+    for steps in (3, -1):
         assert main("fit", "--resume", "runs/lenet/0", "--trainer.max_steps", steps)[0] == 0
     events = events_in(tmp_path / "runs/lenet/0")
-    assert [event.step for event in events.Scalars("train_loss")] == list(range(44))
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(12))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # eight runs or more, which take four times as long on a busy machine
+@pytest.mark.timeout(900)  # eight or more runs
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kills(tmp_path, processes):
+def test_killed_runs_resume_bit_identically(tmp_path, processes):
     settings = ("--kills", "3", "--writing", "2", "--processes", str(processes))
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.kills", *settings, "--folder", tmp_path],
@@ -242,14 +271,14 @@ def test_kills(tmp_path, processes):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# A training loader without a position, such as a plain DataLoader
+# Training loaders that cannot be resumed within an epoch, such as a plain DataLoader
 
 PLAIN = "tests.support.plain_loader:EXPERIMENT"
 LAST = Path("runs/plain/0/checkpoints/last.ckpt")
 
 
 class Watch(pl.Callback):
-    """Notes of which step last.ckpt is, at each batch, and asks to stop at one of them."""
+    """Records the step of last.ckpt at each batch, and requests a stop at the step `stop_at`."""
 
     def __init__(self, stop_at=None):
         self.stop_at = stop_at
@@ -263,7 +292,7 @@ class Watch(pl.Callback):
 
 
 def plain_fit(*settings, reference=PLAIN, stop_at=None):
-    """Run fit in this process, and return of which step last.ckpt was at each batch."""
+    """Run fit in this process, and return the step of last.ckpt at each batch."""
     watch = Watch(stop_at)
     run.command_line(["fit", *map(str, settings)], reference, callbacks=[watch])
     return watch.saved
@@ -274,17 +303,22 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_without_a_position_it_is_saved_between_epochs_alone(here, capsys):
+def test_a_plain_loader_is_saved_between_epochs_only(here, capsys):
     saved = plain_fit("--checkpoint.every_n_train_steps", 3)
     assert saved == [0] * 10 + [10] * 10
     assert torch.load(LAST, weights_only=True)["global_step"] == 20
     out = capsys.readouterr().out
-    assert out.count("the training loader, a DataLoader, has no position: last.ckpt is") == 1
+    assert (
+        out.count(
+            "The training loader (DataLoader) cannot be resumed within an epoch. last.ckpt is"
+        )
+        == 1
+    )
     result = result_of(LAST.parent.parent)
     assert (result["steps"], result["finished"]) == (20, True)
 
 
-def test_without_a_position_a_finished_run_is_resumed_at_the_end_of_its_epoch(here, capsys):
+def test_a_finished_run_with_a_plain_loader_resumes_at_the_end_of_its_last_epoch(here, capsys):
     plain_fit()
     saved = plain_fit("--resume", "runs/plain/0", "--trainer.max_epochs", 3)
     assert saved == [20] * 10
@@ -293,23 +327,27 @@ def test_without_a_position_a_finished_run_is_resumed_at_the_end_of_its_epoch(he
     assert (result["steps"], result["epochs"], result["resumed_at_steps"]) == (30, 3, "20")
 
 
-@pytest.mark.parametrize(("step", "kept"), [(4, 0), (14, 10)])
-def test_without_a_position_a_stop_keeps_the_end_of_the_last_epoch(here, capsys, step, kept):
+@pytest.mark.parametrize(("step", "saved"), [(4, 0), (14, 10)])
+def test_a_stopped_run_with_a_plain_loader_resumes_at_the_end_of_an_epoch(
+    here, capsys, step, saved
+):
     with pytest.raises(Stopped) as stopped:
         plain_fit(stop_at=step)
     assert stopped.value.code == 128 + signal.SIGTERM
     out = capsys.readouterr().out
-    assert f"stopped by SIGTERM after step {step + 1}; saved until step {kept} in" in out
-    assert torch.load(LAST, weights_only=True)["global_step"] == kept
+    assert (
+        f"Stopped by SIGTERM after step {step + 1}; progress up to step {saved} is saved in" in out
+    )
+    assert torch.load(LAST, weights_only=True)["global_step"] == saved
     result = result_of(LAST.parent.parent)
     assert (result["steps"], result["finished"]) == (step + 1, False)
     plain_fit("--resume", "runs/plain/0")
     result = result_of(LAST.parent.parent)
-    assert (result["steps"], result["resumed_at_steps"]) == (20, str(kept))
+    assert (result["steps"], result["resumed_at_steps"]) == (20, str(saved))
 
 
-@pytest.mark.xfail(reason="ExactResume takes its epochs for unfinished", strict=True)
-def test_a_loader_without_a_length_is_resumed_at_the_end_of_its_epoch(here):
+@pytest.mark.xfail(reason="ExactResume considers its epochs unfinished", strict=True)
+def test_a_loader_without_a_length_resumes_at_the_end_of_its_last_epoch(here):
     stream = "tests.support.plain_loader:STREAM"
     assert plain_fit(reference=stream) == [0] * 10 + [10] * 10
     plain_fit("--resume", "runs/stream/0", "--trainer.max_epochs", 3, reference=stream)
@@ -318,7 +356,7 @@ def test_a_loader_without_a_length_is_resumed_at_the_end_of_its_epoch(here):
 
 
 class Line(pl.LightningModule):
-    """A module that is no Task."""
+    """A LightningModule that is not a Task."""
 
     def __init__(self):
         super().__init__()
@@ -332,7 +370,7 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_any_module_and_any_loader_are_saved_and_resumed(tmp_path, capsys):
+def test_any_module_with_any_loader_is_saved_and_resumed(tmp_path, capsys):
     def fit(epochs, ckpt_path=None):
         module = Line()
         trainer = pl.Trainer(
@@ -345,16 +383,17 @@ def test_any_module_and_any_loader_are_saved_and_resumed(tmp_path, capsys):
             callbacks=[ExactResume()],
             plugins=[WholeCheckpointIO()],
         )
-        loader = DataLoader(rows_of_a_line(), 8)  # in order, so that a resumed run is the same
+        # Without shuffling, a resumed run is the same.
+        loader = DataLoader(rows_of_a_line(), 8)
         trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
         return module.layer.weight.item()
 
-    whole = fit(3)
-    assert "a DataLoader, has no position" in capsys.readouterr().out
+    uninterrupted = fit(3)
+    assert "(DataLoader) cannot be resumed within an epoch" in capsys.readouterr().out
     fit(1)
-    assert fit(3, ckpt_path=tmp_path / "checkpoints/last.ckpt") == whole
+    assert fit(3, ckpt_path=tmp_path / "checkpoints/last.ckpt") == uninterrupted
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 15
 
 
-def test_a_loader_with_a_position_is_not_complained_of(trained):
-    assert "no position" not in trained[1]
+def test_an_exact_loader_causes_no_message(trained):
+    assert "cannot be resumed within an epoch" not in trained[1]

@@ -1,4 +1,4 @@
-"""Random numbers are functions of the seed and of a place in the run."""
+"""Random numbers are functions of the seed and the position in the run."""
 
 import random
 
@@ -22,28 +22,28 @@ def drawn():
     return (torch.rand(3).tolist(), random.random(), np.random.random())
 
 
-def test_a_step_draws_the_same_whatever_was_drawn_before():
-    place = (7, 2, 5, 1, torch.device("cpu"))
-    seeds.seed_step(*place)
+def test_the_numbers_of_a_step_do_not_depend_on_earlier_numbers():
+    position = (7, 2, 5, 1, torch.device("cpu"))
+    seeds.seed_step(*position)
     first = drawn()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    seeds.seed_step(*place)
+    seeds.seed_step(*position)
     assert drawn() == first
 
 
-def test_each_seed_epoch_batch_and_rank_draws_something_else():
-    place = [7, 2, 5, 1]
-    others = [[value + (n == changed) for n, value in enumerate(place)] for changed in range(4)]
+def test_seed_epoch_batch_and_rank_each_change_the_numbers():
+    position = [7, 2, 5, 1]
+    others = [[value + (n == changed) for n, value in enumerate(position)] for changed in range(4)]
     found = []
-    for numbers in (place, *others, [72, 5, 1, 0], [7, 25, 1, 0]):
+    for numbers in (position, *others, [72, 5, 1, 0], [7, 25, 1, 0]):
         seeds.seed_step(*numbers, torch.device("cpu"))
         found.append(drawn())
     for number, draw in enumerate(zip(*found, strict=True)):
         assert len(set(map(str, draw))) == len(found), ("torch", "random", "numpy")[number]
 
 
-def test_augmentation_order_and_split_draw_apart():
-    """A mirror must not depend on the place of a sample in the epoch."""
+def test_augmentation_order_and_split_use_different_numbers():
+    """A flip must not depend on the position of a sample in the epoch."""
     drawn_by = [seeds.for_samples(3, 1), seeds.for_samples(3, 2), seeds.for_split(3)]
     permutations = [generator.permutation(100).tolist() for generator in drawn_by]
     permutations.append(epoch_order(100, 3, 1).tolist())

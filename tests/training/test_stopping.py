@@ -1,4 +1,4 @@
-"""A run is asked to stop: by signals, by SLURM, by its time limit."""
+"""Stopping a run by a signal, by SLURM or by the time limit."""
 
 import os
 import signal
@@ -13,29 +13,67 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from bn_lightning.errors import RunFailed
 from bn_lightning.training import stopping
 from bn_lightning.training.stopping import Stopped, StopRequests
+from tests.conftest import QUICK, run_here
 from tests.support.runs import begin, posix, result_of, wait_until_it_trains
 
 
 @posix
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves(tmp_path, number, processes):
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_stops_the_run_after_the_current_step(tmp_path, number, processes):
     run = begin(tmp_path, "--trainer.devices", processes)
     wait_until_it_trains(run, tmp_path)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 128 + number, out + err
+    assert_saved(tmp_path, number, run.returncode, out, err)
+
+
+def assert_saved(tmp_path, number, code, out, err):
+    """Check the exit code, the output and the folder of a run that a signal stopped."""
+    assert code == 128 + number, out + err
     assert "resume with: python -m bn_lightning fit --resume runs/lenet/0" in out
     assert "Traceback" not in err and "terminate called" not in err
     last = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
     step = last["global_step"]
-    assert f"stopped by {number.name} after step {step:,}; everything is saved in" in out
+    assert f"Stopped by {number.name} after step {step:,}; progress is saved in" in out
     result = result_of(tmp_path / "runs/lenet/0")
     assert (result["finished"], result["steps"], result["test_acc"]) == (False, step, None)
 
 
+# A callback that sends a signal to its own process after 3 steps.
+SENDS = """\
+import os
+import lightning.pytorch as pl
+
+
+class Sends(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), {number})
+"""
+
+
+def fit_with_signal(cwd, number):
+    """Run fit in this process, which receives a signal."""
+    (cwd / "sends.py").write_text(SENDS.format(number=int(number)))
+    return run_here("fit", *QUICK, "--trainer.callbacks+=sends.Sends", cwd=cwd, check=False)
+
+
 @posix
-def test_a_second_signal_stops_at_once(tmp_path):
+def test_sigterm_stops_the_run_after_the_current_step(tmp_path):
+    done = fit_with_signal(tmp_path, signal.SIGTERM)
+    assert_saved(tmp_path, signal.SIGTERM, done.returncode, done.stdout, done.stderr)
+
+
+@posix
+def test_a_second_signal_stops_the_run_immediately(tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import time, pathlib, lightning.pytorch as pl\n\n\nclass Slow(pl.Callback):\n"
@@ -49,18 +87,18 @@ def test_a_second_signal_stops_at_once(tmp_path):
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    assert run.poll() is None  # in the middle of a step
+    assert run.poll() is None  # within a step
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=10)
     assert run.returncode == 130
 
 
 @posix
-def test_slurm_takes_the_job_away_and_gives_it_again(tmp_path):
-    """SLURM's signal saves between two steps and requeues the job; scontrol is a script here."""
+def test_slurms_signal_saves_between_two_steps_and_requeues_the_job(tmp_path, monkeypatch):
+    """A shell script replaces scontrol."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n')
     scontrol.chmod(0o755)
     slurm = {
         "SLURM_JOB_ID": "7",
@@ -73,27 +111,26 @@ def test_slurm_takes_the_job_away_and_gives_it_again(tmp_path):
         "SLURM_NTASKS_PER_NODE": "1",
         "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
     }
-    run = begin(tmp_path, environment=slurm)
-    wait_until_it_trains(run, tmp_path)
-    run.send_signal(signal.SIGUSR1)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 0, err
-    assert "stopped by SIGUSR1" in out
-    assert "job 7 is requeued" in err
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    done = fit_with_signal(tmp_path, signal.SIGUSR1)
+    assert done.returncode == 0, done.stderr
+    assert "Stopped by SIGUSR1" in done.stdout
+    assert "job 7 was requeued" in done.stderr
+    assert (tmp_path / "arguments").read_text() == "requeue 7\n"
     assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
 @pytest.mark.parametrize(
-    ("array", "asked"),
+    ("array", "job"),
     [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "5_2")],
 )
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "reason"),
     [("echo no permission >&2; exit 3", "no permission"), (None, "No such file or directory")],
 )
-def test_a_job_that_is_not_requeued_is_said(
-    tmp_path, monkeypatch, capsys, script, said, array, asked
+def test_a_failure_to_requeue_is_reported(
+    tmp_path, monkeypatch, capsys, script, reason, array, job
 ):
     for name, value in {"SLURM_JOB_ID": "7", "PATH": str(tmp_path), **array}.items():
         monkeypatch.setenv(name, value)
@@ -102,10 +139,10 @@ def test_a_job_that_is_not_requeued_is_said(
         (tmp_path / "scontrol").chmod(0o755)
     stopping._requeue()
     printed = capsys.readouterr().err
-    assert printed.startswith(f"job {asked} was not requeued: ") and said in printed
+    assert printed.startswith(f"SLURM job {job} was not requeued: ") and reason in printed
 
 
-# In this process
+# Stop requests without a run
 
 
 def trainer_with(world_size=1, device="cpu", rank=0, environment=None):
@@ -123,7 +160,7 @@ def trainer_with(world_size=1, device="cpu", rank=0, environment=None):
         (trainer_with(device="cuda"), [0, 10, 20]),
     ],
 )
-def test_where_a_look_is_expensive_it_is_rare(trainer, batches):
+def test_expensive_checks_are_due_every_ten_steps(trainer, batches):
     assert [n for n in range(25) if stopping.is_check_due(trainer, n)] == batches
 
 
@@ -140,23 +177,24 @@ def requests_in_a_trainer(max_time=None):
     return trainer, requests, handlers
 
 
-def test_nothing_is_asked_for_at_first():
+def test_at_first_there_is_no_stop_request():
     trainer, requests, _ = requests_in_a_trainer(max_time="00:01:00:00")
     assert requests.pending(trainer) == 0
     assert not requests.is_out_of_time
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted_and_stops_with_its_code(number, capsys):
+def test_a_signal_stops_with_its_exit_code(number, capsys):
     trainer, requests, handlers = requests_in_a_trainer()
     handlers[number](number, None)
-    handlers[number](number, None)  # the same signal to the process and to its group
+    # The same signal to the process and to its group.
+    handlers[number](number, None)
     assert requests.pending(trainer) == number
     with pytest.raises(Stopped) as stopped:
         requests.stop(trainer, "all is saved")
     assert stopped.value.code == 128 + number
-    said = capsys.readouterr().out
-    assert said == f"\nstopped by {number.name} after step 0; all is saved\n"
+    printed = capsys.readouterr().out
+    assert printed == f"\nStopped by {number.name} after step 0; all is saved\n"
 
 
 def test_the_time_limit_counts_from_the_start_of_training(capsys):
@@ -167,16 +205,16 @@ def test_the_time_limit_counts_from_the_start_of_training(capsys):
     assert requests.is_out_of_time
     with pytest.raises(Stopped) as stopped:
         requests.stop(trainer, "all is saved")
-    assert stopped.value.code == 0  # it did what it was told
-    assert "stopped by --trainer.max_time" in capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "Stopped by --trainer.max_time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [Stopped(143), RunFailed("a loss")])
-def test_all_ranks_end_and_the_first_one_tells_why(error):
+def test_all_ranks_end_and_rank_0_reports_the_reason(error):
     with pytest.raises(type(error)) as raised:
         stopping.end_all_ranks(trainer_with(), error)
     assert raised.value is error
-    # For a code other than 0 Lightning's launcher kills rank 0, which may still be writing.
+    # On any other code, Lightning's launcher kills rank 0, which may still be writing.
     for environment, code in ((LightningEnvironment(), 0), (TorchElasticEnvironment(), None)):
         with pytest.raises(Stopped) as raised:
             stopping.end_all_ranks(trainer_with(2, rank=1, environment=environment), error)

@@ -1,4 +1,4 @@
-"""What may change the rounding of a run besides its settings."""
+"""Conditions outside the settings that affect rounding."""
 
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ def trainer(world_size=1, rank=0):
     return SimpleNamespace(world_size=world_size, strategy=strategy, is_global_zero=rank == 0)
 
 
-def test_they_are_plain_data():
+def test_the_conditions_are_plain_data():
     found = surroundings.of(trainer(world_size=3))
     assert found == {
         "torch": version("torch"),
@@ -25,7 +25,7 @@ def test_they_are_plain_data():
     }
 
 
-def test_what_differs_is_printed_once(capsys):
+def test_differences_are_printed_on_rank_0_only(capsys):
     now = surroundings.of(trainer())
     surroundings.report_differences(trainer(), dict(now))
     assert capsys.readouterr().out == ""
@@ -34,15 +34,15 @@ def test_what_differs_is_printed_once(capsys):
     assert capsys.readouterr().out == ""
     surroundings.report_differences(trainer(), before)
     assert capsys.readouterr().out == (
-        f"resuming with torch {now['torch']}, before 2.0.1; processes 1, before 2: "
-        "the same run up to rounding, not to the bit\n"
+        f"Resuming with torch {now['torch']} (was 2.0.1), processes 1 (was 2). "
+        "The resumed run is equal up to rounding, but not bit for bit.\n"
     )
-    del before["device"]  # a checkpoint of a version that did not keep it
+    del before["device"]  # as in a checkpoint of an older version
     surroundings.report_differences(trainer(), before)
-    assert "device cpu, before None" in capsys.readouterr().out
+    assert "device cpu (was unknown)" in capsys.readouterr().out
 
 
-def test_a_resumed_run_says_it(main, tmp_path):
+def test_a_resumed_run_prints_the_differences(main, tmp_path):
     settings = ("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1)
     assert main("fit", *QUICK, *settings)[0] == 0
     last = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"
@@ -50,4 +50,6 @@ def test_a_resumed_run_says_it(main, tmp_path):
     checkpoint["between_steps"]["surroundings"]["torch"] = "2.0.1"
     torch.save(checkpoint, last)
     _, out, _ = main("fit", "--resume", "runs/lenet/0", "--trainer.max_epochs", 2)
-    assert f"resuming with torch {version('torch')}, before 2.0.1: the same run up to" in out
+    assert (
+        f"Resuming with torch {version('torch')} (was 2.0.1). The resumed run is equal up to" in out
+    )

@@ -1,4 +1,4 @@
-"""The base class of tasks: metrics, memory format, and what it keeps in a checkpoint."""
+"""The base class of tasks: metrics, memory format, and the content of its checkpoints."""
 
 import shutil
 import sys
@@ -36,8 +36,8 @@ def fit(model, data=None, ckpt_path=None, **settings):
     return trainer
 
 
-class Least(Task):
-    """A task that says as little as it can."""
+class Minimal(Task):
+    """A minimal task."""
 
     def __init__(self, width: int = 3, **training) -> None:
         super().__init__(nn.Linear(10, width), **training)
@@ -51,16 +51,16 @@ class Least(Task):
 # Metrics
 
 
-def test_names_of_metrics_begin_with_the_loss():
+def test_the_first_metric_name_is_the_loss():
     model = Regression()
     assert model.metric_names == ("loss", "rmse", "r2")
     for stage in ("train", "val", "test"):
         assert model.names(stage) == [f"{stage}_{name}" for name in ("loss", "rmse", "r2")]
-    assert Least().names("val") == ["val_loss"]
+    assert Minimal().names("val") == ["val_loss"]
 
 
 @pytest.mark.parametrize(("selects", "best"), [(("val_rmse", "min"), 2), (("val_acc", "max"), 3)])
-def test_the_best_validation_is_the_one_that_the_task_selects(selects, best):
+def test_the_best_validation_is_determined_by_selects(selects, best):
     class Selecting(Task):
         pass
 
@@ -73,8 +73,8 @@ def test_the_best_validation_is_the_one_that_the_task_selects(selects, best):
     assert Selecting.best([]) == {}
 
 
-def test_each_metric_is_logged_as_a_mean_over_its_epoch():
-    """Over samples, not over batches: the last batch is smaller."""
+def test_each_metric_is_logged_over_the_samples_of_its_epoch():
+    """The last batch is smaller, so a mean over batches would differ."""
     model, data = Regression(lr=0.0), table()
     trainer = fit(model, data, max_epochs=2)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -88,15 +88,14 @@ def test_each_metric_is_logged_as_a_mean_over_its_epoch():
     assert logged["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert logged["val_rmse"] == pytest.approx(loss**0.5, rel=1e-5)
     assert logged["val_r2"] == pytest.approx(1 - loss / spread, rel=1e-4)
-    # Of the second epoch alone, in which the weights are those of the first.
+    # The learning rate is 0, so both epochs have the same weights.
     assert logged["train_rmse"] == pytest.approx(logged["train_loss_epoch"] ** 0.5, rel=1e-5)
-    [figures] = trainer.test(model, datamodule=data, verbose=False)
-    assert list(figures) == ["test_loss", "test_rmse", "test_r2"]
-    assert figures["test_rmse"] == pytest.approx(figures["test_loss"] ** 0.5, rel=1e-5)
+    [metrics] = trainer.test(model, datamodule=data, verbose=False)
+    assert list(metrics) == ["test_loss", "test_rmse", "test_r2"]
+    assert metrics["test_rmse"] == pytest.approx(metrics["test_loss"] ** 0.5, rel=1e-5)
 
 
-def test_stages_have_metrics_of_their_own():
-    """A validation within an epoch leaves the training metrics alone."""
+def test_a_validation_within_an_epoch_does_not_affect_training_metrics():
     logged = []
     for interval in (2, 1.0):
         torch.manual_seed(0)
@@ -105,11 +104,11 @@ def test_stages_have_metrics_of_their_own():
         assert torch.equal(logged[0][name], logged[1][name]), name
 
 
-def test_the_metrics_that_are_given_are_not_changed():
+def test_the_given_metric_objects_are_not_changed():
     given = MeanAbsoluteError()
 
     class Absolute(Task):
-        step = Least.step
+        step = Minimal.step
 
         def __init__(self):
             super().__init__(nn.Linear(10, 1), {"mae": given})
@@ -120,7 +119,7 @@ def test_the_metrics_that_are_given_are_not_changed():
     assert {"train_mae", "val_mae"} <= set(dict(model.named_children()))
 
 
-def test_a_loss_that_is_not_a_number_shows():
+def test_a_nan_loss_appears_in_the_mean_loss():
     model = Classifier()
     with torch.no_grad():
         model.network.fc3.bias[0] = torch.nan
@@ -128,13 +127,13 @@ def test_a_loss_that_is_not_a_number_shows():
     assert trainer.callback_metrics["train_loss_epoch"].isnan()
 
 
-def test_the_sum_of_shards_of_any_size_is_the_gradient_of_the_batch():
-    """DistributedDataParallel averages the gradients of its processes; so does this test."""
+def test_shards_of_unequal_size_give_the_gradient_of_the_batch():
+    """This test averages gradients over the ranks, as DistributedDataParallel does."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(10, 10), torch.randn(10)
     gradients = []
-    for world_size in (1, 3):  # 10 samples are 4, 3 and 3
-        model = Least()
+    for world_size in (1, 3):  # 3 ranks get 4, 3 and 3 samples
+        model = Minimal()
         with torch.no_grad():
             model.network.weight.copy_(torch.arange(30.0).view(3, 10) / 30)
             model.network.bias.zero_()
@@ -152,8 +151,8 @@ def test_the_sum_of_shards_of_any_size_is_the_gradient_of_the_batch():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_loader_that_does_not_say_its_sizes_is_taken_to_give_equal_shards():
-    model = Least()
+def test_shards_are_assumed_equal_if_the_loader_has_no_sizes():
+    model = Minimal()
     model.trainer = SimpleNamespace(world_size=2, train_dataloader=[], log_every_n_steps=0)
     model._means_are_logged = True
     model.training_step((torch.randn(4, 10), torch.randn(4)), 0)
@@ -169,7 +168,7 @@ def is_channels_last(model):
         weight.is_contiguous(memory_format=layout)
         for layout in (torch.channels_last, torch.contiguous_format)
     )
-    assert last != first  # of (16, 6, 5, 5) one or the other
+    assert last != first
     return last
 
 
@@ -183,16 +182,16 @@ def is_channels_last(model):
         ("article", False),
         ("torch.nn.Identity", True),
         ("own_layouts.Indifferent", False),
-        ("own_layouts.Fond", True),
+        ("own_layouts.Preferring", True),
     ],
 )
-def test_the_norms_decide_the_memory_format(tmp_path, monkeypatch, norm, is_last):
+def test_the_norm_layers_determine_the_memory_format(tmp_path, monkeypatch, norm, is_last):
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("own_layouts", None)
     (tmp_path / "own_layouts.py").write_text(
         "from bn_lightning import BatchNorm\n\n\n"
         "class Indifferent(BatchNorm):\n    prefers_channels_last = False\n\n\n"
-        "class Fond(BatchNorm):\n    prefers_channels_last = True\n"
+        "class Preferring(BatchNorm):\n    prefers_channels_last = True\n"
     )
     model = Classifier(norm)
     fit(model, FashionMNIST("sample"), fast_dev_run=True)
@@ -201,9 +200,9 @@ def test_the_norms_decide_the_memory_format(tmp_path, monkeypatch, norm, is_last
 
 @pytest.mark.parametrize("norm", ["custom", "builtin", "none", "group"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_a_memory_format_that_is_given_decides(norm, layout):
+def test_an_explicit_memory_format_takes_precedence(norm, layout):
     model = Classifier(norm, memory_format=layout)
-    assert not is_channels_last(model)  # not before the run
+    assert not is_channels_last(model)
     fit(model, FashionMNIST("sample"), fast_dev_run=True)
     assert is_channels_last(model) == (layout == "channels_last")
 
@@ -214,14 +213,14 @@ def test_an_unknown_memory_format_is_refused(main):
     assert "channels_first" in err and "channels_last" in err
 
 
-# What a subclass says, and what it may leave out
+# Methods of a subclass, and their defaults
 
 
-def test_a_task_says_little_by_default():
-    model = Least()
+def test_defaults_of_a_minimal_task():
+    model = Minimal()
     assert (model.selects, model.import_paths) == (("val_loss", "min"), ("optimizer", "scheduler"))
     assert (model.describe(), model.facts(), model.summary()) == ("Linear", {}, [])
-    assert model.test_report() == "no table of classes: this task has no classes"
+    assert model.test_report() == "No table of classes: this task has no classes."
     assert model.confusion is None
     inputs = torch.randn(4, 10)
     assert torch.equal(model.predict_step((inputs, torch.zeros(4)), 0), model.network(inputs))
@@ -229,8 +228,8 @@ def test_a_task_says_little_by_default():
         Task(nn.Linear(1, 1)).step(None, "train")
 
 
-def test_settings_are_those_of_the_subclass_and_of_the_base_as_plain_data(tmp_path):
-    model = Least(width=5, lr=0.25, optimizer="AdamW", optimizer_args={"weight_decay": 0.5})
+def test_settings_of_the_subclass_and_the_base_class_are_saved_as_plain_data(tmp_path):
+    model = Minimal(width=5, lr=0.25, optimizer="AdamW", optimizer_args={"weight_decay": 0.5})
     assert dict(model.hparams) == {
         "width": 5,
         "lr": 0.25,
@@ -244,14 +243,14 @@ def test_settings_are_those_of_the_subclass_and_of_the_base_as_plain_data(tmp_pa
     fit(model).save_checkpoint(tmp_path / "x.ckpt")
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert content["hyper_parameters"] == dict(model.hparams)
-    restored = Least.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    restored = Minimal.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert restored.hparams == model.hparams
     assert torch.equal(restored.network.weight, model.network.weight)
 
 
-def test_a_subclass_may_have_a_network_as_a_setting(tmp_path):
+def test_a_subclass_may_have_a_setting_named_network(tmp_path):
     class ByName(Task):
-        step = Least.step
+        step = Minimal.step
 
         def __init__(self, network: str = "linear", **training) -> None:
             super().__init__(nn.Linear(10, 3), **training)
@@ -268,7 +267,7 @@ def test_a_subclass_may_have_a_network_as_a_setting(tmp_path):
 # Checkpoints
 
 
-def test_weights_in_float64_are_restored_as_they_were(tmp_path):
+def test_float64_weights_are_restored_exactly(tmp_path):
     """Lightning loads a checkpoint before it converts the module to its precision."""
     exact = {"precision": "64-true"}
     fit(Regression(), **exact).save_checkpoint(tmp_path / "x.ckpt")
@@ -280,8 +279,8 @@ def test_weights_in_float64_are_restored_as_they_were(tmp_path):
         assert torch.equal(value, saved[name]), name
 
 
-def test_metrics_of_an_unfinished_epoch_go_on(tmp_path):
-    """Also those that are no mean: a root of a mean, and a coefficient of four sums."""
+def test_metrics_of_an_unfinished_epoch_are_restored(tmp_path):
+    """RMSE and R2 are not means over samples."""
 
     def train(*, max_steps=-1, ckpt_path=None):
         resume = ExactResume(dirpath=str(tmp_path))
@@ -290,16 +289,16 @@ def test_metrics_of_an_unfinished_epoch_go_on(tmp_path):
         model = Regression()
         return fit(model, ckpt_path=ckpt_path, max_epochs=2, **settings).callback_metrics
 
-    whole = dict(train())
-    train(max_steps=10)  # of 14
+    uninterrupted = dict(train())  # 14 steps
+    train(max_steps=10)
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert content["train_metrics"]["train_r2.total"].tolist() == [90]
     resumed = train(ckpt_path=tmp_path / "last.ckpt")
     for name in ("train_loss_epoch", "train_rmse", "train_r2", "val_rmse"):
-        assert torch.equal(resumed[name], whole[name]), name
+        assert torch.equal(resumed[name], uninterrupted[name]), name
 
 
-def test_a_learning_rate_that_is_typed_beats_the_one_in_the_checkpoint(main, trained, tmp_path):
+def test_a_learning_rate_on_the_command_line_overrides_the_checkpoint(main, trained, tmp_path):
     last = trained[0] / "checkpoints" / "last.ckpt"
     flags = ("--trainer.max_epochs", 3, "--trainer.limit_train_batches", 2, "--model.lr", "0.125")
     assert main("fit", "--ckpt_path", last, *flags)[0] == 0
@@ -307,16 +306,16 @@ def test_a_learning_rate_that_is_typed_beats_the_one_in_the_checkpoint(main, tra
     assert resumed["optimizer_states"][0]["param_groups"][0]["lr"] == 0.125
 
 
-def test_an_optimizers_argument_beats_it_too_and_a_schedule_does_not(tmp_path):
+def test_optimizer_arguments_override_the_checkpoint_unless_there_is_a_scheduler(tmp_path):
     schedule = {"scheduler": "StepLR", "scheduler_args": {"step_size": 1}}
-    for kept, lr in (({}, 0.5), (schedule, 0.01)):
-        before = Regression(lr=0.1, optimizer_args={"momentum": 0.1}, **kept)
+    for scheduler, lr in (({}, 0.5), (schedule, 0.01)):
+        before = Regression(lr=0.1, optimizer_args={"momentum": 0.1}, **scheduler)
         fit(before).save_checkpoint(tmp_path / "x.ckpt")
-        after = Regression(lr=0.5, optimizer_args={"momentum": 0.9}, **kept)
+        after = Regression(lr=0.5, optimizer_args={"momentum": 0.9}, **scheduler)
         trainer = fit(after, ckpt_path=tmp_path / "x.ckpt", max_epochs=2, max_steps=8)
         [group] = trainer.optimizers[0].param_groups
         assert group["lr"] == pytest.approx(lr)
-        assert group["momentum"] == (0.1 if kept else 0.9)
+        assert group["momentum"] == (0.1 if scheduler else 0.9)
 
 
 @pytest.mark.slow
@@ -327,7 +326,7 @@ def test_compiled_and_eager_runs_interchange_checkpoints(tmp_path):
     names = ("eager", "compiled")
     eager, compiled = (tmp_path / f"runs/{name}/0/checkpoints/last.ckpt" for name in names)
     assert weights(eager).keys() == weights(compiled).keys()
-    figures = [
+    outputs = [
         command(
             *("test", "--data.source", "sample", "--ckpt_path", checkpoint),
             *("--model.compile", is_compiled),
@@ -336,5 +335,5 @@ def test_compiled_and_eager_runs_interchange_checkpoints(tmp_path):
         for checkpoint in (eager, compiled)
         for is_compiled in ("false", "true")
     ]
-    assert figures[0] == figures[1] != ""
-    assert figures[2] == figures[3] != ""
+    assert outputs[0] == outputs[1] != ""
+    assert outputs[2] == outputs[3] != ""

@@ -1,4 +1,4 @@
-"""Metrics of an unfinished epoch, saved and restored on any number of processes."""
+"""Saving and restoring the metrics of an unfinished epoch on any number of processes."""
 
 import socket
 
@@ -19,14 +19,14 @@ from torchmetrics import (
 from bn_lightning import UserError
 from bn_lightning.training import unfinished_epoch
 
-# What each metric is updated with on one process: outputs and targets, or values.
+# Metrics that are updated with outputs and targets; others are updated with values.
 PAIRED = (MeanSquaredError, R2Score, PearsonCorrCoef)
 SUMS = (MeanMetric, SumMetric, MeanSquaredError, R2Score)
 KINDS = (*SUMS, CatMetric, MaxMetric, MinMetric)
 
 
 def updated(kind, rank, batches=2):
-    """Return a metric that has seen some batches of one process."""
+    """Return a metric after some batches of one rank."""
     metric = kind()
     generator = torch.Generator().manual_seed(rank)
     for _ in range(batches):
@@ -36,7 +36,7 @@ def updated(kind, rank, batches=2):
 
 
 def saved_by(metrics):
-    """Return what a checkpoint of several processes has, of the metric of each of them."""
+    """Return the states in a checkpoint of several ranks, given the metric of each rank."""
     parts = [unfinished_epoch.save({"m": metric}, world_size=1) for metric in metrics]
     return {
         key: torch.cat([part[key] for part in parts])
@@ -47,7 +47,7 @@ def saved_by(metrics):
 
 
 def restored(kind, saved, world_size):
-    """Return the metric of each rank."""
+    """Return the restored metric of each rank."""
     metrics = [kind() for _ in range(world_size)]
     for rank, metric in enumerate(metrics):
         unfinished_epoch.restore({"m": metric}, saved, rank, world_size)
@@ -55,20 +55,20 @@ def restored(kind, saved, world_size):
 
 
 def over_all(metrics):
-    """Compute a metric over all ranks as torchmetrics does: by the reduction of each state."""
-    whole = type(metrics[0])()
-    for state, reduce in whole._reductions.items():
+    """Compute a metric over all ranks as torchmetrics does, by reducing each state."""
+    combined = type(metrics[0])()
+    for state, reduce in combined._reductions.items():
         values = [getattr(metric, state) for metric in metrics]
         if isinstance(values[0], list):
-            setattr(whole, state, [part for value in values for part in value])
+            setattr(combined, state, [part for value in values for part in value])
         else:
-            setattr(whole, state, reduce(torch.stack(values)))
-    whole._update_count = 1
-    return whole.compute()
+            setattr(combined, state, reduce(torch.stack(values)))
+    combined._update_count = 1
+    return combined.compute()
 
 
 @pytest.mark.parametrize("kind", [*KINDS, PearsonCorrCoef])
-def test_one_process_goes_on_where_it_was(kind, tmp_path):
+def test_one_process_restores_its_metrics_exactly(kind, tmp_path):
     metric = updated(kind, rank=0)
     torch.save(unfinished_epoch.save({"m": metric}, world_size=1), tmp_path / "states")
     again = kind()
@@ -84,7 +84,7 @@ def test_one_process_goes_on_where_it_was(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, PearsonCorrCoef])
-def test_each_of_as_many_processes_gets_its_own(kind):
+def test_the_same_number_of_ranks_restores_the_state_of_each_rank(kind):
     before = [updated(kind, rank) for rank in range(3)]
     after = restored(kind, saved_by(before), world_size=3)
     for old, new in zip(before, after, strict=True):
@@ -94,29 +94,29 @@ def test_each_of_as_many_processes_gets_its_own(kind):
 
 @pytest.mark.parametrize("now", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_number_of_processes_has_the_same_together(kind, now):
+def test_another_number_of_ranks_computes_the_same_value(kind, now):
     before = [updated(kind, rank) for rank in range(3)]
     after = restored(kind, saved_by(before), world_size=now)
     torch.testing.assert_close(over_all(after), over_all(before), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_process_that_had_seen_nothing(kind):
-    """A list that is empty, and the smallest and the largest number there are."""
+def test_a_rank_without_samples_does_not_change_the_value(kind):
+    """Its state may be an empty list or an infinite value."""
     before = [updated(kind, 0), kind()]
     for now in (1, 2, 3):
         after = restored(kind, saved_by(before), world_size=now)
         assert torch.equal(over_all(after), over_all(before))
 
 
-def test_a_state_that_cannot_be_divided_is_refused_by_the_name_of_its_metric():
+def test_a_state_that_cannot_be_redistributed_is_refused():
     saved = saved_by([updated(PearsonCorrCoef, rank) for rank in range(2)])
     with pytest.raises(UserError, match=r"(?s)metric m cannot .*Resume with 2 process") as it:
         restored(PearsonCorrCoef, saved, world_size=3)
     assert "'mean_x'" in str(it.value)
 
 
-def test_metrics_that_the_task_has_no_longer_are_left_out():
+def test_states_of_metrics_that_no_longer_exist_are_ignored():
     saved = unfinished_epoch.save({"old": updated(SumMetric, 0)}, world_size=1)
     metric = updated(SumMetric, 1)
     before = metric.compute()
@@ -127,10 +127,10 @@ def test_metrics_that_the_task_has_no_longer_are_left_out():
     assert not hasattr(other, "sum_value")
 
 
-def saved_on_a_process(rank, world_size, port, path):
+def save_on_rank(rank, world_size, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    # As many batches as the number of the rank: rank 0 has none.
+    # Rank 0 has no batches.
     metrics = {"cat": updated(CatMetric, rank, batches=rank), "r2": updated(R2Score, rank)}
     saved = unfinished_epoch.save(metrics, world_size)
     torch.save(saved, path.with_name(f"rank-{rank}"))
@@ -139,11 +139,11 @@ def saved_on_a_process(rank, world_size, port, path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_each_process_saves_the_states_of_all(tmp_path):
+def test_each_rank_saves_the_states_of_all_ranks(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(saved_on_a_process, (2, port, tmp_path / "rank"), nprocs=2)
+    torch.multiprocessing.spawn(save_on_rank, (2, port, tmp_path / "rank"), nprocs=2)
     expected = saved_by([updated(R2Score, rank) for rank in range(2)])
     for rank in range(2):
         saved = torch.load(tmp_path / f"rank-{rank}", weights_only=True)
