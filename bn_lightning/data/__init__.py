@@ -1,1 +1,1 @@
-"""Data sets: where they come from, how they are checked, and the batches made of them."""
+"""Data sets: sources, checks of the files, preprocessing and augmentation."""

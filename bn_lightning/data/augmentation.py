@@ -1,4 +1,4 @@
-"""Mirrored and shifted training images."""
+"""Random flips and shifts of training images."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,15 @@ from bn_lightning.training import seeds
 
 
 class Augmentation:
-    """Mirrors and shifts of one epoch, for each image a function of (seed, epoch, image).
+    """Random flips and shifts of one epoch.
 
-    So they are the same in any batch, on any process, and in any part of an interrupted run.
+    Those of an image depend only on seed, epoch and index of the image. They do not depend on the
+    batch, on the process, or on an interruption of the run.
 
     Args:
-        num_images: N, of the whole data set.
-        flip: whether half of the images are mirrored, left to right.
-        shift: the most pixels by which an image is moved along each axis; the border is black.
+        num_images: N, the size of the whole data set.
+        flip: whether to flip half of the images left to right.
+        shift: maximum shift in pixels along each axis; the border is filled with 0.
     """
 
     def __init__(self, num_images: int, seed: int, epoch: int, flip: bool, shift: int) -> None:
@@ -26,7 +27,7 @@ class Augmentation:
         self.shifts = torch.from_numpy(shifts)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return the images (B, H, W), those of the data set at `indices` (B,), augmented."""
+        """Return the images (B, H, W) of the samples at `indices` (B,), flipped and shifted."""
         device, (height, width) = images.device, images.shape[1:]
         flips = self.flips[indices.cpu()].to(device)
         shifts = self.shifts[indices.cpu()].to(device)
@@ -34,5 +35,5 @@ class Augmentation:
         rows = torch.arange(height, device=device) + self.shift - shifts[:, 0]  # (B, H)
         columns = torch.arange(width, device=device) + self.shift - shifts[:, 1]  # (B, W)
         columns = torch.where(flips[:, None], padded.shape[2] - 1 - columns, columns)
-        places = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
-        return padded.flatten(1).gather(1, places.flatten(1)).view_as(images)
+        positions = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+        return padded.flatten(1).gather(1, positions.flatten(1)).view_as(images)

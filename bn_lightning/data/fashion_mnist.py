@@ -1,4 +1,4 @@
-"""Fashion-MNIST as a LightningDataModule, held in memory."""
+"""Fashion-MNIST as a data module, in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +22,11 @@ MEAN, STD = 0.2860, 0.3530  # of the training pixels in [0, 1]
 
 
 class Preprocessing(nn.Module):
-    """From raw images, uint8 (N, 28, 28), to the network's input, float32 (N, 1, 28, 28).
+    """Converts raw images, uint8 (N, 28, 28), to network inputs, float32 (N, 1, 28, 28).
 
-    Pixels are scaled to [0, 1], or standardized with the mean and deviation of the data set.
+    Args:
+        normalize: whether to standardize pixels with the mean and standard deviation of the data
+            set, instead of scaling them to [0, 1].
     """
 
     def __init__(self, normalize: bool) -> None:
@@ -32,36 +34,35 @@ class Preprocessing(nn.Module):
         self.normalize = normalize
 
     def forward(self, images: Tensor) -> Tensor:
-        # uint8 / 255 is float32, rounded as torchvision's ToTensor does.
+        # uint8 divided by 255 is float32, with the same rounding as in torchvision's ToTensor.
         x = images.unsqueeze(1).div(255)
         return x.sub_(MEAN).div_(STD) if self.normalize else x
 
     def invert(self, inputs: Tensor) -> Tensor:
-        """Return the raw images of network inputs."""
+        """Return network inputs as raw images."""
         x = inputs.float().squeeze(1)
         x = x * STD + MEAN if self.normalize else x
         return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class FashionMNIST(DataModule):
-    """Fashion-MNIST: 28x28 greyscale pictures of clothes, 10 classes, 60,000 to train on, 10,000 to test.
+    """Fashion-MNIST: 60,000 training and 10,000 test images of clothes, 28x28, in 10 classes.
 
     Args:
-        source: `auto`, `system`, `download`, `sample`, or a folder that holds the idx files, raw or
-            .gz. `auto` takes the first that can be had: what `root` holds, the system's copy, the
-            download, the packaged sample.
-        root: the folder that keeps downloads.
-        mirrors: addresses to download from.
-        batch_size: images of one batch, over all processes together.
-        val_images: how many of the 60,000 training images are held out for validation, stratified
-            by class and chosen by the seed (of the packaged sample, which is smaller, the same
-            proportion). 0 trains on all of them and validates on the test set, as the article does;
-            then no checkpoint is selected.
-        normalize: standardize pixels with the data set's mean and deviation; the article leaves
-            them in [0, 1].
-        flip: mirror half of the training images, others in each epoch.
-        shift: move each training image by up to so many pixels along each axis, anew in each epoch.
-        seed: of the split and of the order of each epoch. On the command line --seed_everything.
+        source: `auto`, `system`, `download`, `sample`, or a folder with the idx files, raw or .gz.
+            `auto` tries `root`, the system's copy and the download, then uses the packaged sample.
+        root: folder for downloads.
+        mirrors: base URLs to download from.
+        batch_size: number of images per batch, over all processes.
+        val_images: number of training images held out for validation (in the sample, the same
+            fraction); 0 validates on the test set, as the article does, and selects no checkpoint.
+        normalize: standardize pixels; by default they are in [0, 1], as in the article.
+        flip: flip half of the training images left to right, at random in each epoch.
+        shift: maximum random shift of training images in pixels, along each axis.
+        seed: seed of the data split and of the order of images; set by `--seed_everything`.
+
+    Raises:
+        UserError: val_images or shift is out of range.
     """
 
     classes = CLASSES
@@ -73,7 +74,7 @@ class FashionMNIST(DataModule):
         self,
         source: str = "auto",
         root: str = "data",
-        mirrors: list[str] = list(mirrors.MIRRORS),  # noqa: B006  # never changed, shown by --help
+        mirrors: list[str] = list(mirrors.MIRRORS),  # noqa: B006  # not modified
         batch_size: int = 256,
         val_images: int = 5_000,
         normalize: bool = False,
@@ -84,10 +85,13 @@ class FashionMNIST(DataModule):
         super().__init__(batch_size=batch_size, seed=seed)
         if not 0 <= val_images < 60_000:
             raise UserError(
-                f"val_images is {val_images}; it must be from 0 to 59,999: --data.val_images 5000"
+                f"val_images is {val_images}; it must be from 0 to 59,999, for example "
+                "--data.val_images 5000."
             )
         if not 0 <= shift <= 27:
-            raise UserError(f"shift is {shift}; it must be from 0 to 27 pixels: --data.shift 1")
+            raise UserError(
+                f"shift is {shift}; it must be from 0 to 27 pixels, for example --data.shift 1."
+            )
         self.source = source
         self.root = Path(root)
         self.mirrors = mirrors
@@ -98,24 +102,25 @@ class FashionMNIST(DataModule):
         self.images: sources.Images | None = None
 
     def prepare_data(self) -> None:
-        """Find or download the data, and check them.
+        """Find or download the data and verify them.
 
         Raises:
-            DataError: missing, corrupt or wrong data.
+            DataError: the data are missing, corrupt, or not Fashion-MNIST.
         """
         if self.images is None:
             self.images = sources.load(self.source, self.root, self.mirrors)
 
     def reuse(self, other: Self) -> None:
-        def place(module: Self) -> tuple[Any, ...]:
+        def location(module: Self) -> tuple[Any, ...]:
             return module.source, module.root, tuple(module.mirrors)
 
-        if place(self) == place(other):
+        if location(self) == location(other):
             self.images = other.images
 
     def setup(self, stage: str) -> None:
-        """Read the data and split off the validation images."""
-        if self.images is None:  # a process beside the one that prepared the data
+        """Load the data and split off the validation images."""
+        # Lightning calls prepare_data on one process of a machine only.
+        if self.images is None:
             self.images = sources.load(self.source, self.root, self.mirrors, may_download=False)
         num_train = len(self.images.train_labels)
         num_val = self.val_images
@@ -148,10 +153,10 @@ class FashionMNIST(DataModule):
         return self.batches(*self.test_samples())
 
     def describe(self) -> str:
-        return f"Fashion-MNIST from {self._loaded.place} ({self._loaded.source})"
+        return f"Fashion-MNIST from {self._loaded.folder} ({self._loaded.source})"
 
     def identity(self) -> dict[str, Any]:
-        """Return the source of the images, and the sha256 of each decompressed file."""
+        """Return the source of the images and the sha256 of each decompressed file."""
         return {"source": self._loaded.source, "sha256": self._loaded.sha256}
 
     def test_samples(self) -> tuple[Tensor, Tensor]:
@@ -166,12 +171,13 @@ class FashionMNIST(DataModule):
     def read_files(
         self, names: Sequence[str], invert: bool | None
     ) -> tuple[Tensor, list[dict[str, Any]], int]:
-        """Read pictures and make them like those of the data set (see `pictures`)."""
-        read, unread = pictures.read_all(pictures.find(names), invert)
+        """Read image files and convert them to the style of the data set (see `pictures`)."""
+        read, num_unreadable = pictures.read_all(pictures.find(names), invert)
         pixels = torch.stack([picture.pixels for picture in read])
-        return pixels, [{"image": str(p.path), "inverted": p.inverted} for p in read], unread
+        information = [{"image": str(p.path), "inverted": p.inverted} for p in read]
+        return pixels, information, num_unreadable
 
     @property
     def _loaded(self) -> sources.Images:
-        assert self.images is not None, "setup() comes before the loaders"
+        assert self.images is not None, "call setup() before the loaders"
         return self.images

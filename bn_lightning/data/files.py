@@ -1,8 +1,8 @@
-"""The four files of Fashion-MNIST: what each must hold, and reading them with proof.
+"""The four files of Fashion-MNIST: their expected content, and a reader that verifies it.
 
-Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747) is in the idx format
-of MNIST. Each file is checked by the sha256 of its decompressed bytes, since copies differ in how
-they are compressed.
+Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747) uses the idx format
+of MNIST. The sha256 of the decompressed bytes is verified, because compression differs between
+copies.
 """
 
 import gzip
@@ -17,13 +17,18 @@ import numpy as np
 
 from bn_lightning.errors import UserError
 
-# Folders within a folder. The first is torchvision's, where downloads are kept.
+# Subfolders that are searched. The first is torchvision's, and downloads are stored there.
 LAYOUTS = ("FashionMNIST/raw", "raw", "")
 
 
 @dataclass(frozen=True)
 class File:
-    """One idx file: what it must hold. `shape` is (N, 28, 28) for images, (N,) for labels."""
+    """Expected content of one idx file.
+
+    Attributes:
+        shape: (N, 28, 28) for images, (N,) for labels.
+        sha256: checksum of the decompressed file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -31,14 +36,17 @@ class File:
 
     @property
     def size(self) -> int:
-        """Bytes, decompressed: magic number and dimensions, four bytes each, then a byte a value."""
+        """Number of bytes after decompression.
+
+        Magic number and dimensions take four bytes each, and each value takes one byte.
+        """
         return 4 + 4 * len(self.shape) + math.prod(self.shape)
 
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
-WHOLE = (
+FULL = (
     File(
         TRAIN_IMAGES,
         (60_000, 28, 28),
@@ -56,8 +64,8 @@ WHOLE = (
         TEST_LABELS, (10_000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
     ),
 )
-# The first 600 training and 100 test images of each class, in the data set's order.
-SAMPLED = (
+# The first 600 training and 100 test images of each class, in the order of the data set.
+SAMPLE = (
     File(
         TRAIN_IMAGES,
         (6_000, 28, 28),
@@ -76,62 +84,68 @@ SAMPLED = (
 
 
 class DataError(UserError):
-    """Data that are missing, broken, or not Fashion-MNIST."""
+    """The data are missing, corrupt, or not Fashion-MNIST."""
 
 
-class NotThere(DataError):
-    """A folder, a file or a mirror that is not there, where another source may have it."""
+class DataNotFound(DataError):
+    """A folder, file or mirror was not found. Another source may have the data."""
 
 
 def locate(folder: Path, file: File) -> Path:
+    """Return the path of a file in a folder, raw or .gz.
+
+    Raises:
+        DataNotFound: none of the possible paths exists.
+    """
     candidates = [
         folder / layout / name for layout in LAYOUTS for name in (file.name, f"{file.name}.gz")
     ]
     for path in candidates:
         if path.is_file():
             return path
-    raise NotThere(
-        f"{file.name} is missing: none of\n"
-        + "".join(f"    {path}\n" for path in candidates)
-        + "is there."
-    )
+    searched = "".join(f"\n    {path}" for path in candidates)
+    raise DataNotFound(f"{file.name} is missing. None of these files exists:{searched}")
 
 
 def read(path: Path, file: File) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Read one idx file, raw or .gz, and check it before anything is made of it."""
+    """Read and verify one idx file, raw or .gz, and return its values.
+
+    Raises:
+        DataError: the file cannot be read, is corrupt, or is not a file of Fashion-MNIST.
+    """
     expected_magic = 0x0800 + len(file.shape)  # unsigned bytes, number of dimensions
     header = struct.pack(f">I{len(file.shape)}I", expected_magic, *file.shape)
     try:
-        # One byte more than expected, so that a longer file shows without being read whole.
+        # One more byte reveals a file that is too long, without reading all of it.
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             content = stream.read(file.size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _broken(
-            path, f"compressed data that are cut off or damaged ({error})", f"{file.size:,} bytes"
-        ) from error
+        found = f"truncated or damaged compressed data ({error})"
+        raise _corrupt(path, found, f"{file.size:,} bytes") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     if content[:4] != header[:4]:
-        raise _broken(path, f"magic number 0x{content[:4].hex()}", f"0x{expected_magic:08x}")
+        raise _corrupt(path, f"magic number 0x{content[:4].hex()}", f"0x{expected_magic:08x}")
     if len(content) != file.size:
         found = f"{len(content):,} bytes" if len(content) < file.size else "more bytes"
-        raise _broken(path, found, f"{file.size:,} bytes")
+        raise _corrupt(path, found, f"{file.size:,} bytes")
     if not content.startswith(header):
         found_shape = struct.unpack(f">{len(file.shape)}I", content[4 : len(header)])
-        raise _broken(path, f"dimensions {found_shape}", f"{file.shape}")
+        raise _corrupt(path, f"dimensions {found_shape}", f"{file.shape}")
     values = np.frombuffer(bytearray(content), np.uint8, offset=len(header)).reshape(file.shape)
     if len(file.shape) == 1 and values.max() > 9:
-        raise _broken(
-            path, f"a label {values.max()}, at index {values.argmax()}", "labels from 0 to 9"
-        )
+        found = f"label {values.max()} at index {values.argmax()}"
+        raise _corrupt(path, found, "labels from 0 to 9")
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != file.sha256:
-        raise _broken(path, f"sha256 {sha256}", f"{file.sha256} (decompressed)")
+        raise _corrupt(path, f"sha256 {sha256}", f"{file.sha256} (decompressed)")
     return values
 
 
-def _broken(path: Path, found: str, expected: str) -> DataError:
+def _corrupt(path: Path, found: str, expected: str) -> DataError:
     return DataError(
-        f"{path} is not the file of Fashion-MNIST.\n    found:    {found}\n    expected: {expected}\n"
-        "Remove it, or name another source: --data.source auto|system|download|sample|FOLDER"
+        f"{path} is not the expected file of Fashion-MNIST.\n"
+        f"    found:    {found}\n"
+        f"    expected: {expected}\n"
+        "Remove the file, or use another source: --data.source auto|system|download|sample|FOLDER"
     )

@@ -1,4 +1,4 @@
-"""Mirrors of Fashion-MNIST: downloads that are checked before they are kept."""
+"""Download from mirrors; each file is verified before it is stored."""
 
 import logging
 import sys
@@ -8,43 +8,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bn_lightning.data import files
-from bn_lightning.data.files import DataError, File, NotThere
+from bn_lightning.data.files import DataError, DataNotFound, File
 
-# Folders that hold the four .gz files. The first to answer is tried first.
+# Base URLs of the four .gz files. The first one that answers is tried first.
 MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
 )
-REACH_SECONDS = (
-    6.0  # for the first mirror to answer; without a network `auto` must not keep anybody waiting
-)
-STALL_SECONDS = 20.0  # for the next bytes of a download that has begun
+# Time for the first mirror to answer. It is short, because `auto` also runs without a network.
+REACH_SECONDS = 6.0
+STALL_SECONDS = 20.0  # until the next bytes of a download
 
 
 def download(root: Path, mirrors: Sequence[str] = MIRRORS) -> None:
-    """Fetch what `root` lacks of the four files, in torchvision's layout.
+    """Download the files that are missing in `root`, into torchvision's layout.
 
-    Each file is fetched into a folder of its own, checked there, and only then moved under its name: a download that is
-    cut off leaves nothing that could be taken as good, and two processes at once do not disturb each other.
+    Each file is downloaded into a temporary folder, verified, and then moved to its final path. So
+    an interrupted download leaves no partial file, and two processes can download in parallel.
 
     Raises:
-        NotThere: no mirror answers, or none has the right file; the message says what each of them gave.
+        DataNotFound: no mirror answers, or none has the right file.
+        DataError: the files cannot be stored in `root`.
     """
-    missing = [file for file in files.WHOLE if not _is_good(root, file)]
+    missing = [file for file in files.FULL if not _is_valid(root, file)]
     if not missing:
         return
-    mirrors = _reachable(mirrors)
+    mirrors = _reachable_first(mirrors)
     target = root / files.LAYOUTS[0]
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in missing:
-            _fetch(file, target, mirrors)
+            _download_file(file, target, mirrors)
     except OSError as error:
-        raise DataError(f"Fashion-MNIST cannot be kept in {target}: {error}") from error
+        raise DataError(f"Fashion-MNIST cannot be stored in {target}: {error}.") from error
 
 
-def _is_good(root: Path, file: File) -> bool:
+def _is_valid(root: Path, file: File) -> bool:
     try:
         files.read(files.locate(root, file), file)
     except DataError:
@@ -52,75 +52,83 @@ def _is_good(root: Path, file: File) -> bool:
     return True
 
 
-def _fetch(file: File, target: Path, mirrors: Sequence[str]) -> None:
-    import pooch  # here, since only a download needs it
+def _download_file(file: File, target: Path, mirrors: Sequence[str]) -> None:
+    # Imported here, since only a download needs it.
+    import pooch
 
-    pooch.get_logger().setLevel(
-        logging.WARNING
-    )  # it would advise to add a checksum: there is one, of the content
-    faults = []
+    # Otherwise pooch recommends a checksum of the compressed file. The content is verified below.
+    pooch.get_logger().setLevel(logging.WARNING)
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), timeout=(REACH_SECONDS, STALL_SECONDS)
+    )
+    name = f"{file.name}.gz"
+    failures = []
     for mirror in mirrors:
-        url = f"{mirror.rstrip('/')}/{file.name}.gz"
+        url = f"{mirror.rstrip('/')}/{name}"
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target) as folder:
             try:
                 print(f"downloading {url}", file=sys.stderr)
-                fetch = pooch.HTTPDownloader(
-                    progressbar=sys.stderr.isatty(), timeout=(REACH_SECONDS, STALL_SECONDS)
-                )
-                path = Path(pooch.retrieve(url, None, f"{file.name}.gz", folder, downloader=fetch))
+                path = Path(pooch.retrieve(url, None, name, folder, downloader=downloader))
                 files.read(path, file)
-                path.chmod(0o644)  # a temporary file is for its owner alone
-                (target / file.name).unlink(
-                    missing_ok=True
-                )  # a broken raw file would be found before the good .gz
-                path.replace(target / path.name)
-            except (OSError, DataError) as error:  # requests' errors are OSErrors
-                # On Windows a file cannot be replaced while a faster process, which has put it there, reads it.
-                if not _is_good(target, file):
-                    faults.append(f"    {url}: {_reason(error)}")
+                _store(path, target, file)
+            # The errors of requests are OSErrors.
+            except (OSError, DataError) as error:
+                # On Windows a file cannot be replaced while another process reads it. In that case
+                # the other process has already stored a valid file.
+                if not _is_valid(target, file):
+                    failures.append(f"\n    {url}: {_reason(error)}")
                     continue
             return
-    raise NotThere(f"{file.name}.gz could not be downloaded:\n" + "\n".join(faults))
+    raise DataNotFound(f"{name} could not be downloaded:{''.join(failures)}")
+
+
+def _store(path: Path, target: Path, file: File) -> None:
+    # A temporary file is readable by its owner only.
+    path.chmod(0o644)
+    # A corrupt raw file would take precedence over the valid .gz file.
+    (target / file.name).unlink(missing_ok=True)
+    path.replace(target / path.name)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the connection pools that requests wraps around it."""
+    """Return the reason of an error, without the connection pools that requests puts around it."""
     text, *cause = str(error).rsplit("Caused by ", 1)
     return cause[0].rsplit(": ", 1)[-1].rstrip("\"')") if cause else text
 
 
-def _reachable(mirrors: Sequence[str]) -> list[str]:
-    """The mirrors that answer within `REACH_SECONDS`, the rest after them; all are asked at once.
+def _reachable_first(mirrors: Sequence[str]) -> list[str]:
+    """Return the mirrors that answer within `REACH_SECONDS`, followed by the others.
 
-    In threads of its own, because looking up a name has no time-out that a program could set.
+    All mirrors are contacted in parallel. The function returns when the first one answers. It uses
+    daemon threads, because a program cannot set a timeout for a DNS lookup.
+
+    Raises:
+        DataNotFound: no mirror answers.
     """
     import requests
 
     answered: list[str] = []
-    faults: dict[str, str] = {}
-    first = threading.Event()
+    failures: dict[str, str] = {}
+    is_decided = threading.Event()
 
-    def ask(mirror: str) -> None:
+    def contact(mirror: str) -> None:
+        url = f"{mirror.rstrip('/')}/{files.TEST_LABELS}.gz"
         try:
-            with requests.get(
-                f"{mirror.rstrip('/')}/{files.TEST_LABELS}.gz", stream=True, timeout=REACH_SECONDS
-            ) as reply:
+            with requests.get(url, stream=True, timeout=REACH_SECONDS) as reply:
                 reply.raise_for_status()
             answered.append(mirror)
-            first.set()
+            is_decided.set()
         except OSError as error:
-            faults[mirror] = _reason(error)
-        if len(faults) == len(mirrors):
-            first.set()
+            failures[mirror] = _reason(error)
+        if len(failures) == len(mirrors):
+            is_decided.set()
 
     for mirror in mirrors:
-        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    first.wait(REACH_SECONDS)
+        threading.Thread(target=contact, args=(mirror,), daemon=True).start()
+    is_decided.wait(REACH_SECONDS)
     if not answered:
-        said = (
-            f"    {mirror}: {faults.get(mirror, f'no answer in {REACH_SECONDS:g} s')}"
-            for mirror in mirrors
-        )
-        raise NotThere("No mirror of Fashion-MNIST can be reached:\n" + "\n".join(said))
-    known = list(answered)
-    return known + [mirror for mirror in mirrors if mirror not in known]
+        no_answer = f"no answer in {REACH_SECONDS:g} s"
+        lines = (f"\n    {mirror}: {failures.get(mirror, no_answer)}" for mirror in mirrors)
+        raise DataNotFound(f"No mirror of Fashion-MNIST can be reached:{''.join(lines)}")
+    reachable = list(answered)
+    return reachable + [mirror for mirror in mirrors if mirror not in reachable]

@@ -1,4 +1,4 @@
-"""Where the images of Fashion-MNIST come from: which source is taken, in which order."""
+"""The sources of Fashion-MNIST, and the order in which `auto` tries them."""
 
 import sys
 from collections.abc import Sequence
@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from bn_lightning.data import files
-from bn_lightning.data.files import DataError, File, NotThere
+from bn_lightning.data.files import DataError, DataNotFound, File
 from bn_lightning.data.mirrors import MIRRORS, download
 
-# Of the package dataset-fashion-mnist of Debian and Ubuntu.
+# Installed by the package dataset-fashion-mnist of Debian and Ubuntu.
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
 
 
 @dataclass(frozen=True)
 class Images:
-    """All images and labels, uint8 and int64, in the data set's order, with where they came from.
+    """All images, uint8 (N, 28, 28), and labels, int64 (N,), in the order of the data set.
 
-    `train_images` (N, 28, 28), `train_labels` (N,), and the same for test; `source` is `system`, `download`, `sample`
-    or `folder`; `place` the folder; `sha256` one sum for each decompressed file.
+    Attributes:
+        source: `system`, `download`, `sample` or `folder`.
+        folder: the folder that contains the files.
+        sha256: checksum of each decompressed file, by name.
     """
 
     train_images: Tensor
@@ -30,7 +32,7 @@ class Images:
     test_images: Tensor
     test_labels: Tensor
     source: str
-    place: Path
+    folder: Path
     sha256: dict[str, str]
 
 
@@ -40,72 +42,78 @@ def load(
     mirrors: Sequence[str] = MIRRORS,
     may_download: bool = True,
 ) -> Images:
-    """Read Fashion-MNIST and check it.
+    """Read Fashion-MNIST and verify it.
 
     Args:
-        source: `system`, `download`, `sample`, or a folder; `auto` takes the first that can be had of what `root`
-            holds already, the system's copy, the download, and the sample inside this package, the last with a
-            warning. A source that is asked for by name never falls back on another.
-        root: the folder that keeps downloads, in torchvision's layout.
-        mirrors: addresses of folders that hold the four .gz files; the first to answer is tried first.
-        may_download: False reads what is there, for a process beside one that has downloaded already.
+        source: `system`, `download`, `sample`, a folder, or `auto`. `auto` uses the first of these
+            that has the data: `root`, the system's copy, a download, the sample in this package.
+            It warns if it uses the sample. The other sources have no fallback.
+        root: folder for downloads, in torchvision's layout.
+        mirrors: base URLs of the four .gz files. The first one that answers is tried first.
+        may_download: if False, read existing files only, because another process has downloaded
+            them.
 
     Raises:
-        DataError: missing, broken or wrong data; the message names the file, what was found and what was expected.
+        DataError: the data are missing, corrupt, or not Fashion-MNIST.
     """
     root = Path(root)
     if source == "auto":
-        return _first_of(root, mirrors, may_download)
+        return _load_first(root, mirrors, may_download)
     if source == "system":
         try:
-            return _read_folder(SYSTEM, files.WHOLE, "system")
-        except NotThere as error:
-            raise NotThere(
-                f"{error}\nOn Debian and Ubuntu: apt-get install dataset-fashion-mnist"
-            ) from error
+            return _read_folder(SYSTEM, files.FULL, "system")
+        except DataNotFound as error:
+            advice = "On Debian and Ubuntu: apt-get install dataset-fashion-mnist"
+            raise DataNotFound(f"{error}\n{advice}") from error
     if source == "sample":
-        return _read_folder(SAMPLE, files.SAMPLED, "sample")
+        return _read_folder(SAMPLE, files.SAMPLE, "sample")
     if source == "download":
         if may_download:
             download(root, mirrors)
-        return _read_folder(root, files.WHOLE, "download")
+        return _read_folder(root, files.FULL, "download")
     if not Path(source).is_dir():
-        raise NotThere(
-            f"There is no folder {source!r} to read Fashion-MNIST from.\n"
-            "Give a folder that holds the four idx files, or one of auto, system, download, sample: --data.source auto"
+        raise DataNotFound(
+            f"--data.source is {source!r}, and there is no such folder.\n"
+            "Use a folder with the four idx files, or auto, system, download or sample."
         )
-    return _read_folder(Path(source), files.WHOLE, "folder")
+    return _read_folder(Path(source), files.FULL, "folder")
 
 
-def _first_of(root: Path, mirrors: Sequence[str], may_download: bool) -> Images:
-    for place, name in ((root, "download"), (SYSTEM, "system")):
+def _load_first(root: Path, mirrors: Sequence[str], may_download: bool) -> Images:
+    """Return the data of the first source that has them."""
+    for folder, source in ((root, "download"), (SYSTEM, "system")):
         try:
-            return _read_folder(place, files.WHOLE, name)
-        except NotThere:
-            pass  # the ordinary case on a new machine
+            return _read_folder(folder, files.FULL, source)
+        except DataNotFound:
+            pass  # expected on a new machine
         except DataError as error:
-            _shout(f"{error}\nPassed over; the next source is tried.")
+            _warn(f"{error}\nThis source is skipped. The next source is tried.")
     if may_download:
         try:
             download(root, mirrors)
-            return _read_folder(root, files.WHOLE, "download")
+            return _read_folder(root, files.FULL, "download")
         except DataError as error:
-            _shout(
-                f"{error}\n\nFashion-MNIST was found neither in {root} nor in {SYSTEM}, and cannot be downloaded.\n"
-                "THIS RUN USES THE PACKAGED SAMPLE: 6,000 training and 1,000 test images, not 60,000 and 10,000.\n"
-                "Its accuracy is several points lower and cannot be compared with published figures. result.json says\n"
-                '"data_source": "sample". For the whole data set give a folder that has it: --data.source FOLDER'
+            _warn(
+                f"{error}\n\n"
+                f"Fashion-MNIST is neither in {root} nor in {SYSTEM}, and cannot be downloaded.\n"
+                "THIS RUN USES THE PACKAGED SAMPLE: 6,000 of 60,000 training and 1,000 of 10,000 "
+                "test images.\n"
+                "Its accuracy is several points lower and cannot be compared with published "
+                "results.\n"
+                'result.json contains "data_source": "sample". To use the full data set: '
+                "--data.source FOLDER"
             )
-    return _read_folder(SAMPLE, files.SAMPLED, "sample")
+    return _read_folder(SAMPLE, files.SAMPLE, "sample")
 
 
-def _shout(message: str) -> None:
+def _warn(message: str) -> None:
+    """Print a warning that is hard to overlook."""
     lines = ["", "=" * 100, "WARNING", *message.splitlines(), "=" * 100, ""]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _read_folder(folder: Path, wanted: Sequence[File], source: str) -> Images:
-    arrays = {file.name: files.read(files.locate(folder, file), file) for file in wanted}
+def _read_folder(folder: Path, expected: Sequence[File], source: str) -> Images:
+    arrays = {file.name: files.read(files.locate(folder, file), file) for file in expected}
     return Images(
         torch.from_numpy(arrays[files.TRAIN_IMAGES]),
         torch.from_numpy(arrays[files.TRAIN_LABELS]).long(),
@@ -113,5 +121,5 @@ def _read_folder(folder: Path, wanted: Sequence[File], source: str) -> Images:
         torch.from_numpy(arrays[files.TEST_LABELS]).long(),
         source,
         folder,
-        {file.name: file.sha256 for file in wanted},
+        {file.name: file.sha256 for file in expected},
     )

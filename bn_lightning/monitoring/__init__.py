@@ -1,1 +1,1 @@
-"""Callbacks that observe training without changing it, and the figures that they draw."""
+"""Callbacks that observe training without changing it, and the figures they draw."""

@@ -1,4 +1,4 @@
-"""What TensorBoard is given: charts under Custom Scalars, histograms, and the network's graph."""
+"""Output to TensorBoard: charts under Custom Scalars, histograms, and the network's graph."""
 
 import copy
 import warnings
@@ -15,19 +15,19 @@ from bn_lightning.errors import describe_error
 INPUTS = (
     "Inputs of the activations: 15th, 50th and 85th percentile (Ioffe and Szegedy 2015, figure 1)"
 )
-# TensorBoard shows 30 bins. Its own choice of bins takes ten times as long to write.
+# TensorBoard displays 30 bins. Writing its default bins takes ten times as long.
 BINS = 30
 
 Layout = dict[str, dict[str, list[Any]]]
 
 
 def has_tensorboard(trainer: pl.Trainer) -> bool:
-    """Return whether one of the loggers is TensorBoard's, on every rank."""
+    """Return whether one of the loggers is a TensorBoardLogger; the same on all ranks."""
     return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def writers(trainer: pl.Trainer) -> Iterator[Any]:
-    """Yield TensorBoard's own writers; only rank 0 has any."""
+    """Yield the SummaryWriter of each TensorBoardLogger; on rank 0 only."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -35,62 +35,60 @@ def writers(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def add_histograms(writer: Any, histograms: Mapping[str, Tensor], step: int) -> None:
-    """Write the histograms whose values are finite.
-
-    A diverging run is ended elsewhere, because of its loss.
-    """
+    """Write the histograms whose values are all finite; TensorBoard rejects the others."""
     for tag, values in histograms.items():
         if values.isfinite().all():
             writer.add_histogram(tag, values, step, bins=BINS)
 
 
 def layout(metric_names: Sequence[str], tags: Iterable[str]) -> Layout:
-    """Return the charts under Custom Scalars: by category and title, a kind and patterns of tags.
+    """Return the charts under Custom Scalars, as `SummaryWriter.add_custom_scalars` expects them.
 
     Args:
-        metric_names: of the task, without the stage and without the loss.
-        tags: of the scalars that were measured in a monitored step.
+        metric_names: metrics of the task, without stage and without the loss.
+        tags: tags of the scalars of a monitored step.
     """
     parts = [tag.split("/") for tag in tags]
     activations = dict.fromkeys(part[1] for part in parts if part[0] == "activation_input")
     layers = dict.fromkeys(part[1] for part in parts if part[0] == "channel_0")
-    found: Layout = {
+    charts: Layout = {
         "Training": {
             "loss": _lines("train_loss$", "train_loss_epoch", "val_loss"),
             **{name: _lines(f"train_{name}$", f"val_{name}$") for name in metric_names},
             "learning rate": _lines("lr-.*"),
         },
-        INPUTS: {
-            # A band has a value, a lower and an upper edge.
-            f"activation {n}": [
-                "Margin",
-                [f"activation_input/{n}/{p}" for p in ("p50", "p15", "p85")],
-            ]
-            # TensorBoard 2.21 shows bands from the last to the first.
-            for n in reversed(activations)
+        # TensorBoard 2.21 shows bands in reverse order.
+        INPUTS: {f"activation {n}": _band(f"activation_input/{n}") for n in reversed(activations)},
+        "Saturated activations": {"fraction of the inputs, by activation": _lines("saturated/.*")},
+        "Gradient norms": {
+            "all parameters": _lines("gradient_norm/all$"),
+            "by layer": _lines("gradient_norm/(?!all$)"),
         },
-        "Saturated activations": {"share of each layer": _lines("saturated/.*")},
-        "Gradient norms": {"by layer": _lines("gradient_norm/.*")},
     }
-    return found | _norm_charts(layers) if layers else found
+    return charts | _norm_charts(layers) if layers else charts
 
 
 def _norm_charts(layers: Iterable[str]) -> Layout:
     return {
-        "Statistics of the batch and running ones, channel 0": {
-            f"{layer}, {what}": _lines(f"channel_0/{layer}/(batch|running)_{short}")
-            for layer in layers
-            for what, short in (("mean", "mean"), ("variance", "var"))
-        },
-        "How far the running statistics lag": {
-            "mean": _lines("running_lag/.*/mean"),
-            "variance": _lines("running_lag/.*/var"),
-        },
         "gamma and beta, channel 0": {
             "gamma": _lines("channel_0/.*/gamma"),
             "beta": _lines("channel_0/.*/beta"),
         },
+        "Lag of the running statistics behind the batch": {
+            "mean, in running standard deviations": _lines("running_lag/.*/mean"),
+            "variance, in powers of 2": _lines("running_lag/.*/var"),
+        },
+        "Batch and running statistics, channel 0": {
+            f"{layer}, {what}": _lines(f"channel_0/{layer}/(batch|running)_{short}")
+            for layer in layers
+            for what, short in (("mean", "mean"), ("variance", "var"))
+        },
     }
+
+
+def _band(tag: str) -> list[Any]:
+    """Return a chart of the median, with a band between the other percentiles."""
+    return ["Margin", [f"{tag}/{percentile}" for percentile in ("p50", "p15", "p85")]]
 
 
 def _lines(*patterns: str) -> list[Any]:
@@ -98,23 +96,23 @@ def _lines(*patterns: str) -> list[Any]:
 
 
 def add_graph(writer: Any, network: nn.Module, inputs: Tensor) -> None:
-    """Write the network's graph, or warn if the network cannot be traced.
+    """Write the network's graph; warn if the network cannot be traced.
 
     Args:
-        inputs: of the network, on any device. Only their shape and kind of number matter.
+        inputs: network inputs on any device; only their shape and dtype are used.
     """
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        # The tracer warns of everything that is constant in this network.
+        # The tracer warns about each value that becomes a constant.
         warnings.simplefilter("ignore")
         try:
-            # A copy, since the trace calls the network.
+            # Tracing calls the network, so it gets a copy.
             traced = copy.deepcopy(network).cpu().float().eval()
             dtype = torch.float32 if inputs.is_floating_point() else inputs.dtype
             writer.add_graph(traced, torch.zeros(inputs.shape, dtype=dtype))
             return
-        # The code of a layer may raise anything where it is traced or finds no GPU.
+        # A layer may raise any exception during tracing, or on a CPU.
         except Exception as error:
             reason = describe_error(error)
     warnings.warn(
-        f"TensorBoard gets no graph of the network, which cannot be traced: {reason}", stacklevel=2
+        f"TensorBoard shows no graph, because the network cannot be traced: {reason}", stacklevel=2
     )

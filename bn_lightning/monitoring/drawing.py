@@ -1,7 +1,7 @@
-"""Figures as images: samples with captions, filters of a convolution, a confusion matrix.
+"""Figures as images: samples with captions, filters of a convolution, confusion matrix.
 
-They are drawn with Pillow, which TensorBoard needs anyway. Importing matplotlib would take longer
-than drawing all of them.
+Pillow draws them, which TensorBoard requires anyway. Importing matplotlib takes longer than drawing
+all figures.
 """
 
 import math
@@ -12,45 +12,47 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-LINE = 14  # pixels from one line of text to the next
+LINE = 14  # line height of captions in pixels
+# TensorBoard shows an image 350 pixels wide and does not interpolate. Text stays legible if it is
+# large and the width is a multiple of 350.
+CONFUSION_FONT, CARD_WIDTH = 20, 350
 
 
 def grid(images: Tensor, captions: Sequence[str], columns: int = 0, size: int = 84) -> Image.Image:
-    """Draw images, uint8 (N, H, W) or (N, H, W, 3), in rows, each with its caption below.
+    """Draw images, uint8 (N, H, W) or (N, H, W, 3), in a grid with captions.
 
     Args:
-        captions: one for each image; it may have several lines.
-        columns: images in a row; 0 makes about as many rows as columns.
-        size: pixels of an image's longer side. Pixels of the image keep sharp edges.
+        captions: caption below each image; it may have several lines.
+        columns: images per row; 0 means about as many rows as columns.
+        size: longer side of each image in pixels; images are resized without interpolation.
     """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images)) or 1
     rows = math.ceil(len(images) / columns)
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     font = _font()
-    texts = max(
+    text_width = max(
         (font.getlength(line) for caption in captions for line in caption.split("\n")), default=0
     )
-    width, height = max(size, math.ceil(texts)) + 10, size + lines * LINE + 8
+    width, height = max(size, math.ceil(text_width)) + 10, size + lines * LINE + 8
     sheet = Image.new("RGB", (columns * width, rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = number % columns * width, number // columns * height
         picture = Image.fromarray(image.cpu().numpy()).convert("RGB")
-        shrunk = size / max(picture.size)
-        picture = picture.resize(
-            [round(side * shrunk) for side in picture.size], Image.Resampling.NEAREST
-        )
+        scale = size / max(picture.size)
+        resized = [round(side * scale) for side in picture.size]
+        picture = picture.resize(resized, Image.Resampling.NEAREST)
         sheet.paste(picture, (left + (width - picture.width) // 2, top + 4))
         draw.multiline_text((left + 5, top + size + 5), caption, INK, font, spacing=3)
     return sheet
 
 
 def filters(weight: Tensor) -> Image.Image:
-    """Draw the filters of a convolution, (K, C, h, w), with one image for each k and c.
+    """Draw the filters of a convolution, (K, C, h, w), one image for each k and c.
 
-    Positive weights are red, negative ones blue, and 0 is white.
+    Positive weights are red, negative weights are blue, and zero is white.
     """
-    flat = weight.detach().float().flatten(0, 1).cpu()
+    flat = weight.detach().float().flatten(0, 1).cpu()  # (K * C, h, w)
     names = [
         f"{k}" if weight.size(1) == 1 else f"{k}, {c}"
         for k in range(len(weight))
@@ -60,43 +62,51 @@ def filters(weight: Tensor) -> Image.Image:
 
 
 def confusion(matrix: Tensor, names: Sequence[str]) -> Image.Image:
-    """Draw a confusion matrix: counts (C, C), rows by target and columns by prediction.
+    """Draw a confusion matrix: counts (C, C), a row per true class, a column per predicted class.
 
-    The shade of a square shows its share of the row.
+    The shade of a cell shows its fraction of the row.
     """
-    side, font = 44, _font()
-    margin = math.ceil(max(font.getlength(name) for name in names)) + 12
-    whole = margin + side * len(names)
-    sheet = Image.new("RGB", (whole + 6, whole + 6), PAPER)
+    font = _font(CONFUSION_FONT)
+    line = CONFUSION_FONT + 4
+    margin = math.ceil(max(font.getlength(text) for text in (*names, "predicted"))) + 14
+    cell = math.ceil(font.getlength(f"{int(matrix.max())}")) + 8
+    side = math.ceil((margin + cell * len(names)) / CARD_WIDTH) * CARD_WIDTH
+    cell = (side - margin) // len(names)
+    sheet = Image.new("RGB", (side, side), PAPER)
     draw = ImageDraw.Draw(sheet)
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    for row, name in enumerate(names):
-        at = margin + row * side + side // 2
-        draw.text((margin - 6, at), name, INK, font, anchor="rm")
-        upright = Image.new("RGB", (margin, LINE), PAPER)
-        ImageDraw.Draw(upright).text((6, LINE // 2), name, INK, font, anchor="lm")
-        sheet.paste(upright.rotate(90, expand=True), (at - LINE // 2, 0))
+
+    draw.text((margin - 8, 4), "predicted", INK, font, anchor="ra")
+    draw.text((margin - 8, margin - 8), "true", INK, font, anchor="rs")
+    for index, name in enumerate(names):
+        middle = margin + index * cell + cell // 2
+        draw.text((margin - 8, middle), name, INK, font, anchor="rm")
+        upright = Image.new("RGB", (margin, line), PAPER)
+        ImageDraw.Draw(upright).text((8, line // 2), name, INK, font, anchor="lm")
+        sheet.paste(upright.rotate(90, expand=True), (middle - line // 2, 0))
+
+    fractions = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    for row in range(len(names)):
         for column in range(len(names)):
-            share, count = float(shares[row, column]), int(matrix[row, column])
-            left, top = margin + column * side, margin + row * side
-            # With the share itself only the diagonal would be visible.
-            shade = share**0.5 * torch.tensor([225.0, 155.0, 75.0])
+            left, top = margin + column * cell, margin + row * cell
+            fraction, count = float(fractions[row, column]), int(matrix[row, column])
+            # Without the square root only the diagonal would be visible.
+            shade = fraction**0.5 * torch.tensor([225.0, 155.0, 75.0])
             colour = tuple(int(255 - part) for part in shade)
-            draw.rectangle((left, top, left + side - 2, top + side - 2), colour)
+            draw.rectangle((left, top, left + cell - 2, top + cell - 2), colour)
             if count:
-                ink = PAPER if share > 0.35 else INK
-                draw.text((left + side // 2, at), f"{count:,}", ink, font, anchor="mm")
-    draw.text((margin - 6, margin - 8), "truth", INK, font, anchor="rs")
-    draw.text((margin - 12, 6), "guess", INK, font, anchor="ra")
+                ink = PAPER if fraction > 0.35 else INK
+                centre = left + cell // 2, top + cell // 2
+                draw.text(centre, f"{count}", ink, font, anchor="mm")
     return sheet
 
 
 def _diverging(values: Tensor) -> Tensor:
-    """Return colours, uint8 (..., 3), of values from -1 to 1."""
-    above, below = values.clamp(min=0).unsqueeze(-1), (-values).clamp(min=0).unsqueeze(-1)
-    fading = above * torch.tensor([0.2, 0.8, 0.85]) + below * torch.tensor([0.85, 0.6, 0.2])
-    return (255 * (1 - fading)).to(torch.uint8)
+    """Return the colours, uint8 (..., 3), of values from -1 to 1."""
+    positive = values.clamp(min=0).unsqueeze(-1)
+    negative = (-values).clamp(min=0).unsqueeze(-1)
+    absorbed = positive * torch.tensor([0.2, 0.8, 0.85]) + negative * torch.tensor([0.85, 0.6, 0.2])
+    return (255 * (1 - absorbed)).to(torch.uint8)
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=11)
+def _font(size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)

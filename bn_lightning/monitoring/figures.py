@@ -1,4 +1,4 @@
-"""A callback that shows in TensorBoard, after a test, what the network gets wrong."""
+"""A callback that writes figures of the test results to TensorBoard."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,30 +21,31 @@ Draw = Callable[[], Image.Image | None]
 
 
 class ClosingPictures(pl.Callback):
-    """Shows figures at the end of a test, in TensorBoard under Images and Graphs.
+    """Writes figures to TensorBoard at the end of a test, under Images and Graphs.
 
-    These are the confusion matrix, the misclassified samples with the highest probability, the
-    filters of the first convolution, and the network's graph. The first is drawn from the task's
-    `confusion`. The second needs classes too, logits (B, C) from `test_step`, and a `DataModule`
-    that can `draw` its samples. What does not apply is left out, and a figure that fails is a
-    warning.
+    The figures are the confusion matrix, the misclassified samples with the highest probability,
+    the filters of the first convolution, and the network's graph.
+
+    The confusion matrix requires the task's attribute `confusion`. The misclassified samples also
+    require logits (B, C) from `test_step`, and a `DataModule` that implements `draw`. Figures that
+    do not apply are omitted. A figure that fails causes a warning.
 
     Args:
-        mistakes: how many misclassified samples are shown.
+        mistakes: number of misclassified samples to show.
     """
 
     def __init__(self, mistakes: int = 25) -> None:
         self.mistakes = mistakes
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        # Probability, prediction, target and network input of the samples to be shown.
+    def _reset(self) -> None:
+        # Probability, prediction, target and network input of the samples to show.
         self._worst: list[Tensor] = []
-        self._example: Tensor | None = None  # one network input
-        self._has_failed = False
+        self._example: Tensor | None = None  # network input (1, ...)
+        self._worst_failed = False
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()
+        self._reset()
 
     def on_test_batch_end(
         self,
@@ -59,25 +60,26 @@ class ClosingPictures(pl.Callback):
             return
         if self._example is None:
             self._example = _one_input(batch)
-        is_classified = isinstance(outputs, Tensor) and outputs.dim() == 2
-        if _confusion(pl_module) is None or not is_classified or self._has_failed:
+        has_logits = isinstance(outputs, Tensor) and outputs.dim() == 2
+        if _confusion(pl_module) is None or not has_logits or self._worst_failed:
             return
-        self._has_failed = True
+        # After a failure the other batches are skipped.
+        self._worst_failed = True
         with _warn_on_failure("figure of misclassified samples"):
             self._keep_worst(outputs, *batch)
-            self._has_failed = False
-        if self._has_failed:  # then no other batch is tried
+            self._worst_failed = False
+        if self._worst_failed:
             self._worst = []
 
     def _keep_worst(self, logits: Tensor, inputs: Tensor, targets: Tensor) -> None:
-        """Keep the misclassified samples with the highest probability, also of this batch."""
+        """Add a batch to the misclassified samples, and keep those with the highest probability."""
         probability, prediction = logits.float().softmax(1).max(1)
         probability = probability.where(prediction != targets, -1.0)
-        found = [probability, prediction, targets, inputs]
+        samples = [probability, prediction, targets, inputs]
         if self._worst:
-            found = [torch.cat(pair) for pair in zip(self._worst, found, strict=True)]
-        keep = found[0].topk(min(self.mistakes, len(found[0]))).indices
-        self._worst = [values[keep] for values in found]
+            samples = [torch.cat(pair) for pair in zip(self._worst, samples, strict=True)]
+        keep = samples[0].topk(min(self.mistakes, len(samples[0]))).indices
+        self._worst = [values[keep] for values in samples]
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not dashboard.has_tensorboard(trainer):
@@ -98,25 +100,26 @@ class ClosingPictures(pl.Callback):
                 dashboard.add_graph(writer, network, self._example)
 
     def _gather_worst(self, trainer: pl.Trainer) -> None:
-        """Take the samples of all ranks together. Every rank has to call it."""
+        """Gather the samples of all ranks; a collective call."""
         self._worst = [values.cpu() for values in self._worst]
         if trainer.world_size > 1:
-            of_all: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(of_all, self._worst)
-            self._worst = [torch.cat(values) for values in zip(*filter(None, of_all), strict=True)]
+            ranks: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(ranks, self._worst)
+            self._worst = [torch.cat(values) for values in zip(*filter(None, ranks), strict=True)]
 
     def _figures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Draw]:
-        """Return what draws each figure that applies, by tag."""
+        """Return a drawing function for each figure that applies, by tag."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         counts = _confusion(pl_module)
         figures: dict[str, Draw] = {}
         if counts is None:
             print(
-                "no confusion matrix or figures of misclassified samples: this task has no classes",
+                "no confusion matrix or misclassified samples in TensorBoard: "
+                "this task has no classes",
                 flush=True,
             )
         else:
-            # Without names the classes are numbered.
+            # Classes without names are numbered.
             classes = getattr(data, "classes", None) or range(len(counts))
             names = [str(name) for name in classes]
             figures["confusion_matrix"] = partial(_draw_confusion, counts, names)
@@ -135,17 +138,19 @@ class ClosingPictures(pl.Callback):
         pictures = data.draw(inputs[order]) if isinstance(data, DataModule) else None
         if pictures is None:
             print(
-                "no figure of misclassified samples: the data module draws no pictures", flush=True
+                "no misclassified samples in TensorBoard: "
+                "the data module does not implement draw()",
+                flush=True,
             )
             return None
         captions = [
-            f"{names[prediction[i]]} {probability[i]:.1%}\nis {names[targets[i]]}" for i in order
+            f"{names[prediction[i]]} {probability[i]:.1%}\ntrue: {names[targets[i]]}" for i in order
         ]
         return drawing.grid(pictures, captions)
 
 
 def _one_input(batch: Any) -> Tensor | None:
-    """Return the first sample of a batch (1, ...): of the batch itself, or of its first part."""
+    """Return the first input of a batch, (1, ...); None if it is not a tensor."""
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(inputs, Tensor) or not inputs.dim() or not len(inputs):
         return None
@@ -167,9 +172,9 @@ def _draw_filters(pl_module: pl.LightningModule) -> Image.Image | None:
 
 @contextmanager
 def _warn_on_failure(figure: str) -> Iterator[None]:
-    """Turn a failure into a warning: a figure must not end a run whose results are complete."""
+    """Turn an exception into a warning, since a figure must not end a run."""
     try:
         yield
     except Exception as error:
         reason = describe_error(error)
-        warnings.warn(f"TensorBoard gets no {figure}: {reason}", stacklevel=3)
+        warnings.warn(f"TensorBoard does not show the {figure}: {reason}", stacklevel=3)

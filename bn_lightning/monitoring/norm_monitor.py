@@ -1,4 +1,4 @@
-"""A callback that logs what norm layers, activations and gradients do during training."""
+"""A callback that logs statistics of norm layers, activations and gradients."""
 
 import time
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from bn_lightning.monitoring.measurements import Measurements, is_activation, sh
 from bn_lightning.norms import recognition
 from bn_lightning.training.task import Task
 
-# Histograms are written every second time, since one takes as long as five scalars.
-STEPS_PER_HISTOGRAM = 2
+# Histograms are written in every second monitored step: one takes as long as five scalars.
+MONITORED_STEPS_PER_HISTOGRAM = 2
 
 
 class NormMonitor(pl.Callback):
@@ -29,48 +29,50 @@ class NormMonitor(pl.Callback):
     execution order. Hooks are registered only for monitored steps. With several processes, rank 0's
     shard of the batch is monitored.
 
-    These are the tags. LAYER is a name in the network, and values are those of a step's first
-    forward pass, before the step has changed anything:
+    LAYER is the name of a layer in the network. Values are those of the first forward pass of a
+    step, before the step changes any parameter or running statistic. The tags are:
 
     * `activation_input/1/p15`, `p50`, `p85`: percentiles of the input of the first activation, as
       in figure 1 (b, c) of Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167;
-    * `saturated/1`: the share of that input where the activation is flat: its slope is a twentieth
-      of its steepest slope, or less;
+    * `saturated/1`: fraction of that input at which the slope of the activation is at most 5% of
+      its steepest slope;
     * `channel_0/LAYER/batch_mean`, `running_mean`, `batch_var`, `running_var`, `gamma`, `beta`: the
-      values of one channel. All channels are under the same names in the histograms;
-    * `running_lag/LAYER/mean`: the difference of batch mean and running mean in running deviations,
-      and `running_lag/LAYER/var`: log2(batch variance / running variance). Both are root mean
-      squares over the channels;
-    * `gradient_norm/LAYER`, and of all parameters `gradient_norm/all`; `steps_per_second`.
+      values of channel 0. The histograms `gamma/LAYER` and so on have all channels;
+    * `running_lag/LAYER/mean`: difference of batch mean and running mean, in running standard
+      deviations; `running_lag/LAYER/var`: log2(batch variance / running variance). Both are root
+      mean squares over the channels;
+    * `gradient_norm/LAYER`, and `gradient_norm/all` of all parameters;
+    * `steps_per_second`.
 
-    In TensorBoard they are arranged as charts under Custom Scalars.
+    TensorBoard shows them as charts under Custom Scalars.
 
     Args:
         every_n_steps: monitor every n-th optimizer step.
 
     Raises:
-        UserError: a number below 1.
+        UserError: every_n_steps is below 1.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise UserError(
-                f"every_n_steps is {every_n_steps}; it must be at least 1: "
-                "NormMonitor(every_n_steps=100)"
+                f"every_n_steps is {every_n_steps}; it must be at least 1, for example "
+                "NormMonitor(every_n_steps=100)."
             )
         self.every_n_steps = every_n_steps
-        self._hooks = ExitStack()  # empty except in the forward pass of a monitored step
-        self._begin()
+        # Contains hooks during the forward pass of a monitored step only.
+        self._hooks = ExitStack()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._measurements = Measurements()
-        self._step = -1  # the last one that was monitored
-        self._clock: tuple[int, float] | None = None  # step and time since when speed is measured
+        self._step = -1  # the last monitored step
+        self._clock: tuple[int, float] | None = None  # step and time of the last speed measurement
         self._is_measuring = False
-        self._is_laid_out = False
+        self._has_layout = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()
+        self._reset()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock = None
@@ -87,21 +89,22 @@ class NormMonitor(pl.Callback):
         if not is_due or not trainer.is_global_zero or not trainer.loggers:
             return
         self._step, self._is_measuring = step, True
-        is_histogram_due = step % (self.every_n_steps * STEPS_PER_HISTOGRAM) == 0
+        is_histogram_due = step % (self.every_n_steps * MONITORED_STEPS_PER_HISTOGRAM) == 0
         self._measurements.begin_step(is_histogram_due)
         self._measure_speed(step)
         self._register_hooks(pl_module)
 
     def _measure_speed(self, step: int) -> None:
         assert self._clock is not None
-        before, then = self._clock
+        last_step, last_time = self._clock
         now = time.perf_counter()
         self._clock = step, now
-        if step > before:
-            self._measurements.scalars["steps_per_second"] = (step - before) / (now - then)
+        if step > last_step:
+            speed = (step - last_step) / (now - last_time)
+            self._measurements.scalars["steps_per_second"] = speed
 
     def _register_hooks(self, pl_module: pl.LightningModule) -> None:
-        # Otherwise torch.compile would compile the hooks too.
+        # Otherwise torch.compile would also compile the hooks.
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         norms = recognition.layers(pl_module)
         for name, module in pl_module.named_modules():
@@ -117,7 +120,7 @@ class NormMonitor(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        # From here on a checkpointed forward pass is repeated.
+        # With activation checkpointing, the backward pass repeats the forward pass.
         self._hooks.close()
         self._measurements.measure_activations()
 
@@ -138,20 +141,20 @@ class NormMonitor(pl.Callback):
         if not self._is_measuring:
             return
         self._hooks.close()
-        # The gradients of a step that takes several batches come with its last batch.
+        # With gradient accumulation, the gradients are measured in the last batch of a step.
         self._is_measuring = not self._measurements.has_gradients
         scalars, histograms = self._measurements.take()
         for logger in trainer.loggers:
             logger.log_metrics(scalars, self._step)
         for writer in dashboard.writers(trainer):
             dashboard.add_histograms(writer, histograms, self._step)
-            if not self._is_laid_out:
+            if not self._has_layout:
                 metrics = pl_module.metric_names[1:] if isinstance(pl_module, Task) else ()
                 writer.add_custom_scalars(dashboard.layout(metrics, scalars))
-        self._is_laid_out = True
+        self._has_layout = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A callback can skip the rest of an epoch.
+        # If a callback skips the rest of the epoch, the hooks are still registered.
         self._hooks.close()
 
     def on_exception(

@@ -11,25 +11,25 @@ from bn_lightning.training.task import Task
 
 
 class MetricsProgressBar(TQDMProgressBar):
-    """Lightning's bar with the figures of the epoch so far.
+    """Lightning's progress bar, with the metrics of the current epoch.
 
-    For a `Task` these are the loss of the last logged step, and the training value of the metric
-    that selects the best checkpoint. Other modules show what they log with `prog_bar=True`. Samples
-    per second need a data module with a `batch_size`.
+    For a `Task`, it shows the loss of the last logged step, and the training value of the metric
+    that selects the best checkpoint. For other modules, it shows the metrics that they log with
+    `prog_bar=True`. Samples per second are shown if the data module has a `batch_size`.
     """
 
-    # Samples per second are shown in place of Lightning's iterations per second.
+    # Samples per second replace Lightning's iterations per second.
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def __init__(self) -> None:
-        # A refresh takes some hundredths of the time of a step.
+        # One refresh takes a few percent of the time of a step.
         super().__init__(refresh_rate=10)
-        # The first batch of this epoch in this process. A resumed epoch does not begin at 0.
+        # The first batch of the epoch in this process. It is not 0 in a resumed epoch.
         self._first_batch: int | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
-        # The line that is printed for an epoch counts from 1 too.
+        # The line that is printed after an epoch also counts from 1.
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}")
         self._first_batch = None
 
@@ -46,8 +46,8 @@ class MetricsProgressBar(TQDMProgressBar):
         shown = {"loss": logged.get("train_loss", "")}
         if trainer.training:
             shown |= _selected_metric(pl_module)
-        # Lightning's training means are those of the epoch before. Its number of the run is part of
-        # the folder that is printed above the bar.
+        # Lightning's training means are those of the previous epoch. Its version number is part of
+        # the run folder, which is printed above the bar.
         hidden = {"v_num", *pl_module.names("train")}
         rest = {name: value for name, value in logged.items() if name not in hidden}
         return {**shown, **self._speed(trainer), **rest}
@@ -62,19 +62,19 @@ class MetricsProgressBar(TQDMProgressBar):
 
 
 def _selected_metric(task: Task) -> dict[str, str]:
-    """Return the training value of the task's selected metric, in this epoch on this rank."""
+    """Return the training value of the task's selected metric: this epoch so far, this rank."""
     name = task.selects[0].removeprefix("val_")
     metric = getattr(task, f"train_{name}", None)
     if name == "loss" or not isinstance(metric, Metric) or not metric.update_called:
         return {}
-    # A metric of several metrics calls their compute(), which waits for the other ranks. A metric
-    # that keeps all samples takes ever longer.
-    consists_of_others = any(isinstance(part, Metric) for part in list(metric.modules())[1:])
-    keeps_samples = any(isinstance(state, list) for state in metric.metric_state.values())
-    if consists_of_others or keeps_samples:
+    # A metric made of other metrics calls their compute(), which synchronizes ranks. A metric that
+    # stores all samples becomes slower with each batch.
+    has_parts = any(isinstance(part, Metric) for part in list(metric.modules())[1:])
+    stores_samples = any(isinstance(state, list) for state in metric.metric_state.values())
+    if has_parts or stores_samples:
         return {}
-    # The function of the class, since the metric's own compute() waits for the other ranks and
-    # keeps its value, which would then be logged as that of the whole epoch.
+    # The metric's own compute() would synchronize ranks and cache the value, which would then be
+    # logged as the value of the whole epoch. The function of the class does neither.
     value = type(metric).compute(metric)
     is_number = isinstance(value, Tensor) and value.numel() == 1
     return {name: f"{float(value):.3f}"} if is_number else {}

@@ -6,19 +6,20 @@ from tests.support.mirror import Mirror
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The sample stands for the whole data set, so that the network's part is fast; the system's copy is away."""
-    monkeypatch.setattr(files, "WHOLE", files.SAMPLED)
+    """Replace the full data set by the sample, remove the system's copy, and shorten timeouts."""
+    monkeypatch.setattr(files, "FULL", files.SAMPLE)
     monkeypatch.setattr(sources, "SYSTEM", tmp_path / "no-system")
     monkeypatch.setattr(mirrors, "REACH_SECONDS", 1.0)
-    monkeypatch.setattr(mirrors, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(mirrors, "STALL_SECONDS", 0.5)
 
 
 @pytest.fixture
 def mirror():
+    """Return a function that starts a mirror; see `Mirror` for its behaviours."""
     servers = []
 
-    def start(how="good"):
-        servers.append(Mirror(how))
+    def start(behaviour="good"):
+        servers.append(Mirror(behaviour))
         return servers[-1]
 
     yield start

@@ -1,4 +1,4 @@
-"""Mirrors and shifts of training images."""
+"""Flips and shifts of training images."""
 
 import pytest
 import torch
@@ -6,19 +6,21 @@ import torch
 from bn_lightning.data.augmentation import Augmentation
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_image():
+def test_flips_and_shifts_depend_on_seed_epoch_and_image_only():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=generator)
     augmentation = Augmentation(50, seed=1, epoch=2, flip=True, shift=3)
-    whole = augmentation(images, torch.arange(50))
+    all_images = augmentation(images, torch.arange(50))
     some = torch.tensor([7, 3, 49])
-    assert torch.equal(Augmentation(50, 1, 2, True, 3)(images[some], some), whole[some])
+    assert torch.equal(Augmentation(50, 1, 2, True, 3)(images[some], some), all_images[some])
     for other in ((2, 2), (1, 3)):
-        assert not torch.equal(Augmentation(50, *other, True, 3)(images, torch.arange(50)), whole)
-    # By hand: mirrored first, then moved, with black behind it.
+        assert not torch.equal(
+            Augmentation(50, *other, True, 3)(images, torch.arange(50)), all_images
+        )
+    # The same by hand: flipped first, then shifted, with a black border.
     shifts, flips = augmentation.shifts.squeeze(-1).tolist(), augmentation.flips.tolist()
     assert {dy for dy, _ in shifts} == set(range(-3, 4)) and 10 < sum(flips) < 40
-    for image, (dy, dx), flip, result in zip(images, shifts, flips, whole, strict=True):
+    for image, (dy, dx), flip, result in zip(images, shifts, flips, all_images, strict=True):
         moved = torch.zeros_like(image)
         source = image.flip(1) if flip else image
         moved[max(dy, 0) : 28 + min(dy, 0), max(dx, 0) : 28 + min(dx, 0)] = source[
@@ -28,7 +30,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
     assert torch.equal(Augmentation(50, 1, 2, False, 0)(images, torch.arange(50)), images)
 
 
-def test_the_part_that_is_switched_off_changes_nothing():
+def test_disabled_flip_or_shift_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (50, 28, 28), dtype=torch.uint8, generator=generator)
     flips = Augmentation(50, 1, 2, flip=True, shift=0)(images, torch.arange(50))
@@ -36,7 +38,7 @@ def test_the_part_that_is_switched_off_changes_nothing():
         assert torch.equal(flipped, image) or torch.equal(flipped, image.flip(1))
     shifts = Augmentation(50, 1, 2, flip=False, shift=27)
     assert not shifts.flips.any()
-    # A shift by 27 of 28 pixels leaves a line at most.
+    # A shift of 27 of 28 pixels leaves one line of the image.
     moved = shifts(images, torch.arange(50))
     assert moved.shape == images.shape and moved.dtype == images.dtype
 

@@ -1,3 +1,5 @@
+"""Conversion of image files to the style of the data set."""
+
 import numpy as np
 import pytest
 import torch
@@ -25,22 +27,23 @@ def network(trained):
     return classes
 
 
-def saved(folder, make, images, suffix="png", **options):
+def save_and_read(folder, change, images, suffix="png", **options):
+    """Save each image after a change, and yield what `pictures.read` returns for the file."""
     for number, image in enumerate(images):
-        made = make(Image.fromarray(image.numpy()))
         path = folder / f"{number:03}.{suffix}"
-        made.save(path, **options)
+        # Most of the time would be spent on compression.
+        change(Image.fromarray(image.numpy())).save(path, compress_level=1, **options)
         yield pictures.read(path)
 
 
-def tilted(picture):
-    """Turned, with an EXIF tag that tells a viewer to turn it back."""
-    turned = picture.convert("RGB").transpose(Image.Transpose.ROTATE_90)
-    turned.getexif()[0x0112] = 6
-    return turned
+def rotated(picture):
+    """Return the image rotated, with the EXIF tag of its original orientation."""
+    result = picture.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    result.getexif()[0x0112] = 6
+    return result
 
 
-AS_THEY_ARE = {
+MODES = {
     "grey": lambda picture: picture,
     "in colour": lambda picture: picture.convert("RGB"),
     "palette": lambda picture: picture.convert("P"),
@@ -49,30 +52,32 @@ AS_THEY_ARE = {
 }
 
 
-@pytest.mark.parametrize("kind", AS_THEY_ARE)
-def test_a_picture_of_the_data_set_is_itself(tmp_path, kind):
+@pytest.mark.parametrize("kind", MODES)
+def test_images_of_the_data_set_are_not_changed(tmp_path, kind):
     images = TEST[::10]
-    for image, picture in zip(images, saved(tmp_path, AS_THEY_ARE[kind], images), strict=True):
+    for image, picture in zip(images, save_and_read(tmp_path, MODES[kind], images), strict=True):
         assert torch.equal(picture.pixels, image)
         assert not picture.inverted
 
 
-def test_inverted_pictures_are_inverted_back(tmp_path):
-    for image, picture in zip(TEST, saved(tmp_path, ImageOps.invert, TEST), strict=True):
+def test_inverted_images_are_inverted_back(tmp_path):
+    for image, picture in zip(TEST, save_and_read(tmp_path, ImageOps.invert, TEST), strict=True):
         assert torch.equal(picture.pixels, image)
         assert picture.inverted
     assert torch.equal(pictures.read(tmp_path / "000.png", invert=False).pixels, 255 - TEST[0])
 
 
-def test_a_camera_held_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     images = TEST[:50]
-    options = {"exif": tilted(Image.new("L", (28, 28))).getexif()}
-    for image, picture in zip(images, saved(tmp_path, tilted, images, **options), strict=True):
+    options = {"exif": rotated(Image.new("L", (28, 28))).getexif()}
+    for image, picture in zip(
+        images, save_and_read(tmp_path, rotated, images, **options), strict=True
+    ):
         assert torch.equal(picture.pixels, image)
 
 
 @needs_all_images
-def test_the_border_tells_for_all_images_of_the_data_set():
+def test_the_border_is_dark_in_all_images_of_the_data_set():
     data = sources.load("system")
     for images in (data.train_images, data.test_images):
         border = (
@@ -84,7 +89,7 @@ def test_the_border_tells_for_all_images_of_the_data_set():
 
 
 def in_a_photograph(picture):
-    """On a large white ground, off the middle."""
+    """Return the image on a large white background, not centred."""
     sheet = Image.new("RGB", (400, 300), "white")
     sheet.paste(ImageOps.invert(picture).resize((140, 140), Image.Resampling.BICUBIC), (40, 90))
     return sheet
@@ -100,33 +105,34 @@ RESIZED = {
 
 
 @pytest.mark.parametrize("kind", RESIZED)
-def test_resized_pictures_keep_their_class(tmp_path, network, kind):
+def test_resized_images_keep_their_class(tmp_path, network, kind):
     images = TEST[:500]
-    read = [picture.pixels for picture in saved(tmp_path, RESIZED[kind], images)]
+    read = [picture.pixels for picture in save_and_read(tmp_path, RESIZED[kind], images)]
     agreed = (network(read) == network(images)).float().mean()
     assert agreed >= 0.95
 
 
-def test_resized_as_jpeg(tmp_path, network):
+def test_resized_jpeg_images_keep_their_class(tmp_path, network):
     images = TEST[:500]
-    read = [p.pixels for p in saved(tmp_path, RESIZED["ten times"], images, "jpg")]
+    read = [p.pixels for p in save_and_read(tmp_path, RESIZED["ten times"], images, "jpg")]
     assert (network(read) == network(images)).float().mean() >= 0.95
 
 
-def test_a_thing_on_a_large_ground_is_found_and_centred(tmp_path):
-    rows = []
-    for picture in saved(tmp_path, in_a_photograph, TEST[:100]):
+def test_an_object_on_a_large_background_is_trimmed_and_centred(tmp_path):
+    off_centre = []
+    for picture in save_and_read(tmp_path, in_a_photograph, TEST[:100]):
         assert picture.inverted
-        lit = picture.pixels > 13
-        assert (
-            max(int(lit.any(0).sum()), int(lit.any(1).sum())) >= 26
-        )  # its longer side fills the picture
-        inside = lit.any(1).nonzero().flatten(), lit.any(0).nonzero().flatten()
-        rows += [abs(int(part[0]) - (27 - int(part[-1]))) for part in inside]
-    assert np.mean(rows) < 2  # margins of the two sides
+        is_object = picture.pixels > 13
+        sides = int(is_object.any(0).sum()), int(is_object.any(1).sum())
+        assert max(sides) >= 26
+        rows = is_object.any(1).nonzero().flatten()
+        columns = is_object.any(0).nonzero().flatten()
+        # The margins on opposite sides are about equal.
+        off_centre += [abs(int(place[0]) - (27 - int(place[-1]))) for place in (rows, columns)]
+    assert np.mean(off_centre) < 2
 
 
-def test_transparent_is_white(tmp_path):
+def test_transparency_becomes_white(tmp_path):
     sheet = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
     sheet.paste((200, 20, 20, 255), (20, 10, 60, 50))
     sheet.save(tmp_path / "a.png")
@@ -135,43 +141,43 @@ def test_transparent_is_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)]
+    ("dtype", "white"), [("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65_535)]
 )
-def test_values_of_32_bits_are_taken_by_their_range(tmp_path, dtype, most):
-    values = TEST[0].numpy().astype("float64") / 255 * most
+def test_values_of_32_bits_are_scaled_by_their_range(tmp_path, dtype, white):
+    values = TEST[0].numpy().astype("float64") / 255 * white
     Image.fromarray(values.astype(dtype)).save(tmp_path / "a.tif")
     assert torch.equal(pictures.read(tmp_path / "a.tif").pixels, TEST[0])
 
 
 @pytest.mark.parametrize("size", [(28, 28), (60, 40)])
-def test_one_colour_shows_nothing(tmp_path, size):
+def test_an_image_with_a_single_colour_is_refused(tmp_path, size):
     Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
-    with pytest.raises(pictures.PictureError, match="nothing but one colour"):
+    with pytest.raises(pictures.PictureError, match="single colour"):
         pictures.read(tmp_path / "a.png")
 
 
-def test_broken_files_are_named_and_the_others_read(tmp_path, capsys):
+def test_unreadable_files_are_reported_and_the_others_are_read(tmp_path, capsys):
     names = broken_files(tmp_path)
     assert len(names) == 20
     Image.fromarray(TEST[0].numpy()).save(tmp_path / "good.png")
     paths = [tmp_path / name for name in [*names, "good.png", "missing.png"]]
-    (read,), unread = pictures.read_all(paths)
-    assert (read.path, unread) == (tmp_path / "good.png", 21)
+    (read,), num_unreadable = pictures.read_all(paths)
+    assert (read.path, num_unreadable) == (tmp_path / "good.png", 21)
     err = capsys.readouterr().err
     for name in [*names, "missing.png"]:
         assert f"not read: {tmp_path / name}: " in err, name
-    with pytest.raises(RunFailed, match="None of 1 pictures could be read"):
+    with pytest.raises(RunFailed, match="None of 1 images could be read"):
         pictures.read_all([tmp_path / "half.png"])
 
 
-def test_a_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (400, 400)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     with pytest.raises(pictures.PictureError, match=r"large.png: .*exceeds limit"):
         pictures.read(tmp_path / "large.png")
 
 
-def test_files_folders_and_patterns(tmp_path, monkeypatch):
+def test_files_folders_and_patterns_are_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("b.png", "a.PNG", "deep/c.jpg", "deep/notes.txt", "d.txt", "[1].png"):
         path = tmp_path / "in" / name
@@ -181,15 +187,15 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
         path.as_posix() for path in pictures.find(["in/d.txt", "in", "in/*.txt", "in/[1].png"])
     ]
     assert found == ["in/d.txt", "in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg"]
-    (tmp_path / "in/report.pdf").write_bytes(b"")  # Pillow writes them, and reads none
+    (tmp_path / "in/report.pdf").write_bytes(b"")  # Pillow only writes PDF
     (tmp_path / "in/folder.txt").mkdir()
     found = [path.as_posix() for path in pictures.find(["in/", "in/*.txt"])]
     assert found == ["in/[1].png", "in/a.PNG", "in/b.png", "in/deep/c.jpg", "in/d.txt"]
-    with pytest.raises(pictures.UserError, match="There is no picture"):
+    with pytest.raises(pictures.UserError, match="No images were found"):
         pictures.find([""])
     assert pictures.find([f"{tmp_path}/in/*.png"]) == [
         tmp_path / "in/[1].png",
         tmp_path / "in/b.png",
     ]
-    with pytest.raises(pictures.UserError, match=r"There is no picture in in/\*.gif"):
+    with pytest.raises(pictures.UserError, match=r"No images were found in in/\*.gif"):
         pictures.find(["in/*.gif"])

@@ -1,4 +1,4 @@
-"""What TensorBoard is given."""
+"""Output to TensorBoard."""
 
 import re
 import warnings
@@ -12,7 +12,7 @@ from tests.conftest import QUICK
 from tests.support.logs import events_in
 
 
-def test_what_tensorboard_is_given(trained):
+def test_a_run_writes_histograms_graph_and_layout(trained):
     folder, _ = trained
     events = events_in(folder)
     tags = events.Tags()
@@ -39,8 +39,8 @@ TAGS = [
 ]
 
 
-def test_charts_of_a_network_with_a_norm_layer():
-    assert dashboard.layout(("acc", "top_5"), TAGS) == {
+def test_charts_of_a_network_with_norm_layers():
+    expected = {
         "Training": {
             "loss": ["Multiline", ["train_loss$", "train_loss_epoch", "val_loss"]],
             "acc": ["Multiline", ["train_acc$", "val_acc$"]],
@@ -51,31 +51,39 @@ def test_charts_of_a_network_with_a_norm_layer():
             "activation 2": ["Margin", [f"activation_input/2/{p}" for p in ("p50", "p15", "p85")]],
             "activation 1": ["Margin", [f"activation_input/1/{p}" for p in ("p50", "p15", "p85")]],
         },
-        "Saturated activations": {"share of each layer": ["Multiline", ["saturated/.*"]]},
-        "Gradient norms": {"by layer": ["Multiline", ["gradient_norm/.*"]]},
-        "Statistics of the batch and running ones, channel 0": {
-            "norm1, mean": ["Multiline", ["channel_0/norm1/(batch|running)_mean"]],
-            "norm1, variance": ["Multiline", ["channel_0/norm1/(batch|running)_var"]],
+        "Saturated activations": {
+            "fraction of the inputs, by activation": ["Multiline", ["saturated/.*"]]
         },
-        "How far the running statistics lag": {
-            "mean": ["Multiline", ["running_lag/.*/mean"]],
-            "variance": ["Multiline", ["running_lag/.*/var"]],
+        "Gradient norms": {
+            "all parameters": ["Multiline", ["gradient_norm/all$"]],
+            "by layer": ["Multiline", ["gradient_norm/(?!all$)"]],
         },
         "gamma and beta, channel 0": {
             "gamma": ["Multiline", ["channel_0/.*/gamma"]],
             "beta": ["Multiline", ["channel_0/.*/beta"]],
         },
+        "Lag of the running statistics behind the batch": {
+            "mean, in running standard deviations": ["Multiline", ["running_lag/.*/mean"]],
+            "variance, in powers of 2": ["Multiline", ["running_lag/.*/var"]],
+        },
+        "Batch and running statistics, channel 0": {
+            "norm1, mean": ["Multiline", ["channel_0/norm1/(batch|running)_mean"]],
+            "norm1, variance": ["Multiline", ["channel_0/norm1/(batch|running)_var"]],
+        },
     }
+    charts = dashboard.layout(("acc", "top_5"), TAGS)
+    assert charts == expected
+    assert list(charts) == list(expected)
 
 
-def test_no_charts_of_norm_layers_without_one():
+def test_a_network_without_norm_layers_has_no_charts_of_them():
     found = dashboard.layout((), ["gradient_norm/all"])
     assert list(found["Training"]) == ["loss", "learning rate"]
     titles = ["Training", dashboard.INPUTS, "Saturated activations", "Gradient norms"]
     assert list(found) == titles and found[dashboard.INPUTS] == {}
 
 
-def test_a_metric_is_not_in_the_chart_of_another():
+def test_each_metric_has_its_own_chart():
     charts = dashboard.layout(("acc", "acc_top_5"), ())["Training"]
     patterns = charts["acc"][1]
     assert any(re.match(pattern, "train_acc") for pattern in patterns)
@@ -83,7 +91,7 @@ def test_a_metric_is_not_in_the_chart_of_another():
 
 
 class Writer:
-    """Stands for TensorBoard's."""
+    """Stands in for a SummaryWriter."""
 
     def __init__(self):
         self.histograms = []
@@ -96,7 +104,7 @@ class Writer:
         self.graphs.append((network(inputs), inputs))
 
 
-def test_histograms_that_are_not_finite_are_left_out():
+def test_non_finite_histograms_are_omitted():
     writer = Writer()
     values = {
         "a": torch.ones(3),
@@ -107,7 +115,7 @@ def test_histograms_that_are_not_finite_are_left_out():
     assert writer.histograms == [("a", 7, 30)]
 
 
-def test_the_graph_is_that_of_a_copy_in_float32():
+def test_a_float32_copy_of_the_network_is_traced():
     writer, network = Writer(), nn.Linear(3, 2).to(torch.bfloat16).train()
     dashboard.add_graph(writer, network, torch.ones(1, 3, dtype=torch.bfloat16))
     [(outputs, inputs)] = writer.graphs
@@ -115,7 +123,7 @@ def test_the_graph_is_that_of_a_copy_in_float32():
     assert network.weight.dtype == torch.bfloat16 and network.training
 
 
-def test_the_graph_of_a_network_of_whole_numbers():
+def test_a_network_with_integer_inputs_is_traced():
     writer = Writer()
     dashboard.add_graph(writer, nn.Embedding(5, 3), torch.tensor([[4]]))
     [(outputs, inputs)] = writer.graphs
@@ -145,12 +153,12 @@ class Fails(nn.Module):
     ],
     ids=("with a message", "without"),
 )
-def test_a_network_that_cannot_be_traced_is_a_warning(error, reason, when):
+def test_a_network_that_cannot_be_traced_causes_a_warning(error, reason, when):
     with pytest.warns(UserWarning, match=f"cannot be traced: {reason}$"):
         dashboard.add_graph(Writer(), Fails(error, when=when), torch.ones(1, 2))
 
 
-def test_a_trace_does_not_warn():
+def test_warnings_of_the_tracer_are_hidden():
     class Warns(nn.Module):
         def forward(self, x):
             warnings.warn("this is constant", stacklevel=1)
@@ -171,8 +179,8 @@ class Untraceable(nn.Module):
         return x
 
 
-def test_a_network_that_cannot_be_traced_ends_its_run_all_the_same(main, tmp_path):
-    expected = "no graph of the network, which cannot be traced: RuntimeError: not in a"
+def test_a_run_whose_network_cannot_be_traced_succeeds(main, tmp_path):
+    expected = "no graph, because the network cannot be traced: RuntimeError: not in a"
     with pytest.warns(UserWarning, match=expected):
         code, out, _ = main(
             "fit", *QUICK, "--model.norm", f"{__name__}.Untraceable", "--trainer.max_epochs", 1

@@ -1,4 +1,4 @@
-"""Figures at the end of a test, of tasks with classes and without."""
+"""Figures at the end of a test, for tasks with and without classes."""
 
 import json
 
@@ -20,7 +20,7 @@ TAGS = ["confusion_matrix", "most_confident_mistakes", "first_layer_filters"]
 
 
 def tags_after_test(folder, model, data, pictures=None):
-    """Test with the callback, and return the tags of TensorBoard."""
+    """Run a test with the callback, and return TensorBoard's tags."""
     logger = TensorBoardLogger(folder)
     trainer = pl.Trainer(logger=logger, callbacks=[pictures or ClosingPictures()], **QUIET)
     trainer.test(model, data, verbose=False)
@@ -28,13 +28,13 @@ def tags_after_test(folder, model, data, pictures=None):
     return events_in(logger.log_dir).Tags()
 
 
-def test_the_figures_of_a_run(trained):
+def test_a_run_writes_all_figures(trained):
     folder, printed = trained
     assert events_in(folder).Tags()["images"] == TAGS
-    assert "no confusion matrix" not in printed and "no figure" not in printed
+    assert "no confusion matrix" not in printed and "no misclassified" not in printed
 
 
-def test_confusion_is_that_of_the_test(trained):
+def test_the_confusion_matrix_counts_the_test_images(trained):
     folder, _ = trained
     model = Classifier.load_from_checkpoint(
         folder / "checkpoints/best.ckpt", weights_only=True, map_location="cpu"
@@ -43,16 +43,16 @@ def test_confusion_is_that_of_the_test(trained):
     pl.Trainer(logger=False, **QUIET).test(model, data, verbose=False)
     with torch.no_grad():
         model.eval()
-        guess = model(data.images.test_images.unsqueeze(1) / 255).argmax(1)
-    truth = data.images.test_labels
+        predicted = model(data.images.test_images.unsqueeze(1) / 255).argmax(1)
+    labels = data.images.test_labels
     counts = np.zeros((10, 10), dtype=int)
-    np.add.at(counts, (truth.numpy(), guess.numpy()), 1)
+    np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
     assert (model.confusion.numpy() == counts).all()
     result = json.loads((folder / "result.json").read_text())
     assert counts.trace() / counts.sum() == pytest.approx(result["test_acc"])
 
 
-def test_most_confident_mistakes(tmp_path, monkeypatch):
+def test_the_most_confident_mistakes_are_drawn(tmp_path, monkeypatch):
     drawn = []
 
     def grid(images, captions, *rest, **named):
@@ -66,16 +66,16 @@ def test_most_confident_mistakes(tmp_path, monkeypatch):
     [(images, captions)] = drawn
     with torch.no_grad():
         x = (data.images.test_images.unsqueeze(1) / 255 - 0.2860) / 0.3530
-        probability, guess = F.softmax(model.eval()(x), 1).max(1)
+        probability, predicted = F.softmax(model.eval()(x), 1).max(1)
     labels = data.images.test_labels
-    order = (probability * (guess != labels)).argsort(descending=True)[:7]
+    order = (probability * (predicted != labels)).argsort(descending=True)[:7]
     assert captions == [
-        f"{CLASSES[guess[i]]} {probability[i]:.1%}\nis {CLASSES[labels[i]]}" for i in order
+        f"{CLASSES[predicted[i]]} {probability[i]:.1%}\ntrue: {CLASSES[labels[i]]}" for i in order
     ]
     assert torch.equal(images, data.images.test_images[order])
 
 
-def test_no_mistakes_are_drawn_where_there_are_none(tmp_path, capsys):
+def test_a_perfect_classifier_has_no_figure_of_mistakes(tmp_path, capsys):
     class Perfect(Classifier):
         def test_step(self, batch, batch_idx):
             super().test_step(batch, batch_idx)
@@ -85,17 +85,19 @@ def test_no_mistakes_are_drawn_where_there_are_none(tmp_path, capsys):
         TAGS[0],
         TAGS[2],
     ]
-    assert "no figure" not in capsys.readouterr().out
+    assert "no misclassified" not in capsys.readouterr().out
 
 
-def test_a_task_without_classes(tmp_path, capsys):
+def test_a_task_without_classes_has_no_figures_of_classes(tmp_path, capsys):
     tags = tags_after_test(tmp_path, Regression(), Table())
     assert tags["images"] == [] and tags["graph"]
-    said = "no confusion matrix or figures of misclassified samples: this task has no classes"
-    assert capsys.readouterr().out.splitlines().count(said) == 1
+    message = (
+        "no confusion matrix or misclassified samples in TensorBoard: this task has no classes"
+    )
+    assert capsys.readouterr().out.splitlines().count(message) == 1
 
 
-def test_nothing_is_said_without_tensorboard(capsys):
+def test_nothing_is_printed_without_tensorboard(capsys):
     trainer = pl.Trainer(logger=False, callbacks=[ClosingPictures()], **QUIET)
     trainer.test(Regression(), Table(), verbose=False)
     assert "misclassified" not in capsys.readouterr().out
@@ -106,25 +108,25 @@ def loader(samples=50, size=28):
     return DataLoader(TensorDataset(images, torch.arange(samples) % 10), batch_size=20)
 
 
-def test_data_without_pictures(tmp_path, capsys):
+def test_data_that_cannot_be_drawn_have_no_figure_of_mistakes(tmp_path, capsys):
     tags = tags_after_test(tmp_path, Classifier(), loader())
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
-    said = "no figure of misclassified samples: the data module draws no pictures"
-    assert capsys.readouterr().out.splitlines().count(said) == 1
+    message = "no misclassified samples in TensorBoard: the data module does not implement draw()"
+    assert capsys.readouterr().out.splitlines().count(message) == 1
 
 
-def test_a_figure_that_fails_is_a_warning(tmp_path):
+def test_a_figure_that_fails_causes_a_warning(tmp_path):
     class Undrawable(FashionMNIST):
         def draw(self, inputs):
             raise OSError("no ink")
 
-    expected = "TensorBoard gets no figure most_confident_mistakes: OSError: no ink"
+    expected = "TensorBoard does not show the figure most_confident_mistakes: OSError: no ink"
     with pytest.warns(UserWarning, match=expected):
         tags = tags_after_test(tmp_path, Classifier(), Undrawable("sample"))
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
 
 
-def test_samples_that_cannot_be_compared_are_one_warning(tmp_path):
+def test_samples_of_different_sizes_cause_one_warning(tmp_path):
     class AnySize(Classifier):
         def forward(self, images):
             return super().forward(F.interpolate(images, (28, 28)))
@@ -135,13 +137,14 @@ def test_samples_that_cannot_be_compared_are_one_warning(tmp_path):
     loaders = [loader(), loader(size=30)]
     with pytest.warns(UserWarning) as warned:
         tags = tags_after_test(tmp_path, AnySize(), loaders)
-    said = [str(w.message) for w in warned if "TensorBoard gets no" in str(w.message)]
-    assert len(said) == 1 and "no figure of misclassified samples: RuntimeError" in said[0]
+    messages = [str(w.message) for w in warned if "TensorBoard does not" in str(w.message)]
+    assert len(messages) == 1
+    assert "the figure of misclassified samples: RuntimeError" in messages[0]
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
 
 
 @pytest.mark.parametrize("returns", ["nothing", "pairs"])
-def test_a_module_that_returns_no_logits(tmp_path, returns):
+def test_a_module_that_returns_no_logits_has_no_figure_of_mistakes(tmp_path, returns):
     class Own(Classifier):
         def test_step(self, batch, batch_idx):
             logits = super().test_step(batch, batch_idx)
@@ -151,13 +154,13 @@ def test_a_module_that_returns_no_logits(tmp_path, returns):
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
 
 
-@pytest.mark.filterwarnings("ignore:TensorBoard gets no graph")
+@pytest.mark.filterwarnings("ignore:TensorBoard shows no graph")
 @pytest.mark.parametrize(
     ("dataset", "has_graph"),
     [([0, 1], False), ([{"a": torch.ones(2)}], False), ([torch.ones(2)], True)],
     ids=("numbers", "mappings", "tensors"),
 )
-def test_batches_of_any_kind(tmp_path, dataset, has_graph):
+def test_batches_of_any_type_are_accepted(tmp_path, dataset, has_graph):
     class Odd(pl.LightningModule):
         def __init__(self):
             super().__init__()

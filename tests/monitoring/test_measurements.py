@@ -1,4 +1,4 @@
-"""Measurements of one step, against closed forms."""
+"""Measurements of one step, compared with closed forms."""
 
 import math
 
@@ -11,7 +11,7 @@ from bn_lightning.monitoring.measurements import Measurements
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (20, 3, 4), (10, 3, 4, 5), (5, 3, 4, 5, 2)])
-def test_batch_statistics_are_those_of_the_channels(shape):
+def test_batch_statistics_are_computed_per_channel(shape):
     x = torch.randn(shape, generator=torch.manual_seed(0)) * 3 + 5
     mean, var = measurements.batch_statistics(x)
     dims = [d for d in range(x.dim()) if d != 1]
@@ -20,7 +20,7 @@ def test_batch_statistics_are_those_of_the_channels(shape):
     torch.testing.assert_close(var.double(), expected_var, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_statistics_of_16_bits_are_computed_in_32():
+def test_batch_statistics_of_16_bits_are_computed_in_float32():
     x = (torch.randn(1_000, 2, generator=torch.manual_seed(0)) + 100).bfloat16()
     mean, var = measurements.batch_statistics(x)
     assert mean.dtype == var.dtype == torch.float32
@@ -28,28 +28,28 @@ def test_batch_statistics_of_16_bits_are_computed_in_32():
     torch.testing.assert_close(var, x.float().var(0, correction=0))
 
 
-def test_running_lag_in_closed_form():
+def test_running_lag_equals_its_closed_form():
     eps = measurements.EPS
     running_mean, running_var = torch.tensor([0.0, 10.0]), torch.tensor([4.0, 9.0]) - eps
-    # Three deviations and four: the root of (9 + 16) / 2.
+    # The distances are 3 and 4 standard deviations: the root mean square is sqrt((9 + 16) / 2).
     mean = torch.tensor([6.0, -2.0])
-    # Twice the variance, and an eighth: the root of (1 + 9) / 2.
+    # The variances are 2 and 1/8 of the running ones: sqrt((1 + 9) / 2).
     var = torch.tensor([8.0, 9 / 8]) - eps
     lag = measurements.running_lag(mean, var, running_mean, running_var)
     assert lag == pytest.approx((math.sqrt(12.5), math.sqrt(5)), rel=1e-5)
 
 
-def test_running_statistics_of_the_batch_itself_do_not_lag():
+def test_equal_statistics_have_no_lag():
     mean, var = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])
     assert measurements.running_lag(mean, var, mean, var) == (0, 0)
 
 
-def test_a_small_layer_is_sampled_whole():
+def test_all_values_of_a_small_layer_are_sampled():
     x = torch.arange(100.0).view(4, 25)
     assert torch.equal(measurements.sample(x), x.flatten())
 
 
-def test_a_sample_has_values_from_all_positions():
+def test_a_sample_contains_all_positions():
     columns = torch.arange(64).expand(1_024, 64).contiguous()
     found = measurements.sample(columns.double())
     assert found.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_a_sample_has_values_from_all_positions():
     ],
     ids=repr,
 )
-def test_slopes_are_derivatives(activation, derivative):
+def test_slopes_equal_the_derivatives(activation, derivative):
     x = torch.linspace(-5, 5, 1_000)
     before = x.clone()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_slopes_are_absolute():
     assert torch.equal(measurements.slope(Falling(), torch.ones(2)), torch.full((2,), 3.0))
 
 
-def test_activations_are_the_elementwise_ones_of_torch():
+def test_activations_are_the_elementwise_modules_of_pytorch():
     activations = (nn.ReLU(), nn.Sigmoid(), nn.GELU(), nn.Hardtanh(), nn.LeakyReLU())
     others = (nn.Softmax(1), nn.GLU(), nn.PReLU(), nn.RReLU(), nn.Linear(2, 2), nn.Dropout())
     assert all(measurements.is_activation(module) for module in activations)
@@ -107,7 +107,7 @@ def test_activations_are_the_elementwise_ones_of_torch():
     ],
     ids=repr,
 )
-def test_saturation_and_percentiles_in_closed_form(activation, edges):
+def test_saturation_and_percentiles_equal_their_closed_form(activation, edges):
     values = torch.linspace(-10, 10, 8_001)
     measured = Measurements()
     hook = activation.register_forward_pre_hook(measured.keep_activation_input, with_kwargs=True)
@@ -165,18 +165,18 @@ def test_a_norm_layer_is_measured_before_its_first_call_in_a_step():
     assert measured.histograms == {}
 
 
-def test_a_norm_layer_whose_input_has_no_such_channels_shows_what_it_keeps():
+def test_without_matching_channels_only_gamma_and_beta_are_measured():
     measured, norm = Measurements(), nn.LayerNorm(4)
     measured.measure_norm("a", norm, (torch.zeros(5, 3, 4),), {})
     assert measured.scalars == {"channel_0/a/gamma": 1.0, "channel_0/a/beta": 0.0}
 
 
-def test_gradient_norms_by_layer_and_of_all():
+def test_gradient_norms_are_measured_by_layer_and_in_total():
     network = nn.ModuleDict(
         {"network": nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})}
     )
     a, b = network["network"].values()
-    b.weight = a.weight  # shared: it counts in the first layer
+    b.weight = a.weight  # shared, counts for the first layer
     a.weight.grad, a.bias.grad, b.bias.grad = (torch.full(p, 1.0) for p in ((1, 1), (1,), (1,)))
     a.weight.grad *= 3
     a.bias.grad *= 4
@@ -187,7 +187,7 @@ def test_gradient_norms_by_layer_and_of_all():
     assert measured.has_gradients
     assert measured.scalars == pytest.approx({"gradient_norm/a": 5.0, "gradient_norm/all": 5.0})
     a.bias.grad *= 100
-    measured.measure_gradients(network, first)  # as LBFGS asks several times in a step
+    measured.measure_gradients(network, first)  # LBFGS does this
     measured.measure_gradients(network, torch.optim.SGD([b.bias], 0.1))
     expected = {"gradient_norm/a": 5.0, "gradient_norm/b": 12.0, "gradient_norm/all": 13.0}
     assert measured.scalars == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""A real TensorBoard on a run: what its server answers, and what a browser shows."""
+"""TensorBoard on a run: the answers of its server, and its pages in a browser."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from PIL import Image
 
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.runs.tensorboard import TensorBoard
-from tests.conftest import REPOSITORY, command, needs_all_images
+from tests.conftest import REPOSITORY, needs_all_images, run_here
 from tests.projects.friedman.experiment import Regression, Table
 from tests.support.logs import events_in
 from tests.support.runs import result_of
@@ -29,31 +29,28 @@ PAGES = {
     "custom_scalars": [
         "Training",
         "Inputs of the activations",
-        "How far the running statistics lag",
+        "Saturated activations",
         "Gradient norms",
+        "gamma and beta, channel 0",
+        "Lag of the running statistics behind the batch",
+        "Batch and running statistics, channel 0",
     ],
     "histograms": ["batch_mean/norm1", "gamma", "running_var"],
     "images": ["confusion_matrix", "most_confident_mistakes", "first_layer_filters"],
     "graphs": ["Main Graph"],
-    "hparams": ["norm", "result/test_acc"],
+    "hparams": ["batch_size lr max_epochs norm seed", "result/test_acc"],
 }
 
 
 @contextmanager
 def server(folder):
-    """The address of a TensorBoard on `folder`."""
-    begun = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(folder),
-        "--port",
-        "0",
-        "--load_fast=false",
-    ]
+    """Start a TensorBoard on `folder`, and yield its URL."""
+    arguments = ["--logdir", str(folder), "--port", "0", "--load_fast=false"]
     with subprocess.Popen(
-        begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tensorboard.main", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             for line in process.stderr:
@@ -61,25 +58,25 @@ def server(folder):
                     yield f"http://127.0.0.1:{found[1]}"
                     break
             else:
-                raise AssertionError("TensorBoard has ended")
+                raise AssertionError("TensorBoard ended before it printed its URL")
         finally:
             process.terminate()
 
 
 @pytest.fixture(scope="module")
 def ask(trained):
-    """Ask a server on the trained run: `ask(path, **query)` returns its answer, or its bytes."""
-    with server(trained[0].parent.parent) as address:
+    """Return a function that sends a request to a server on the trained run.
+
+    `ask(path, **query)` returns the parsed JSON of the answer, or its bytes.
+    """
+    with server(trained[0].parent.parent) as url:
 
         def get(path, **query):
-            where = f"{address}/data/{path}?{urllib.parse.urlencode(query)}"
-            with urllib.request.urlopen(where, timeout=30) as answer:
+            request = f"{url}/data/{path}?{urllib.parse.urlencode(query)}"
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 content = answer.read()
-            return (
-                json.loads(content)
-                if answer.headers["Content-Type"].startswith("application/json")
-                else content
-            )
+                is_json = answer.headers["Content-Type"].startswith("application/json")
+            return json.loads(content) if is_json else content
 
         deadline = time.monotonic() + 60
         while "lenet/0" not in get("runs") and time.monotonic() < deadline:
@@ -87,7 +84,7 @@ def ask(trained):
         yield get
 
 
-def test_scalars(ask, trained):
+def test_scalars_are_served(ask, trained):
     tags = ask("plugin/scalars/tags")["lenet/0"]
     assert {
         "train_loss",
@@ -101,8 +98,8 @@ def test_scalars(ask, trained):
     assert (step, value) == (44, pytest.approx(result["test_acc"]))
 
 
-def test_custom_scalars(ask):
-    [*_, layout] = (ask("plugin/custom_scalars/layout"),)
+def test_custom_scalars_are_served(ask):
+    layout = ask("plugin/custom_scalars/layout")
     charts = {category["title"]: category["chart"] for category in layout["category"]}
     titles = list(charts)
     assert titles[0] == "Training" and titles[1].startswith("Inputs of the activations")
@@ -111,11 +108,9 @@ def test_custom_scalars(ask):
     scalars = ask("plugin/scalars/tags")["lenet/0"]
     for band in bands:
         [series] = band["margin"]["series"]
-        assert (
-            series["value"].endswith("p50")
-            and series["lower"].endswith("p15")
-            and series["upper"].endswith("p85")
-        )
+        assert series["value"].endswith("p50")
+        assert series["lower"].endswith("p15")
+        assert series["upper"].endswith("p85")
         assert set(series.values()) <= scalars.keys()
     for title in titles[2:]:
         for chart in charts[title]:
@@ -125,28 +120,25 @@ def test_custom_scalars(ask):
                 assert answer["regex_valid"] and answer["tag_to_events"]
 
 
-def test_histograms(ask):
+def test_histograms_are_served(ask):
     tags = ask("plugin/histograms/tags")["lenet/0"]
-    for what in ("gamma", "beta", "batch_mean", "running_mean", "batch_var", "running_var"):
-        assert {f"{what}/norm{n}" for n in (1, 2, 3, 4)} <= tags.keys()
+    for quantity in ("gamma", "beta", "batch_mean", "running_mean", "batch_var", "running_var"):
+        assert {f"{quantity}/norm{n}" for n in (1, 2, 3, 4)} <= tags.keys()
     [(_, step, bins)] = ask("plugin/histograms/histograms", run="lenet/0", tag="running_var/norm4")
     assert (step, sum(count for *_, count in bins)) == (0, 84)  # channels
 
 
-def test_images(ask):
+def test_images_are_served(ask):
     for tag in ("confusion_matrix", "most_confident_mistakes", "first_layer_filters"):
         [meta] = ask("plugin/images/images", run="lenet/0", tag=tag, sample=0)
-        with Image.open(
-            io.BytesIO(
-                ask("plugin/images/individualImage", **dict(urllib.parse.parse_qsl(meta["query"])))
-            )
-        ) as picture:
-            assert (
-                picture.format == "PNG" and picture.width > 200 and np.asarray(picture).std() > 10
-            )
+        query = dict(urllib.parse.parse_qsl(meta["query"]))
+        content = ask("plugin/images/individualImage", **query)
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.format == "PNG" and picture.width > 200
+            assert np.asarray(picture).std() > 10
 
 
-def test_hparams(ask, trained):
+def test_hparams_are_served(ask, trained):
     result = result_of(trained[0])
     body = {
         "experimentName": "",
@@ -162,7 +154,17 @@ def test_hparams(ask, trained):
     assert metrics["result/test_acc"] == pytest.approx(result["test_acc"])
 
 
-def test_curves(trained):
+def test_the_hparams_table_opens_with_norm_and_lr(ask):
+    request = json.dumps({"experimentName": "", "includeMetrics": True})
+    experiment = ask("plugin/hparams/experiment", request=request)
+    # TensorBoard opens with the first five hyperparameters and the first five metrics.
+    shown = [info["name"] for info in experiment["hparamInfos"]][:5]
+    assert shown == ["batch_size", "lr", "max_epochs", "norm", "seed"]
+    metrics = [info["name"]["tag"] for info in experiment["metricInfos"]][:2]
+    assert metrics == ["result/test_acc", "result/test_loss"]
+
+
+def test_curves_and_results_are_logged(trained):
     folder, _ = trained
     result = result_of(folder)
     events = events_in(folder)
@@ -177,13 +179,13 @@ def test_curves(trained):
     assert [value for _, value in curve("lr-SGD")] == [1.0] * 4
     assert len(curve("test_acc")) == 1
     assert {f"test_acc_of/{name}" for name in CLASSES} <= set(events.Tags()["scalars"])
-    # The hyperparameters, and the figures that they led to.
+    # Hyperparameters and results.
     summaries = set(events.summary_metadata)
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= summaries
     assert curve("result/test_acc")[0][1] == float(torch.tensor(result["test_acc"]))
 
 
-def test_results_are_shown_with_settings_but_for_those_of_the_machine(tmp_path):
+def test_hparams_omit_the_settings_of_the_machine(tmp_path):
     task, data = Regression(width=4), Table(rows=40, folder="elsewhere")
     logger = TensorBoard(tmp_path, "friedman", "0")
     trainer = pl.Trainer(accelerator="cpu", logger=logger, max_epochs=3)
@@ -201,7 +203,7 @@ def test_results_are_shown_with_settings_but_for_those_of_the_machine(tmp_path):
 
 
 def text_of(browser):
-    """All text of the page, also of what it hides from document.body.innerText."""
+    """Return all text of the page, including shadow roots, which innerText omits."""
     return browser.execute_script("""
         let text = "";
         const walk = (node) => {
@@ -223,12 +225,8 @@ def browser():
         pytest.skip("needs chromium and chromedriver (packages chromium and chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1500,1500",
-    ):
+    flags = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage")
+    for flag in (*flags, "--window-size=1500,1500"):
         options.add_argument(flag)
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as opened:
         yield opened
@@ -236,30 +234,26 @@ def browser():
 
 @pytest.mark.slow
 @needs_all_images
-def test_each_page_in_a_browser(tmp_path, browser):
-    """The article's recipe, with its norm and without; screenshots are in the test's folder."""
+def test_each_page_is_shown_in_a_browser(tmp_path, browser):
+    """Two runs of the article's recipe, with and without a norm; keeps screenshots."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
-    recipe = ("fit", "--config", "configs/article.yaml", "--trainer.max_epochs", "3")
-    command(*recipe, cwd=tmp_path)
-    command(*recipe, "--model.norm", "none", "--name", "none", cwd=tmp_path)
-    with server(tmp_path / "runs") as address:
-        for page, promised in PAGES.items():
+    recipe = ("fit", "--config", "configs/article.yaml", "--trainer.max_epochs", "2")
+    run_here(*recipe, cwd=tmp_path)
+    run_here(*recipe, "--model.norm", "none", "--name", "none", cwd=tmp_path)
+    with server(tmp_path / "runs") as url:
+        for page, expected in PAGES.items():
             browser.get("about:blank")
-            browser.get(f"{address}/#{page}")
+            browser.get(f"{url}/#{page}")
             deadline = time.monotonic() + 60
-            while (
-                missing := [word for word in promised if word not in text_of(browser)]
-            ) and time.monotonic() < deadline:
+            while missing := [text for text in expected if text not in text_of(browser)]:
+                assert time.monotonic() < deadline, (page, missing, text_of(browser)[:2_000])
                 time.sleep(0.5)
-            assert not missing, (page, text_of(browser)[:2_000])
             time.sleep(3)  # charts are drawn after their titles
-            picture = tmp_path / f"{page}.png"
-            browser.save_screenshot(str(picture))
-            assert not re.search(
-                r"No \w+ data was found|is not running|Oh no|error occurred", text_of(browser)
-            )
-            with Image.open(picture) as shot:
-                below = np.asarray(shot.convert("RGB"))[100:, 350:].reshape(-1, 3)
-            assert len(np.unique(below, axis=0)) > 50, (
-                page
-            )  # lines, text and pictures, not one empty ground
+            screenshot = tmp_path / f"{page}.png"
+            browser.save_screenshot(str(screenshot))
+            failures = r"No \w+ data was found|is not running|Oh no|error occurred"
+            assert not re.search(failures, text_of(browser))
+            with Image.open(screenshot) as image:
+                below = np.asarray(image.convert("RGB"))[100:, 350:].reshape(-1, 3)
+            # Charts, text and images have many colours; an empty page has few.
+            assert len(np.unique(below, axis=0)) > 50, page

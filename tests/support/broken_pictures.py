@@ -1,4 +1,4 @@
-"""Files that are no whole pictures."""
+"""Files that are not readable images."""
 
 import random
 
@@ -6,19 +6,19 @@ from PIL import Image
 
 
 def broken_files(folder):
-    """Twenty files that are no whole pictures, by name."""
-    whole = folder / "whole.png"
-    Image.effect_noise((60, 60), 90).save(whole)
-    png = whole.read_bytes()
-    Image.effect_noise((60, 60), 90).convert("RGB").save(whole.with_suffix(".jpg"))
-    jpg = whole.with_suffix(".jpg").read_bytes()
-    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".gif"))
-    gif = whole.with_suffix(".gif").read_bytes()
-    Image.effect_noise((60, 60), 90).save(whole.with_suffix(".tif"))
-    tif = whole.with_suffix(".tif").read_bytes()
+    """Write twenty unreadable files, and return their names."""
+    intact = folder / "intact.png"
+    Image.effect_noise((60, 60), 90).save(intact)
+    png = intact.read_bytes()
+    Image.effect_noise((60, 60), 90).convert("RGB").save(intact.with_suffix(".jpg"))
+    jpg = intact.with_suffix(".jpg").read_bytes()
+    Image.effect_noise((60, 60), 90).save(intact.with_suffix(".gif"))
+    gif = intact.with_suffix(".gif").read_bytes()
+    Image.effect_noise((60, 60), 90).save(intact.with_suffix(".tif"))
+    tif = intact.with_suffix(".tif").read_bytes()
     noise = random.Random(0).randbytes
     contents = {
-        "empty.png": b"", "text.png": b"this is no picture\n", "noise.jpg": noise(2_000),
+        "empty.png": b"", "text.png": b"this is not an image\n", "noise.jpg": noise(2_000),
         "half.png": png[: len(png) // 2], "head.png": png[:30], "signature.png": png[:8],
         "no-end.png": png[:-40], "changed.png": png[:60] + noise(200) + png[260:],
         "bad-header.png": png[:16] + b"\xff" * 8 + png[24:], "half.jpg": jpg[: len(jpg) // 2],

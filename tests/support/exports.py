@@ -1,4 +1,4 @@
-"""Checkpoints to export, and what an exported file has to give."""
+"""Helpers for tests of `export`: checkpoints, and the expected content of exported files."""
 
 import json
 from collections import Counter
@@ -18,16 +18,18 @@ from tests.projects.friedman.experiment import Regression, Table
 FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
 
 SOURCE = "system" if sources.SYSTEM.is_dir() else "sample"
+# Metadata that are text. All others are JSON.
 TEXTS = ("classes", "producer", "torch", "checkpoint", "norm", "data_source", "commit")
 
 FOLDED = [
     f"norm{i} is folded into {layer}" for i, layer in enumerate(("conv1", "conv2", "fc1", "fc2"), 1)
 ]
-# What is left of LeNet by its plan, after what is done to the images.
+# Operators of the exported LeNet by format, after folding: preprocessing, layers, reshaping.
 OPERATORS = {
     "onnx": Counter({"Unsqueeze": 1, "Cast": 1, "Div": 1, "Conv": 2, "Reshape": 1, "Gemm": 3}),
     "pt2": Counter({"unsqueeze": 1, "div": 1, "conv2d": 2, "flatten": 1, "linear": 3}),
 }
+# Additional operators with `--data.normalize true`.
 STANDARDIZED = {
     "onnx": Counter({"Sub": 1, "Div": 1}),
     "pt2": Counter({"sub": 1, "div": 1}),
@@ -41,7 +43,10 @@ PHI_AND_POOL = {
 
 
 def write_checkpoint(path, normalize=False, dtype=torch.float32, **settings):
-    """Write a checkpoint of LeNet with random norms; its optimizer cannot be imported."""
+    """Write a checkpoint of LeNet with random values in its norm layers.
+
+    Its optimizer cannot be imported.
+    """
     torch.manual_seed(0)
     network = LeNet(**settings)
     for name, values in (*network.named_parameters(), *network.named_buffers()):
@@ -61,7 +66,7 @@ def write_checkpoint(path, normalize=False, dtype=torch.float32, **settings):
 
 
 def write_regression(path, optimizer="no_such_package.Optimizer", **settings):
-    """Write a checkpoint of an experiment without classes and pictures."""
+    """Write a checkpoint of an experiment without classes and images."""
     torch.manual_seed(0)
     task, data = Regression(**settings), Table(rows=100, seed=3)
     task.network[1].running_var.uniform_(0.5, 2.0)
@@ -79,32 +84,39 @@ def write_regression(path, optimizer="no_such_package.Optimizer", **settings):
 
 
 def write_export(ckpt, out, norm=None, source="sample"):
-    """Export with this project's experiment."""
-    chosen = {} if norm is None else {"model.norm": norm}
-    return export.export(str(ckpt), out, cli.EXPERIMENT, chosen, {"source": source})
+    """Export a checkpoint of this project's experiment."""
+    trusted = {} if norm is None else {"model.norm": norm}
+    return export.export(str(ckpt), out, cli.EXPERIMENT, trusted, {"source": source})
 
 
-def run_of(path):
-    """Return what an exported file computes, without the code of this project."""
+def load_exported(path):
+    """Return the function that an exported file computes, without using code of this project."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (given,), (found,) = session.get_inputs(), session.get_outputs()
-    return lambda batch: torch.from_numpy(session.run([found.name], {given.name: batch.numpy()})[0])
+    (graph_input,), (graph_output,) = session.get_inputs(), session.get_outputs()
+
+    def forward(batch):
+        (outputs,) = session.run([graph_output.name], {graph_input.name: batch.numpy()})
+        return torch.from_numpy(outputs)
+
+    return forward
 
 
 def outputs_of(path, inputs, batch_size):
-    run = run_of(path)
-    return torch.cat([run(batch) for batch in inputs.split(batch_size)])
+    """Return the outputs of an exported file, computed in batches."""
+    forward = load_exported(path)
+    return torch.cat([forward(batch) for batch in inputs.split(batch_size)])
 
 
 @torch.no_grad()
-def assert_gives_what_the_checkpoint_does(path, ckpt, source=SOURCE):
+def assert_matches_checkpoint(path, ckpt, source=SOURCE):
+    """Compare the logits of an exported file with those of the checkpoint's LeNet."""
     _, content = checkpoints.load(str(ckpt))
-    kept = content["hyper_parameters"]
+    saved = content["hyper_parameters"]
     settings = ("norm", "norm_args", "activation", "pooling")
-    network = LeNet(**{name: kept[name] for name in settings if name in kept})
+    network = LeNet(**{name: saved[name] for name in settings if name in saved})
     weights = content["state_dict"].items()
     network.load_state_dict({k.removeprefix("network."): v for k, v in weights})
     images = sources.load(source).test_images
@@ -122,7 +134,7 @@ def assert_gives_what_the_checkpoint_does(path, ckpt, source=SOURCE):
 
 
 def operators(path):
-    """Count the operators of a file by name, in place or not."""
+    """Count the operators of an exported file by name, without the suffix of in-place variants."""
     if path.suffix == ".onnx":
         nodes = pytest.importorskip("onnx").load(path).graph.node
         return Counter(node.op_type for node in nodes)
@@ -131,13 +143,13 @@ def operators(path):
     return Counter(name.rstrip("_") for name in names)
 
 
-def said_by(path):
+def metadata_of(path):
     """Return the metadata of an exported file."""
     if path.suffix == ".onnx":
         onnxruntime = pytest.importorskip("onnxruntime")
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        about = session.get_modelmeta().custom_metadata_map
-        return {n: value if n in TEXTS else json.loads(value) for n, value in about.items()}
+        found = session.get_modelmeta().custom_metadata_map
+        return {n: value if n in TEXTS else json.loads(value) for n, value in found.items()}
     files = {"metadata.json": ""}
     torch.export.load(path, extra_files=files)
     return json.loads(files["metadata.json"])

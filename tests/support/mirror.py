@@ -1,4 +1,4 @@
-"""Files of Fashion-MNIST for tests, and a mirror of them on this machine."""
+"""Files of Fashion-MNIST for tests, and a mirror that serves them on this machine."""
 
 import gzip
 import http.server
@@ -11,10 +11,11 @@ from functools import partial
 from bn_lightning.data import files, sources
 
 
-def lay_out(folder, layout, raw):
+def write_files(folder, layout, raw):
+    """Write the files of the sample in a layout, and return the folder that contains them."""
     target = folder / layout
     target.mkdir(parents=True, exist_ok=True)
-    for file in files.SAMPLED:
+    for file in files.SAMPLE:
         packed = sources.SAMPLE / f"{file.name}.gz"
         if raw:
             (target / file.name).write_bytes(gzip.decompress(packed.read_bytes()))
@@ -24,25 +25,32 @@ def lay_out(folder, layout, raw):
 
 
 def header(*shape):
+    """Return the header of an idx file."""
     return struct.pack(f">I{len(shape)}I", 0x0800 + len(shape), *shape)
 
 
 def content(file):
+    """Return the decompressed content of a file of the sample."""
     return gzip.decompress((sources.SAMPLE / f"{file.name}.gz").read_bytes())
 
 
-def left(folder):
+def file_names(folder):
+    """Return the names of all files in a folder and its subfolders."""
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A mirror on loopback that serves the sample, or misbehaves."""
+    """A mirror on the loopback interface that serves the sample.
+
+    Args:
+        behaviour: `good`, or a fault: `truncated`, `wrong`, `404`, `silent`, `stalls`.
+    """
 
     daemon_threads = True
 
-    def __init__(self, how="good"):
-        self.how = how
-        self.asked = []
+    def __init__(self, behaviour="good"):
+        self.behaviour = behaviour
+        self.requests = []
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/folder"
         threading.Thread(
@@ -52,29 +60,29 @@ class Mirror(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        how = self.server.how
-        self.server.asked.append(self.path)
-        if how == "silent":
+        behaviour = self.server.behaviour
+        self.server.requests.append(self.path)
+        if behaviour == "silent":
             time.sleep(3)
             return
-        if how == "404":
+        if behaviour == "404":
             self.send_error(404)
             return
         body = (sources.SAMPLE / self.path.removeprefix("/folder/")).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if how == "truncated":
+        if behaviour == "truncated":
             body = body[: len(body) // 2]
-        elif how == "wrong":
+        elif behaviour == "wrong":
             body = gzip.compress(b"\0" * 5_000).ljust(len(body), b"\0")
         try:
             self.wfile.write(body[:100])
-            if how == "stalls":
+            if behaviour == "stalls":
                 time.sleep(3)
             self.wfile.write(body[100:])
         except OSError:
-            pass  # the client had enough of waiting
+            pass  # the client timed out
 
     def log_message(self, *arguments):
         pass

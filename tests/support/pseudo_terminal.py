@@ -1,39 +1,39 @@
-"""Runs a command at a pseudo-terminal, where the system has one."""
+"""Running a command at a pseudo-terminal."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import select
 
 import pytest
 
 from tests.conftest import on_cpu
+from tests.support import processes
 
 
 def at_a_terminal(*arguments, cwd, **environment):
-    """Return the exit code of a command, and all that it writes to its terminal."""
+    """Return the exit code of a command and its output. Skip the test without pseudo-terminals."""
     pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
     termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
-    ours, its = pty.openpty()
+    controller, terminal = pty.openpty()
     # tqdm draws nothing on a terminal without a size.
-    termios.tcsetwinsize(its, (40, 150))
+    termios.tcsetwinsize(terminal, (40, 150))
     env = {n: v for n, v in os.environ.items() if n not in ("NO_COLOR", "COLUMNS")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bn_lightning", *on_cpu(arguments)],
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        cwd=cwd,
-        env=env | {"TERM": "xterm-256color"} | environment,
+    env |= {"TERM": "xterm-256color"} | environment
+    name = os.ttyname(terminal)
+    processes._preload()
+    process = multiprocessing.get_context(processes.START_METHOD).Process(
+        target=processes._run, args=("bn_lightning", on_cpu(arguments), str(cwd), env, name, name)
     )
-    os.close(its)
-    seen = b""
+    process.start()
+    output = b""
     while True:
-        try:
-            part = os.read(ours, 65_536)
-        except OSError:  # this is how Linux reports the end
+        # After the end of the process, the rest of its output is read.
+        has_ended = not process.is_alive()
+        if select.select([controller], [], [], 0 if has_ended else 0.1)[0]:
+            output += os.read(controller, 65_536)
+        elif has_ended:
             break
-        if not part:
-            break
-        seen += part
-    os.close(ours)
-    return process.wait(), seen.decode()
+    os.close(terminal)
+    os.close(controller)
+    process.join()
+    return process.exitcode, output.decode()
