@@ -1,1 +1,1 @@
-"""What is done with a trained checkpoint: `predict`, `export` and `inspect`."""
+"""Commands that use a trained checkpoint: `predict`, `export` and `inspect`."""

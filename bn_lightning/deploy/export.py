@@ -1,6 +1,7 @@
-"""The command `export`: a checkpoint as one file that runs without this project.
+"""The command `export`: write the network of a checkpoint to a file that needs no project code.
 
-Norms are folded away where that is possible, and the file is verified before it is written.
+Norm layers are folded into the layers before them if possible. The file is verified on the test set
+before it is written.
 """
 
 import inspect
@@ -19,39 +20,50 @@ from torch import Tensor
 from bn_lightning import __version__, terminal
 from bn_lightning.deploy import folding, formats
 from bn_lightning.deploy.formats import Format
-from bn_lightning.deploy.served import Restored, Run, Served, default_of, import_flags, restore
-from bn_lightning.deploy.verification import Difference, Verification, metrics_of_test
+from bn_lightning.deploy.served import (
+    Forward,
+    Restored,
+    Served,
+    default_of,
+    import_flags,
+    restore,
+)
+from bn_lightning.deploy.verification import Difference, Verification, compute_test_metrics
 from bn_lightning.errors import RunFailed, UserError, describe_error
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.runs import records, result
 from bn_lightning.runs.experiment import Experiment
 from bn_lightning.training import checkpoints
 
-# Settings of the data that are flags of `export`, where the data module has them.
+# Settings of the data module that are flags of `export`, with their help. A flag is added only if
+# the data module has the setting.
 DATA_FLAGS = {
-    "source": "Of the test samples, as --data.source of fit.",
-    "root": "The folder that keeps downloads.",
+    "source": "Source of the test samples; same values as --data.source of fit.",
+    "root": "Folder for downloads.",
 }
+
+# Duration of the timing for each batch size.
+TIMING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` found.
+    """The result of `export`.
 
     Attributes:
         eager: the checkpoint's network.
-        file: what the file computes.
-        ckpt: the checkpoint's file.
-        notes: those of `folding.fold`.
-        parameters: of the file's network.
-        source: where the test samples come from, if the data module says it.
+        file: the function that the exported file computes.
+        ckpt: the local checkpoint file.
+        notes: the notes of `folding.fold`.
+        parameters: the number of parameters in the exported file.
+        source: the source of the test samples, or None if the data module does not state it.
         inputs: the raw test samples, (N, ...).
-        difference: between the outputs of the two.
-        metrics: of the test, by name: `test_acc`.
+        difference: the difference between the outputs of `eager` and `file`.
+        metrics: test metrics by name, such as `test_acc`.
     """
 
     eager: Served
-    file: Run
+    file: Forward
     ckpt: Path
     notes: list[str]
     parameters: int
@@ -61,34 +73,35 @@ class Exported:
     metrics: dict[str, float]
 
 
-# Some norms take disabled gradients as the sign of evaluation.
+# Some norms use disabled gradients to detect evaluation.
 @torch.no_grad()
 def export(
     ckpt_path: str,
     out: str | Path,
     reference: str,
-    chosen: Mapping[str, str] | None = None,
+    trusted: Mapping[str, str] | None = None,
     data_settings: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Write a checkpoint's network to a file, once the file is proven to do what the network does.
+    """Write the network of a checkpoint to a file, after verifying its outputs on the test set.
 
-    Its input are raw samples (N, ...), its outputs those of the network, for any N from 1. For a
-    classifier they are named `images` and `logits`, else `inputs` and `outputs`.
+    The exported file accepts raw samples (N, ...) for any N from 1, and returns the outputs of the
+    network. The input and the output are named `images` and `logits` for a classifier, otherwise
+    `inputs` and `outputs`.
 
     Args:
-        ckpt_path: a file or an address.
-        out: its suffix is one of `formats.FORMATS`. An older file is replaced at the end, or stays
-            whole.
-        reference, chosen, data_settings: see `served.restore`.
+        ckpt_path: a path or URL.
+        out: the file to write. Its suffix is one of `formats.FORMATS`. An existing file is replaced
+            atomically at the end. After an error it is unchanged.
+        reference, trusted, data_settings: see `served.restore`.
 
     Raises:
-        UserError: another suffix, a package that is missing, or a checkpoint that cannot be
-            exported.
-        RunFailed: the file cannot be written, or does not do what the network does.
+        UserError: the suffix is unknown, a package is missing, or the checkpoint does not match the
+            experiment.
+        RunFailed: the file cannot be written, or its outputs differ from those of the network.
     """
     out = Path(out)
-    form = _format_of(out)
-    restored = restore(ckpt_path, reference, chosen, data_settings)
+    form = _checked_format(out)
+    restored = restore(ckpt_path, reference, trusted, data_settings)
     data = restored.data
     data.prepare_data()
     data.setup("test")
@@ -97,18 +110,20 @@ def export(
     verification = Verification(eager, inputs)
     if not verification.is_finite:
         raise RunFailed(
-            f"{ckpt_path!r} gives {eager.output_name} that are no numbers: its training has "
-            "diverged."
+            f"The network in {ckpt_path!r} returns {eager.output_name} that are NaN or infinite: "
+            "its training diverged. Choose another checkpoint."
         )
-    metrics = metrics_of_test(restored, inputs, targets)
+    metrics = compute_test_metrics(restored, inputs, targets)
     network, notes = folding.fold(eager.network, eager.preprocessing(inputs[:64].clone()))
     served = restored.serve(network)
-    verification.refuse_difference("The folded network", served)
-    about = _about(ckpt_path, restored) | metrics | {f"test_{eager.noun}": len(inputs)}
-    # A .pt2 keeps its example: no sample of the data set is to be in it.
-    content = _content(form, served, torch.zeros_like(data.example_input()), about)
+    verification.verify("The folded network", served)
+    test_results = metrics | {f"test_{eager.sample_noun}": len(inputs)}
+    metadata = _metadata(ckpt_path, restored) | test_results
+    # A .pt2 file stores its example input, which should not be a sample of the data set.
+    example = torch.zeros_like(data.example_input())
+    content = _serialize(form, served, example, metadata)
     file = form.open(content)
-    difference = verification.refuse_difference(f"The file for {out}", file)
+    difference = verification.verify(f"The network exported for {out}", file)
     _write(out, content)
     return Exported(
         eager=eager,
@@ -123,43 +138,44 @@ def export(
     )
 
 
-def _format_of(out: Path) -> Format:
-    """Return the format of a file. One that cannot be written is refused before the work."""
-    form = formats.of(out)
+def _checked_format(out: Path) -> Format:
+    """Return the format of a file, and raise UserError if the file could not be written."""
+    form = formats.format_of(out)
     if not out.parent.is_dir():
-        raise UserError(f"There is no folder {str(out.parent)!r} to write {out.name} into.")
+        raise UserError(f"There is no folder {str(out.parent)!r} for {out.name}. Create it first.")
     form.refuse_missing_packages()
     return form
 
 
-def _content(form: Format, served: Served, example: Tensor, about: Mapping[str, Any]) -> bytes:
+def _serialize(form: Format, served: Served, example: Tensor, metadata: Mapping[str, Any]) -> bytes:
     try:
-        return form.write(served, example, about)
-    except Exception as error:  # torch has no class of errors for code that it cannot export
+        return form.write(served, example, metadata)
+    except Exception as error:
+        # torch raises errors of many classes for code that it cannot export.
         reason = describe_error(error)
         raise RunFailed(f"torch cannot export the network: {reason}") from error
 
 
 def _write(out: Path, content: bytes) -> None:
     try:
-        checkpoints.write_whole(out, content)
+        checkpoints.write_atomically(out, content)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RunFailed(f"{out} cannot be written: {reason}. An older one is as it was.") from error
+        raise RunFailed(f"Cannot write {out}: {reason}. An existing file is unchanged.") from error
 
 
-def _about(ckpt_path: str, restored: Restored) -> dict[str, Any]:
-    """Return what the file says of itself; what is not known is left out."""
+def _metadata(ckpt_path: str, restored: Restored) -> dict[str, Any]:
+    """Return the metadata of the exported file, without unknown values."""
     checkpoint, data, task = restored.checkpoint, restored.data, restored.task
     step, (selects, _) = checkpoint.get("global_step"), task.selects
     validations = records.recorded_in(checkpoint).get("validations", [])
     folder = restored.path.absolute().parent.parent
-    about = {
-        # Lines can be read without a parser of JSON.
+    metadata = {
+        # One class per line: a program can read this without a JSON parser.
         "classes": None if data.classes is None else "\n".join(data.classes),
         "producer": f"bn_lightning {__version__}",
         "torch": str(torch.__version__),
-        "checkpoint": _name_of(ckpt_path),
+        "checkpoint": _public_name(ckpt_path),
         "global_step": step,
         **task.facts(),
         "seed": checkpoint.get("datamodule_hyper_parameters", {}).get("seed"),
@@ -167,11 +183,11 @@ def _about(ckpt_path: str, restored: Restored) -> dict[str, Any]:
         selects: next((v.get(selects) for v in validations if v["step"] == step), None),
         "commit": result.read_result(folder).get("commit"),
     }
-    return {name: value for name, value in about.items() if value is not None}
+    return {name: value for name, value in metadata.items() if value is not None}
 
 
-def _name_of(ckpt_path: str) -> str:
-    """Return NAME/N/checkpoints/FILE of a checkpoint, without anybody's home or password."""
+def _public_name(ckpt_path: str) -> str:
+    """Return NAME/N/checkpoints/FILE, without home directory, host, password and query."""
     path = Path(urlsplit(ckpt_path).path if "://" in ckpt_path else ckpt_path)
     if path.parent.name != "checkpoints":
         return path.name
@@ -180,57 +196,66 @@ def _name_of(ckpt_path: str) -> str:
 
 @torch.inference_mode()
 def milliseconds(
-    sides: Mapping[str, Run], inputs: Tensor, seconds: float, calls: int
+    networks: Mapping[str, Forward], inputs: Tensor, seconds: float, calls: int
 ) -> dict[str, list[float]]:
-    """Measure the milliseconds of one call, once in each round that fits into `seconds`.
+    """Measure the milliseconds per call of each network, in rounds that take about `seconds`.
 
-    The sides take turns: in every round each has a call to warm up and then some `calls`. There is
-    at least one round.
+    In each round, the networks take turns. Each has one warm-up call and then `calls` timed calls.
+    There is at least one round.
+
+    Returns:
+        For each network, the mean milliseconds per call in each round.
     """
-    times: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[str, list[float]] = {name: [] for name in networks}
     end = time.perf_counter() + seconds
     while not all(times.values()) or time.perf_counter() < end:
-        for side, run in sides.items():
-            time.sleep(0.01)  # torch's threads keep spinning for a while
-            run(inputs)
+        for name, forward in networks.items():
+            # The threads of torch stay busy for a short time after a call.
+            time.sleep(0.01)
+            forward(inputs)
             start = time.perf_counter()
             for _ in range(calls):
-                run(inputs)
-            times[side].append((time.perf_counter() - start) * 1e3 / calls)
+                forward(inputs)
+            times[name].append((time.perf_counter() - start) * 1e3 / calls)
     return times
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run `export CKPT OUT`: write the file, and print what was folded, proven and measured."""
+    """Run `export CKPT OUT`: write the file, and print folded norms, differences and timings."""
     experiment = experiments.load(reference)
     args = _parser(experiment).parse_args(arguments[1:])
     flags = import_flags(experiment)
-    given = {name: args[flag.removeprefix("--")] for name, flag in flags.items()}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    values = {name: args[flag.removeprefix("--")] for name, flag in flags.items()}
+    trusted = {name: value for name, value in values.items() if value is not None}
     data_settings = {name: args[name] for name in DATA_FLAGS if args.get(name) is not None}
     out = Path(args.out)
-    done = export(args.ckpt, out, reference, chosen, data_settings)
-    _print_findings(done, out)
-    _print_times(done, out.name)
+    exported = export(args.ckpt, out, reference, trusted, data_settings)
+    _print_report(exported, out)
+    _print_times(exported, out.name)
 
 
 def _parser(experiment: Experiment) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{terminal.program()} export",
-        description="Make a file of a checkpoint that any runtime takes.",
+        description="Write the network of a checkpoint to a file that runs without this project.",
     )
-    parser.add_argument("ckpt", type=str, help="The checkpoint: runs/NAME/N/checkpoints/best.ckpt")
+    parser.add_argument(
+        "ckpt",
+        type=str,
+        help="Checkpoint to read, for example runs/NAME/N/checkpoints/best.ckpt.",
+    )
     parser.add_argument(
         "out",
         type=str,
-        help="The file to write: model.onnx, or model.pt2 for torch.export.load",
+        help="File to write: model.onnx, or model.pt2 for torch.export.load.",
     )
     for name, flag in import_flags(experiment).items():
         parser.add_argument(
             flag,
             type=str | None,
             default=None,
-            help=f"The checkpoint's {name.partition('.')[2]}, if it is an import path.",
+            help=f"The {name.partition('.')[2]} of the checkpoint. Required if it is an import "
+            "path: it confirms that you trust the code.",
         )
     for name, text in DATA_FLAGS.items():
         if name in inspect.signature(experiment.data).parameters:
@@ -239,29 +264,31 @@ def _parser(experiment: Experiment) -> ArgumentParser:
     return parser
 
 
-def _print_findings(done: Exported, out: Path) -> None:
-    before = sum(p.numel() for p in done.eager.network.parameters())
-    origin = f" ({done.source})" if done.source else ""
-    largest, changed = done.difference
-    classes = "" if changed is None else f", the class of {changed} {done.eager.noun}"
-    metrics = ", ".join(f"{n.replace('_', ' ')} {value:.4f}" for n, value in done.metrics.items())
-    print("\n".join(done.notes))
-    print(
-        f"{done.parameters:,} parameters, of {before:,}\n"
-        f"{len(done.inputs):,} test {done.eager.noun}{origin}: {done.eager.output_name} differ by "
-        f"at most {largest:.1e}{classes}" + (f"; {metrics}" if metrics else "") + "\n"
-        f"{out}: {out.stat().st_size:,} bytes, of a checkpoint of {done.ckpt.stat().st_size:,}"
+def _print_report(exported: Exported, out: Path) -> None:
+    eager, (largest, changed) = exported.eager, exported.difference
+    unfolded = sum(p.numel() for p in eager.network.parameters())
+    source = f" ({exported.source})" if exported.source else ""
+    classes = "" if changed is None else f", {changed} predicted classes differ"
+    metrics = ", ".join(
+        f"{n.replace('_', ' ')} {value:.4f}" for n, value in exported.metrics.items()
     )
+    print("\n".join(exported.notes))
+    print(f"{exported.parameters:,} parameters (checkpoint: {unfolded:,})")
+    print(
+        f"{len(exported.inputs):,} test {eager.sample_noun}{source}: {eager.output_name} differ by "
+        f"at most {largest:.1e}{classes}" + (f"; {metrics}" if metrics else "")
+    )
+    print(f"{out}: {out.stat().st_size:,} bytes (checkpoint: {exported.ckpt.stat().st_size:,})")
 
 
-def _print_times(done: Exported, name: str) -> None:
-    sides: dict[str, Run] = {"eager": done.eager, name: done.file}
+def _print_times(exported: Exported, name: str) -> None:
+    networks: dict[str, Forward] = {"eager": exported.eager, name: exported.file}
     rows = []
     for size, calls in ((1, 20), (256, 4)):
-        inputs = done.inputs[:size]
-        times = milliseconds(sides, inputs, 0.5, calls)
-        rows.append(
-            [f"{len(inputs)}", *(f"{statistics.median(values):.3f}" for values in times.values())]
-        )
-    print(f"\nmilliseconds, median, on {torch.get_num_threads()} threads")
-    terminal.print_table((f"{done.eager.noun} at once", *sides), rows)
+        inputs = exported.inputs[:size]
+        times = milliseconds(networks, inputs, TIMING_SECONDS, calls)
+        medians = [f"{statistics.median(values):.3f}" for values in times.values()]
+        rows.append([f"{len(inputs)}", *medians])
+    threads = torch.get_num_threads()
+    print(f"\nmedian milliseconds per call, {threads} thread{'s' * (threads > 1)}")
+    terminal.print_table((f"{exported.eager.sample_noun} per call", *networks), rows)

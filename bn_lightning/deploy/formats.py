@@ -1,4 +1,4 @@
-"""The formats of exported files. A new format is one entry of `FORMATS`."""
+"""Formats of exported files. To add a format, add an entry to `FORMATS`."""
 
 import importlib
 import io
@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from bn_lightning import __version__
-from bn_lightning.deploy.served import Run, Served
+from bn_lightning.deploy.served import Forward, Served
 from bn_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
 class Format:
-    """How files with one suffix are written and read.
+    """How to write and read files with one suffix.
 
     Attributes:
-        name: for messages.
-        write: makes the content of a file, weights included, from a network, a few raw samples, and
-            metadata as plain data. The file must take any number of samples from 1.
-        open: returns what a file's content computes, on the CPU.
-        packages: those that are needed beside torch; the extra `extra` installs them.
+        name: the name in messages.
+        write: returns the content of a file, given a network, a few raw samples, and metadata as
+            plain data. The file contains the weights and accepts any number of samples from 1.
+        open: returns the function that the content of a file computes, on the CPU.
+        packages: required packages besides torch.
+        extra: the extra of this project that installs `packages`.
     """
 
     name: str
     write: Callable[[Served, Tensor, Mapping[str, Any]], bytes]
-    open: Callable[[bytes], Run]
+    open: Callable[[bytes], Forward]
     packages: tuple[str, ...] = ()
     extra: str = ""
 
@@ -42,37 +43,37 @@ class Format:
                 importlib.import_module(package)
             except ImportError as error:
                 raise UserError(
-                    f"{self.name} needs packages that are not all installed ({error}): "
-                    f'pip install -e ".[{self.extra}]"'
+                    f"A package that {self.name} needs cannot be imported: {error}\n"
+                    f'Install the extra: pip install -e ".[{self.extra}]"'
                 ) from error
 
 
-def of(path: Path) -> Format:
-    """Return the format of a file by its suffix.
+def format_of(path: Path) -> Format:
+    """Return the format for the suffix of a path.
 
     Raises:
-        UserError: an unknown suffix.
+        UserError: the suffix is unknown.
     """
     found = FORMATS.get(path.suffix.lower())
     if found is None:
-        known = " and ".join(f"{suffix} ({form.name})" for suffix, form in FORMATS.items())
-        raise UserError(f"{str(path)!r} is to be a file of another kind than {known}.")
+        problem = f"Unsupported format {path.suffix!r}" if path.suffix else f"{path} has no suffix"
+        raise UserError(f"{problem}: use {' or '.join(FORMATS)}.")
     return found
 
 
-def _write_pt2(served: Served, example: Tensor, about: Mapping[str, Any]) -> bytes:
+def _write_pt2(served: Served, example: Tensor, metadata: Mapping[str, Any]) -> bytes:
     stream = io.BytesIO()
-    files = {"metadata.json": json.dumps(about)}
+    files = {"metadata.json": json.dumps(metadata)}
     torch.export.save(_program(served, example), stream, extra_files=files)
     return stream.getvalue()
 
 
-def _open_pt2(content: bytes) -> Run:
+def _open_pt2(content: bytes) -> Forward:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _write_onnx(served: Served, example: Tensor, about: Mapping[str, Any]) -> bytes:
-    # Its warnings are about torchvision's operators.
+def _write_onnx(served: Served, example: Tensor, metadata: Mapping[str, Any]) -> bytes:
+    # The exporter warns about torchvision operators, which are not used here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     exported = torch.onnx.export(
         _program(served, example),
@@ -84,40 +85,43 @@ def _write_onnx(served: Served, example: Tensor, about: Mapping[str, Any]) -> by
     assert exported is not None
     model = exported.model_proto
     model.producer_name, model.producer_version = "bn_lightning", __version__
-    for name, value in about.items():
+    for name, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
         model.metadata_props.add(key=name, value=text)
+    # The origin of each operator in torch would take 5% of the file.
     for node in model.graph.node:
-        # 5% of the file, about where torch has each operator from.
         node.ClearField("metadata_props")
     model.graph.ClearField("value_info")
-    for end in (*model.graph.input, *model.graph.output):
-        end.type.tensor_type.shape.dim[0].dim_param = "N"
+    for tensor in (*model.graph.input, *model.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_param = "N"
     return bytes(model.SerializeToString())
 
 
-def _open_onnx(content: bytes) -> Run:
-    """Return what the file computes, on as many threads as torch has."""
+def _open_onnx(content: bytes) -> Forward:
+    """Return the function that the file computes. It uses as many threads as torch."""
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads keep spinning after a call, on cores that the next program needs.
+    # Otherwise the threads of ONNX Runtime keep the cores busy after a call.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    (given,), (found,) = session.get_inputs(), session.get_outputs()
+    (graph_input,), (graph_output,) = session.get_inputs(), session.get_outputs()
 
-    def run(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([found.name], {given.name: inputs.numpy()})[0])
+    def forward(inputs: Tensor) -> Tensor:
+        feed = {graph_input.name: inputs.numpy()}
+        (outputs,) = session.run([graph_output.name], feed)
+        return torch.from_numpy(outputs)
 
-    return run
+    return forward
 
 
 def _program(served: Served, example: Tensor) -> torch.export.ExportedProgram:
-    """Return the network as a program of torch.export, for any number of samples from 1."""
+    """Export the network with torch.export, for any number of samples from 1."""
     samples = torch.export.Dim("N", min=1)
     program = torch.export.export(served, (example,), dynamic_shapes=({0: samples},))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of the machine that exports
+        # The stack trace contains paths of this machine.
+        node.meta.pop("stack_trace", None)
     return program
 
 

@@ -1,6 +1,6 @@
-"""The command `inspect`: what a checkpoint is.
+"""The command `inspect`: show the network, settings, data and metrics of a checkpoint.
 
-Nothing in the file is executed, and no network is built.
+Code in the file is not executed, and no network is built.
 """
 
 import json
@@ -22,22 +22,28 @@ from bn_lightning.runs.settings import settings_in
 from bn_lightning.training import checkpoints
 from bn_lightning.training.task import Task
 
-SHOWN = 6  # channels of a norm that are printed one by one
+MAX_CHANNELS = 6  # of a norm, printed one by one
 
 
 def describe(path: str, experiment: Experiment) -> dict[str, Any]:
-    """Return what the checkpoint at `path` is, as plain data.
+    """Return a description of the checkpoint at `path`, as plain data.
 
-    Keys: `checkpoint`, its `bytes`, when it was `written`; `step`, None if unknown; `parameters`,
-    and for each layer in `layers` their number and the shape of each; `norms`: gamma, beta and
-    running statistics of each, by channel; `settings`, by their flags; `data`: what identifies the
-    data; `epochs` and `validations`: the metrics of each; `versions`, and where it was trained.
+    Keys:
+        checkpoint, bytes, written: path, size and modification time of the file.
+        step: the number of training steps; None if unknown.
+        parameters: the number of parameters.
+        layers: for each layer, the number of parameters and the shape of each tensor.
+        norms: for each norm layer, gamma, beta and the running statistics of each channel.
+        settings: values by flag, without `--`.
+        data: the identity of the data, such as source and checksums.
+        epochs, validations: the metrics of each.
+        versions: versions of the packages, and the device and number of processes in training.
 
     Raises:
-        UserError: no such file, or one that cannot be loaded safely.
+        UserError: the file does not exist, or cannot be loaded safely.
     """
     local, checkpoint = checkpoints.load(path)
-    layers = _layers(path, checkpoint)
+    layers = _tensors_by_layer(path, checkpoint)
     recorded = records.recorded_in(checkpoint)
     file = Path(local).stat()
     return {
@@ -45,18 +51,16 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
         "bytes": file.st_size,
         "written": datetime.fromtimestamp(file.st_mtime).isoformat(sep=" ", timespec="seconds"),
         "step": checkpoint.get("global_step"),
-        "parameters": sum(_learned(values) for values in layers.values()),
+        "parameters": sum(_parameter_count(tensors) for tensors in layers.values()),
         "layers": {
-            name: {
-                "parameters": _learned(values),
-                **{what: list(value.shape) for what, value in values.items()},
+            layer: {
+                "parameters": _parameter_count(tensors),
+                **{name: list(tensor.shape) for name, tensor in tensors.items()},
             }
-            for name, values in layers.items()
+            for layer, tensors in layers.items()
         },
         "norms": {
-            name: {what: value.tolist() for what, value in recognition.by_channel(values).items()}
-            for name, values in layers.items()
-            if _is_norm(values)
+            layer: _norm_values(tensors) for layer, tensors in layers.items() if _is_norm(tensors)
         },
         "settings": settings_in(checkpoint, experiment.data.machine_settings),
         "data": experiment.data.identity_in(checkpoint),
@@ -67,44 +71,52 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _layers(path: str, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Return parameters and buffers by layer."""
+def _tensors_by_layer(path: str, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return the parameters and buffers of each layer."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{path!r} holds no network: {name!r} in its 'state_dict' is a "
-                f"{type(value).__name__}."
+                f"{path!r} does not contain a network: {name!r} in its 'state_dict' has the type "
+                f"{type(value).__name__}, not Tensor."
             )
-        layer, _, what = name.removeprefix("network.").rpartition(".")
-        layers.setdefault(layer, {})[what] = value
+        layer, _, tensor_name = name.removeprefix("network.").rpartition(".")
+        layers.setdefault(layer, {})[tensor_name] = value
     return layers
 
 
-def _is_norm(values: Mapping[str, Tensor]) -> bool:
+def _is_norm(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether these are the parameters and buffers of a norm layer.
 
-    A linear layer with one output has a weight of the same shape, but a single bias.
+    The weight of a linear layer with one output has the shape of a norm's. Its bias does not: it
+    has one element.
     """
-    sizes = {values[name].numel() for name in ("weight", "bias") if name in values}
-    return len(sizes) < 2 and recognition.is_by_channel(values.values())
+    sizes = {tensors[name].numel() for name in ("weight", "bias") if name in tensors}
+    return len(sizes) < 2 and recognition.are_channel_values(tensors.values())
 
 
-def _learned(values: Mapping[str, Tensor]) -> int:
-    """Return the number of parameters among what a layer keeps.
+def _norm_values(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    values = recognition.channel_values(tensors)
+    return {name: channels.tolist() for name, channels in values.items()}
 
-    Buffers are recognized by their names, since a file does not say which they are.
+
+def _parameter_count(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of parameters of a layer, without its buffers.
+
+    Buffers are recognized by their names, because a checkpoint does not mark them.
     """
-    counted = (*recognition.STATISTICS, "num_batches")
+    of_buffers = (*recognition.STATISTICS, "num_batches")
     return sum(
-        value.numel() for name, value in values.items() if not any(word in name for word in counted)
+        tensor.numel()
+        for name, tensor in tensors.items()
+        if not any(word in name for word in of_buffers)
     )
 
 
 def _print(found: Mapping[str, Any], experiment: Experiment) -> None:
     print(f"{found['checkpoint']}: {found['bytes']:,} bytes, written {found['written']}")
-    step = "an unknown step" if found["step"] is None else f"step {found['step']:,}"
-    print(f"after {step}, {found['parameters']:,} parameters\n")
+    step = "unknown" if found["step"] is None else f"{found['step']:,}"
+    print(f"{found['parameters']:,} parameters, training step {step}\n")
     _print_layers(found)
     print()
     _print_metrics(found, experiment.task)
@@ -118,39 +130,40 @@ def _print(found: Mapping[str, Any], experiment: Experiment) -> None:
 def _print_layers(found: Mapping[str, Any]) -> None:
     layers = []
     for name, layer in found["layers"].items():
-        shapes = (f"{what} {shape}" for what, shape in layer.items() if what != "parameters")
+        shapes = (f"{key} {shape}" for key, shape in layer.items() if key != "parameters")
         layers.append([name, f"{layer['parameters']:,}", ", ".join(shapes)])
     terminal.print_table(("layer", "parameters", "shapes"), layers, folds=2)
     norms = [
-        [name, what, _channels(values)]
-        for name, norm in found["norms"].items()
-        for what, values in norm.items()
+        [layer, name, _channels(values)]
+        for layer, norm in found["norms"].items()
+        for name, values in norm.items()
     ]
     if norms:
         print()
-        terminal.print_table(("norm", "keeps", "by channel"), norms, folds=2)
+        terminal.print_table(("norm", "tensor", "value of each channel"), norms, folds=2)
 
 
 def _channels(values: list[float]) -> str:
-    shown = ", ".join(f"{value:.2f}" for value in values[:SHOWN])
-    if len(values) <= SHOWN:
+    shown = ", ".join(f"{value:.2f}" for value in values[:MAX_CHANNELS])
+    if len(values) <= MAX_CHANNELS:
         return f"[{shown}]"
-    return f"[{shown}, ...], {len(values)} from {min(values):.2f} to {max(values):.2f}"
+    spread = f"{min(values):.2f} to {max(values):.2f}"
+    return f"[{shown}, ...], {len(values)} channels, {spread}"
 
 
 def _print_metrics(found: Mapping[str, Any], task: type[Task]) -> None:
     epochs, validations = found["epochs"], found["validations"]
     if epochs:
-        print(f"epoch {len(epochs)}, finished: train {_metrics(epochs[-1], 'train_')}")
+        print(f"last finished epoch ({len(epochs)}): train {_metrics(epochs[-1], 'train_')}")
     if validations:
         last = validations[-1]
-        print(f"validation after step {last['step']:,}: {_metrics(last, 'val_')}")
+        print(f"last validation (step {last['step']:,}): {_metrics(last, 'val_')}")
     selects, _ = task.selects
     comparable = [metrics for metrics in validations if selects in metrics]
     if comparable:
         best = task.best(comparable)
         value = _metrics({selects: best[selects]}, "val_")
-        print(f"best validation, after step {best['step']:,}: {value}")
+        print(f"best validation (step {best['step']:,}): {value}")
 
 
 def _metrics(metrics: Mapping[str, float], prefix: str) -> str:
@@ -162,7 +175,7 @@ def _metrics(metrics: Mapping[str, float], prefix: str) -> str:
 
 
 def _data_rows(identity: Mapping[str, Any]) -> list[list[str]]:
-    """Return what identifies the data as rows of a table: `data source`, `sha256 FILE`."""
+    """Return table rows that identify the data, such as `data source` and `sha256 FILE`."""
     rows = []
     for name, value in identity.items():
         if isinstance(value, dict):
@@ -173,48 +186,55 @@ def _data_rows(identity: Mapping[str, Any]) -> list[list[str]]:
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run `inspect`; `arguments` begins with the command."""
+    """Run `inspect`. The first argument is the name of the command."""
     args = _parser().parse_args(arguments[1:])
     experiment = experiments.load(reference)
     path = args.ckpt
-    of_run: dict[str, Any] = {}
+    run_result: dict[str, Any] = {}
     if args.run is not None:
-        path, of_run = _of_run(Path(args.run), experiment)
+        path, run_result = _load_run(Path(args.run), experiment)
     found = describe(path, experiment)
     if args.json:
-        print(result.to_json(found | {"result": of_run} if args.run else found))
+        print(result.to_json(found | {"result": run_result} if args.run else found))
         return
     _print(found, experiment)
-    if of_run:
-        # Checksums are in the table above.
-        rows = [[n, str(value)] for n, value in of_run.items() if not n.startswith("sha256")]
+    if run_result:
+        # The checksums are already in the table above.
+        rows = [[n, str(value)] for n, value in run_result.items() if not n.startswith("sha256")]
         print()
-        terminal.print_table(("result of the run", "value"), rows, folds=1)
+        terminal.print_table(("result.json", "value"), rows, folds=1)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         f"{terminal.program()} inspect",
-        description="What a checkpoint is: network, norms, settings, data, metrics. Nothing in it "
-        "is executed.",
+        description="Show the network, norms, settings, data and metrics of a checkpoint. Code in "
+        "the file is not executed.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("ckpt", nargs="?", metavar="CKPT", help="runs/NAME/N/checkpoints/best.ckpt")
+    which.add_argument(
+        "ckpt",
+        nargs="?",
+        metavar="CKPT",
+        help="checkpoint, for example runs/NAME/N/checkpoints/best.ckpt",
+    )
     which.add_argument(
         "--run",
         metavar="FOLDER",
-        help="runs/NAME/N: its result, and the checkpoint that it kept",
+        help="folder of a run, for example runs/NAME/N: show its result.json, and best.ckpt, or "
+        "last.ckpt if there is no best.ckpt",
     )
-    parser.add_argument("--json", action="store_true", help="print one object, for programs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _of_run(run: Path, experiment: Experiment) -> tuple[str, dict[str, Any]]:
-    """Return the checkpoint that a run has kept, and its result."""
+def _load_run(run: Path, experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    """Return the path of a run's checkpoint, and the content of its result.json."""
     for name in ("best", "last"):
         file = run / "checkpoints" / f"{name}.ckpt"
         if file.is_file():
             return str(file), result.read_result(run)
     raise UserError(
-        f"There is no checkpoint of a run in {str(run)!r}. --run runs/{experiment.name}/0"
+        f"There is no checkpoint in {str(run)!r}. Give the folder of a run, for example --run "
+        f"runs/{experiment.name}/0"
     )

@@ -1,4 +1,4 @@
-"""The command `predict`: the class of each image of the test set, or of each file of the user."""
+"""The command `predict`: classify the test set or a user's own images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ class PredictCLI(CLI):
     """The command line of `predict`.
 
     Attributes:
-        files: the user's files, None for the test set, and whether to invert them.
+        files: the user's image files, or None for the test set; and whether to invert them.
     """
 
     commands = ("predict",)
@@ -31,91 +31,96 @@ class PredictCLI(CLI):
             nargs="+",
             type=str,
             default=None,
-            help="Pictures of yours: files, folders, patterns. By default the test set's images.",
+            help="Your own images: files, folders or patterns. Default: the test set.",
         )
         parser.add_argument(
             "--data.invert",
             type=bool | None,
             default=None,
-            help="Whether dark and bright change places in them; null does so where the border is "
-            "bright.",
+            help="Whether to invert the brightness of your images. null inverts an image if its "
+            "border is bright.",
         )
         parser.add_argument(
             "--format",
             type=Literal[predictions.FORMATS],
             default="table",
-            help="What is printed.",
+            help="Output format.",
         )
         parser.add_argument(
-            "--grid", type=str | None, default=None, help="A file for a picture of the answers."
+            "--grid",
+            type=str | None,
+            default=None,
+            help="Image file to write, for example grid.png: the images with their predictions.",
         )
 
     def before_instantiate_classes(self) -> None:
-        data = self.config.predict.data  # the data module has no such settings
+        # These two are options of `predict`, not arguments of the data module.
+        data = self.config.predict.data
         self.files = data.pop("images"), data.pop("invert")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config_init.predict.trainer.devices == "auto":
-            kwargs["devices"] = 1  # the answers come in the order of the images
+            # A single process keeps the order of the images.
+            kwargs["devices"] = 1
         return super().instantiate_trainer(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
-        """Print the class and the runner-up of each image, with their probabilities."""
+        """Print the two most probable classes of each image."""
         settings, classes = self.config.predict, self.datamodule.classes
         if classes is None:
-            raise UserError("predict does not apply: this task has no classes")
+            raise UserError("predict needs a task with classes, and this task has none.")
         if self.trainer.world_size > 1:
             raise UserError(
-                "predict gives the images in their order, in one process: --trainer.devices 1"
+                "predict runs in a single process, to keep the order of the images. Use "
+                "--trainer.devices 1."
             )
-        grid = None if settings.grid is None else Path(settings.grid)
-        if grid is not None:
-            predictions.refuse_place(grid)
+        sheet = None if settings.grid is None else Path(settings.grid)
+        if sheet is not None:
+            predictions.refuse_invalid_sheet_path(sheet)
         kwargs, unread = self._from_checkpoint(kwargs), 0
         files, invert = self.files
-        answers: Any
+        outputs: Any
         if files is None:
-            answers = self.trainer.predict(**kwargs)
+            outputs = self.trainer.predict(**kwargs)
             inputs, about = self._test_set(classes)
         else:
             inputs, about, unread = self.datamodule.read_files(files, invert)
             no_targets = torch.zeros(len(inputs), dtype=torch.long)
             del kwargs["datamodule"]
             loader = self.datamodule.batches(inputs, no_targets)
-            answers = self.trainer.predict(**kwargs, dataloaders=loader)
-        if not answers:
+            outputs = self.trainer.predict(**kwargs, dataloaders=loader)
+        if not outputs:
             raise UserError(
-                "There is no image to predict: leave out --trainer.limit_predict_batches 0"
+                "There are no images to predict. Remove --trainer.limit_predict_batches 0."
             )
-        probabilities = torch.cat(answers)
-        asked = len(probabilities)  # fewer than there are with --trainer.limit_predict_batches
-        found = predictions.Predictions(about[:asked], probabilities, classes)
-        drawn = None if grid is None else self._pictures(inputs[:asked])
+        probabilities = torch.cat(outputs)
+        # --trainer.limit_predict_batches may select fewer images than there are.
+        count = len(probabilities)
+        found = predictions.Predictions(about[:count], probabilities, classes)
+        images = None if sheet is None else self._drawn_images(inputs[:count])
         found.print(settings.format)
-        if grid is not None and drawn is not None:
-            found.draw(grid, drawn)
+        if sheet is not None and images is not None:
+            found.draw(sheet, images)
         if unread:
-            raise RunFailed(
-                f"{unread} of {unread + len(inputs)} pictures could not be read; they are named "
-                "above."
-            )
+            total = unread + len(inputs)
+            raise RunFailed(f"{unread} of {total} images could not be read. They are listed above.")
 
     def _test_set(self, classes: Sequence[str]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the raw samples of the test set, and the index and the class of each."""
+        """Return the raw samples of the test set, and the index and class of each."""
         inputs, targets = self.datamodule.test_samples()
         truth = [classes[label] for label in targets.tolist()]
         return inputs, [{"image": index, "truth": name} for index, name in enumerate(truth)]
 
-    def _pictures(self, inputs: Tensor) -> Tensor:
-        """Return pictures of as many raw samples as --grid draws."""
-        shown = self.datamodule.preprocessing(inputs[: predictions.MOST_DRAWN])
-        pictures = self.datamodule.draw(shown)
-        if pictures is None:
-            raise UserError("--grid does not apply: these data have no pictures")
-        return pictures
+    def _drawn_images(self, inputs: Tensor) -> Tensor:
+        """Draw the first raw samples as images for --grid."""
+        shown = self.datamodule.preprocessing(inputs[: predictions.MAX_DRAWN])
+        images = self.datamodule.draw(shown)
+        if images is None:
+            raise UserError("--grid cannot be used: this data set has no images. Remove --grid.")
+        return images
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run predict; `arguments` begins with the command."""
+    """Run `predict`. The first argument is the name of the command."""
     process.set_up()
     command_line(arguments, reference, PredictCLI)

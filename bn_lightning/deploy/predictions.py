@@ -1,4 +1,4 @@
-"""What `predict` answers: for each image its class, how sure the network is, and the runner-up."""
+"""Predicted classes with probabilities, as a table, CSV, JSON or an image sheet."""
 
 import csv
 import json
@@ -17,17 +17,17 @@ from bn_lightning.monitoring import drawing
 from bn_lightning.terminal import print_table
 
 FORMATS = ("table", "csv", "json")
-MOST_DRAWN = 400
+MAX_DRAWN = 400
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The answers to a number of images.
+    """Predictions for a sequence of images.
 
     Args:
-        about: for each image, what else is known of it: where it comes from, its class if known.
+        about: the first columns for each image, such as its file, or its index and its true class.
         probabilities: (N, C).
-        names: of the classes.
+        names: names of the C classes.
     """
 
     about: Sequence[dict[str, Any]]
@@ -36,9 +36,9 @@ class Predictions:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One flat object for each image."""
-        two = self.probabilities.topk(2)
-        answers = zip(self.about, two.values.tolist(), two.indices.tolist(), strict=True)
+        """One flat dictionary for each image."""
+        top = self.probabilities.topk(2)
+        best_two = zip(self.about, top.values.tolist(), top.indices.tolist(), strict=True)
         return [
             {
                 **about,
@@ -47,11 +47,11 @@ class Predictions:
                 "runner_up": self.names[second],
                 "runner_up_probability": round(q, 4),
             }
-            for about, (p, q), (first, second) in answers
+            for about, (p, q), (first, second) in best_two
         ]
 
     def print(self, form: str) -> None:
-        """Print them as one of `FORMATS`."""
+        """Print the predictions in one of `FORMATS`."""
         if form == "json":
             print(json.dumps(self.rows, indent=2))
             return
@@ -64,47 +64,50 @@ class Predictions:
         cells = [
             [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
         ]
-        short = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
-        print_table([short.get(name, name) for name in rows[0]], cells)
+        titles = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
+        print_table([titles.get(name, name) for name in rows[0]], cells)
 
-    def draw(self, path: Path, pictures: Tensor) -> None:
-        """Write a sheet with the first `MOST_DRAWN` images and their answers.
+    def draw(self, path: Path, images: Tensor) -> None:
+        """Write a sheet of the first `MAX_DRAWN` images with their predictions.
 
         Args:
-            pictures: of these images, uint8 (M, H, W) or (M, H, W, 3).
+            images: uint8 (M, H, W) or (M, H, W, 3).
 
         Raises:
-            RunFailed: it cannot be written.
+            RunFailed: the file cannot be written.
         """
-        rows = self.rows[:MOST_DRAWN]
+        rows = self.rows[:MAX_DRAWN]
         captions = [
             f"{next(iter(row.values()))}\n{row['class']} {row['probability']:.1%}\n"
             f"{row['runner_up']} {row['runner_up_probability']:.1%}"
             for row in rows
         ]
         try:
-            drawing.grid(pictures, captions).save(path)
+            drawing.grid(images, captions).save(path)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise RunFailed(f"The picture {str(path)!r} cannot be written: {reason}.") from error
+            raise RunFailed(f"Cannot write the image sheet {str(path)!r}: {reason}.") from error
         if len(rows) < len(self.about):
-            print(
-                f"{path} has the first {len(rows)} of {len(self.about):,} images", file=sys.stderr
-            )
+            total = len(self.about)
+            print(f"{path} shows the first {len(rows)} of {total:,} images", file=sys.stderr)
 
 
 def _yes_or_no(value: Any) -> Any:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
-def refuse_place(path: Path) -> None:
-    """Refuse a place where `Predictions.draw` could not write, before the network is run.
+def refuse_invalid_sheet_path(path: Path) -> None:
+    """Raise UserError if `Predictions.draw` could not write to a path.
 
-    Raises:
-        UserError: the folder does not exist, or the suffix is not that of a picture.
+    The folder has to exist, and the suffix has to be one of an image format.
     """
     if not path.parent.is_dir():
-        raise UserError(f"There is no folder {str(path.parent)!r} for --grid {path}")
+        raise UserError(
+            f"There is no folder {str(path.parent)!r} for --grid {path}. Create it first."
+        )
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         suggested = path.with_suffix(".png")
-        raise UserError(f"--grid {path} names no kind of picture: --grid {suggested}")
+        raise UserError(
+            f"Unsupported image format {path.suffix!r} for --grid: use, for example, "
+            f"--grid {suggested}"
+        )

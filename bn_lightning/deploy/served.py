@@ -1,4 +1,4 @@
-"""A trained network as it is served: restored from a checkpoint, with its preprocessing."""
+"""A trained network for inference: restored from a checkpoint, with its preprocessing."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from bn_lightning.training import checkpoints
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
-Run = Callable[[Tensor], Tensor]  # from raw samples to outputs
+Forward = Callable[[Tensor], Tensor]  # from raw samples to outputs
 Part = TypeVar("Part", Task, DataModule)
 
-# Settings that only training needs. `network` and `metrics` are no settings of the base class: what
-# a checkpoint has under these names belongs to a subclass.
-OF_TRAINING = frozenset(
+# Settings that only training needs. `network` and `metrics` are excluded: the base class has no
+# such settings, so in a checkpoint these names belong to a subclass.
+TRAINING_SETTINGS = frozenset(
     f"model.{name}"
     for name in inspect.signature(Task).parameters
     if name not in ("network", "metrics")
@@ -29,16 +29,17 @@ OF_TRAINING = frozenset(
 
 
 class Served(nn.Module):
-    """Preprocessing and network: from raw samples (N, ...) to the outputs of the network.
+    """Preprocessing followed by the network: raw samples (N, ...) to outputs.
 
     Attributes:
-        input_name, output_name: the names that an exported file has for them.
-        noun: what one calls the samples.
-        classifies: whether the largest output names the class.
+        input_name: the name of the input in an exported file.
+        output_name: the name of the output in an exported file, and in messages.
+        sample_noun: the plural noun for samples in messages.
+        has_classes: whether the index of the largest output is the predicted class.
     """
 
-    input_name, output_name, noun = "inputs", "outputs", "samples"
-    classifies = False
+    input_name, output_name, sample_noun = "inputs", "outputs", "samples"
+    has_classes = False
 
     def __init__(self, preprocessing: nn.Module, network: nn.Module) -> None:
         super().__init__()
@@ -50,24 +51,25 @@ class Served(nn.Module):
 
 
 class ServedClassifier(Served):
-    """The same with the names of a classifier. torch.export names inputs after the parameters."""
+    """Preprocessing followed by a classifier: raw images (N, ...) to logits (N, C)."""
 
-    input_name, output_name, noun = "images", "logits", "images"
-    classifies = True
+    input_name, output_name, sample_noun = "images", "logits", "images"
+    has_classes = True
 
+    # torch.export names the input after the parameter.
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds, built again.
+    """A checkpoint with the task and the data module that it was trained with.
 
     Attributes:
-        path: the file, downloaded where an address was given.
-        checkpoint: its content.
-        task: in eval mode, with the trained weights in float32.
-        data: with the settings of the checkpoint, not yet prepared.
+        path: the local file; a remote checkpoint has been downloaded.
+        checkpoint: the content of the file.
+        task: the task in eval mode, with the trained weights in float32.
+        data: the data module with the settings of the checkpoint, not yet prepared.
     """
 
     path: Path
@@ -76,73 +78,76 @@ class Restored:
     data: DataModule
 
     def serve(self, network: nn.Module | None = None) -> Served:
-        """Return the task's network, or another one in its place, with the preprocessing."""
-        served = Served if self.data.classes is None else ServedClassifier
+        """Return the preprocessing followed by `network`. None stands for the task's network."""
+        served_class = Served if self.data.classes is None else ServedClassifier
         network = self.task.network if network is None else network
-        return served(self.data.preprocessing, network).eval()
+        return served_class(self.data.preprocessing, network).eval()
 
 
 def restore(
     ckpt_path: str,
     reference: str,
-    chosen: Mapping[str, str] | None = None,
+    trusted: Mapping[str, str] | None = None,
     data_settings: Mapping[str, Any] | None = None,
 ) -> Restored:
     """Build the task and the data module of a checkpoint, and load the weights.
 
-    Optimizer and scheduler, which may be import paths, are not built.
+    The optimizer and the scheduler are not imported or built.
 
     Args:
-        ckpt_path: a file or an address.
-        reference: of the experiment, `package.module:NAME`.
-        chosen: import paths that the user trusts, by their settings: `{"model.norm": "my.Norm"}`.
-        data_settings: settings of the data that override those of the checkpoint.
+        ckpt_path: a path or URL.
+        reference: the experiment, `package.module:NAME`.
+        trusted: import paths that the user trusts, by setting: `{"model.norm": "my.Norm"}`.
+        data_settings: settings of the data module that override those of the checkpoint.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded, does not fit the experiment, or names code
-            that is not trusted.
+        UserError: the checkpoint cannot be loaded, does not match the experiment, or contains an
+            import path that is not trusted.
     """
     local, checkpoint = checkpoints.load(ckpt_path)
     experiment = experiments.load(reference)
     settings = _settings(experiment, checkpoint)
-    chosen = dict(chosen or {})
+    trusted = dict(trusted or {})
     flags = import_flags(experiment)
-    _refuse_another(experiment, ckpt_path, settings, chosen, flags)
-    used = {name: settings[name] for name in flags if name in settings}
-    trusted = dict(experiment.defaults) | chosen
+    _refuse_mismatch(experiment, ckpt_path, settings, trusted, flags)
+    imported = {name: settings[name] for name in flags if name in settings}
     package = experiments.package_of(reference)
-    trust.refuse_untrusted(ckpt_path, used, trusted, package, flags)
+    trust.refuse_untrusted(ckpt_path, imported, dict(experiment.defaults) | trusted, package, flags)
     task = _build(experiment.task, _section("model", settings), ckpt_path)
     try:
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise _does_not_fit(ckpt_path, experiment.task, error) from error
-    of_data = _section("data", settings) | dict(data_settings or {})
-    data = _build(experiment.data, of_data, ckpt_path)
+        raise _mismatch_error(ckpt_path, experiment.task, error) from error
+    data_arguments = _section("data", settings) | dict(data_settings or {})
+    data = _build(experiment.data, data_arguments, ckpt_path)
     return Restored(Path(local), checkpoint, task.eval().requires_grad_(False), data)
 
 
 def import_flags(experiment: Experiment) -> dict[str, str]:
-    """Return the flag by which the user names each setting that is imported: `--norm`."""
-    names = [name for name in trust.import_paths(experiment) if name not in OF_TRAINING]
+    """Return the flag for each setting that may be an import path: `{"model.norm": "--norm"}`."""
+    names = [name for name in trust.import_paths(experiment) if name not in TRAINING_SETTINGS]
     return {name: f"--{name.partition('.')[2]}" for name in names}
 
 
 def _settings(experiment: Experiment, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of network and data: defaults of the experiment < checkpoint."""
+    """Return the settings of the network and the data.
+
+    The checkpoint takes precedence over the defaults of the experiment. Settings that belong to the
+    machine are not taken from the checkpoint.
+    """
     model = checkpoint.get("hyper_parameters", {})
     data = checkpoint.get("datamodule_hyper_parameters", {})
-    of_machine = experiment.data.machine_settings
+    machine_settings = experiment.data.machine_settings
     settings = {
         **experiment.defaults,
         **{f"model.{name}": value for name, value in model.items()},
-        **{f"data.{name}": value for name, value in data.items() if name not in of_machine},
+        **{f"data.{name}": value for name, value in data.items() if name not in machine_settings},
     }
-    return {name: value for name, value in settings.items() if name not in OF_TRAINING}
+    return {name: value for name, value in settings.items() if name not in TRAINING_SETTINGS}
 
 
 def _section(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one section, `model` or `data`, by their names in it."""
+    """Return the settings of a section, `model` or `data`, without the prefix of the section."""
     prefix = f"{section}."
     return {
         name.removeprefix(prefix): value
@@ -151,27 +156,27 @@ def _section(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_another(
+def _refuse_mismatch(
     experiment: Experiment,
     path: str,
     settings: Mapping[str, Any],
-    chosen: Mapping[str, str],
+    trusted: Mapping[str, str],
     flags: Mapping[str, str],
 ) -> None:
-    """Refuse code that the user names and the checkpoint was not trained with."""
-    for name, value in chosen.items():
+    """Refuse a flag whose value differs from the checkpoint's setting."""
+    for name, value in trusted.items():
         section, _, key = name.partition(".")
         part = experiment.task if section == "model" else experiment.data
         used = settings.get(name, default_of(part, key))
         if value != used:
             raise UserError(
-                f"{flags[name]} is {value!r}, and {path!r} was trained with {used!r}: leave it "
-                "out, or name that."
+                f"{flags[name]} is {value!r}, but {path!r} was trained with {used!r}. Remove "
+                f"{flags[name]}, or use {flags[name]} {used}."
             )
 
 
 def default_of(part: type[Task] | type[DataModule], name: str) -> Any:
-    """Return the default of a setting; None without a default, or without such a setting."""
+    """Return the default of a setting, or None if there is no default or no such setting."""
     parameter = inspect.signature(part).parameters.get(name)
     has_default = parameter is not None and parameter.default is not parameter.empty
     return parameter.default if parameter is not None and has_default else None
@@ -181,8 +186,8 @@ def _build(cls: type[Part], settings: dict[str, Any], path: str) -> Part:
     try:
         return cls(**settings)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise _does_not_fit(path, cls, error) from error
+        raise _mismatch_error(path, cls, error) from error
 
 
-def _does_not_fit(path: str, cls: type[Task] | type[DataModule], error: Exception) -> UserError:
-    return UserError(f"{path!r} does not fit {cls.__name__}: {error}")
+def _mismatch_error(path: str, cls: type[Task] | type[DataModule], error: Exception) -> UserError:
+    return UserError(f"Checkpoint {path!r} does not match {cls.__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Whether a file, or a folded network, does what the checkpoint's network does."""
+"""Verification that an exported file or a folded network matches the checkpoint's network."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from bn_lightning.deploy import folding
-from bn_lightning.deploy.served import Restored, Run, Served
+from bn_lightning.deploy.served import Forward, Restored, Served
 from bn_lightning.errors import RunFailed, describe_error
 
 
 class Difference(NamedTuple):
-    """Between the outputs of two networks on the same samples.
+    """Difference between the outputs of two networks on the same samples.
 
-    `largest` is that of two outputs; `changed` is the number of samples with another class, None
-    without classes.
+    Attributes:
+        largest: the largest absolute difference of two outputs.
+        changed: the number of samples with a different predicted class; None without classes.
     """
 
     largest: float
@@ -23,7 +24,7 @@ class Difference(NamedTuple):
 
 
 class Verification:
-    """The outputs of a checkpoint's network on raw samples, for comparison with those of others.
+    """Outputs of a checkpoint's network on raw samples, and their comparison with other outputs.
 
     Args:
         eager: the checkpoint's network.
@@ -39,43 +40,48 @@ class Verification:
         self.expected = self._outputs(eager)
         self.is_finite = bool(self.expected.isfinite().all())
 
-    def refuse_difference(self, what: str, run: Run) -> Difference:
-        """Compare what `run` computes, and return the difference.
+    def verify(self, name: str, forward: Forward) -> Difference:
+        """Return the difference between the outputs of `forward` and the expected outputs.
+
+        Args:
+            name: the subject of the error message.
 
         Raises:
-            RunFailed: outputs differ by more than the tolerance, or a class differs where the two
-                best outputs are further apart than that.
+            RunFailed: an output differs by more than the tolerance; or a predicted class differs
+                although the two largest outputs are further apart than the tolerance.
         """
-        found, expected = self._outputs(run), self.expected
+        found, expected = self._outputs(forward), self.expected
         allowed = folding.TOLERANCE * max(1.0, float(expected.abs().max()))
         largest = float((found - expected).abs().max())
-        is_close, changed, of_classes = largest <= allowed, None, ""
-        if self.eager.classifies:
+        is_close, changed, class_changes = largest <= allowed, None, ""
+        if self.eager.has_classes:
             best, second = expected.topk(2).values.T
-            others = found.argmax(1) != expected.argmax(1)
-            changed = int(others.sum())
-            is_close &= not bool((others & (best - second >= allowed)).any())
-            of_classes = f", and {changed:,} of {len(others):,} classes"
+            differs = found.argmax(1) != expected.argmax(1)
+            changed = int(differs.sum())
+            is_close &= not bool((differs & (best - second >= allowed)).any())
+            class_changes = f", and {changed:,} of {len(differs):,} predicted classes differ"
         if not is_close:
             raise RunFailed(
-                f"{what} differs from the checkpoint's network: {self.eager.output_name} by up to "
-                f"{largest:.2g}, where {allowed:.2g} is allowed{of_classes}. Nothing is written."
+                f"{name} does not match the checkpoint's network: {self.eager.output_name} differ "
+                f"by up to {largest:.2g} (allowed: {allowed:.2g}){class_changes}. No file was "
+                "written."
             )
         return Difference(largest, changed)
 
-    def _outputs(self, run: Run) -> Tensor:
+    def _outputs(self, forward: Forward) -> Tensor:
         try:
             # A network may change its input in place.
-            return torch.cat([run(batch.clone()) for batch in _batches(self.inputs)])
-        except Exception as error:  # the network's own code may raise anything
+            return torch.cat([forward(batch.clone()) for batch in _batches(self.inputs)])
+        except Exception as error:
+            # The network's own code may raise anything.
             raise RunFailed(
-                f"The network cannot be run on batches of 1, 7 and 256 {self.eager.noun}: "
-                f"{describe_error(error)}"
+                "The network has to run on batches of 1, 7 and 256 "
+                f"{self.eager.sample_noun}, but it fails: {describe_error(error)}"
             ) from error
 
 
-def metrics_of_test(restored: Restored, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Return the metrics of the checkpoint's network on the test set, without the loss."""
+def compute_test_metrics(restored: Restored, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Compute the metrics of the checkpoint's network on the test set, without the loss."""
     task, preprocessing = restored.task, restored.data.preprocessing
     metrics = {name: getattr(task, name) for name in task.names("test")[1:]}
     if not metrics:
@@ -84,10 +90,10 @@ def metrics_of_test(restored: Restored, inputs: Tensor, targets: Tensor) -> dict
         step = task.step((preprocessing(batch.clone()), truth), "test")
         for metric in metrics.values():
             metric.update(step.outputs, step.targets)
-    # The shortest decimal number that is this one in float32: 0.9, not 0.8999999762.
+    # Through np.float32, a value is printed with the digits of float32: 0.9, not 0.8999999762.
     return {name: float(str(np.float32(metric.compute()))) for name, metric in metrics.items()}
 
 
 def _batches(samples: Tensor) -> tuple[Tensor, ...]:
-    """Split into batches of 1, 7, and then of 256."""
+    """Split samples into batches of 1, 7, and then 256."""
     return samples.tensor_split([1, *range(8, len(samples), 256)])

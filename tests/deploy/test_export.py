@@ -1,4 +1,4 @@
-"""The exported file gives what the network gives, with nothing left of norms that can be folded."""
+"""An exported file returns the outputs of the network, and contains no norm that can be folded."""
 
 import json
 
@@ -20,16 +20,16 @@ from tests.support.exports import (
     PHI_AND_POOL,
     SOURCE,
     STANDARDIZED,
-    assert_gives_what_the_checkpoint_does,
+    assert_matches_checkpoint,
+    metadata_of,
     operators,
     outputs_of,
-    said_by,
     write_checkpoint,
     write_export,
     write_regression,
 )
 
-ALL = "10,000 test images (system)" if SOURCE == "system" else "1,000 test images (sample)"
+TEST_SETS = {"system": "10,000 test images (system)", "sample": "1,000 test images (sample)"}
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
 
 class InFloat32(nn.Module):
-    """Affine in evaluation, by arithmetic of its own, and made of parts."""
+    """Affine in evaluation, consists of several modules, and computes in float32."""
 
     def __init__(self, num_features, num_dims):
         super().__init__()
@@ -62,54 +62,64 @@ class Untraceable(nn.Module):
         return x * self.mix(x.mean((2, 3)))[:, :, None, None] if x.dim() == 4 else x * self.mix(x)
 
 
-def test_a_trained_network(main, trained, tmp_path, suffix):
+@pytest.mark.parametrize("source", ["sample", pytest.param(SOURCE, marks=pytest.mark.slow)])
+def test_a_trained_network_is_exported_with_folded_norms(main, trained, tmp_path, suffix, source):
     ckpt, out = trained[0] / "checkpoints" / "best.ckpt", tmp_path / f"model.{suffix}"
-    code, printed, error = main("export", ckpt, out, "--source", SOURCE)
+    code, printed, error = main("export", ckpt, out, "--source", source)
     assert (code, error) == (0, "")
     assert printed.splitlines()[:4] == FOLDED
-    assert "44,426 parameters, of 44,878" in printed
-    assert f"{ALL}: logits differ by at most" in printed and "the class of 0 images" in printed
-    assert f"{out.stat().st_size:,} bytes, of a checkpoint of {ckpt.stat().st_size:,}" in printed
+    assert "44,426 parameters (checkpoint: 44,878)" in printed
+    assert f"{TEST_SETS[source]}: logits differ by at most" in printed
+    assert ", 0 predicted classes differ" in printed
+    assert f"{out.stat().st_size:,} bytes (checkpoint: {ckpt.stat().st_size:,})" in printed
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert_gives_what_the_checkpoint_does(out, ckpt)
+    assert_matches_checkpoint(out, ckpt, source)
     assert operators(out) == OPERATORS[suffix] + PHI_AND_POOL[suffix, "sigmoid", "avg"]
 
 
 @pytest.mark.parametrize(
     ("norm", "activation", "pooling"), [("builtin", "sigmoid", "avg"), ("custom", "relu", "max")]
 )
-def test_other_trained_networks(main, tmp_path, norm, activation, pooling):
+def test_other_norms_activations_and_poolings_are_exported(
+    main, tmp_path, norm, activation, pooling
+):
     settings = ("--model.norm", norm, "--model.activation", activation, "--model.pooling", pooling)
-    assert main("fit", *QUICK, *settings, "--data.normalize", "true", "--model.lr", "0.1")[0] == 0
+    training = ("--data.normalize", "true", "--model.lr", "0.1", "--trainer.max_epochs", "1")
+    limits = [f"--trainer.limit_{stage}_batches=4" for stage in ("train", "val", "test")]
+    assert main("fit", *QUICK, *settings, *training, *limits)[0] == 0
     ckpt = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "best.ckpt"
     for suffix in SUFFIXES:
         if suffix == "onnx":
             pytest.importorskip("onnxscript")
         out = tmp_path / f"model.{suffix}"
-        code, printed, error = main("export", ckpt, out, "--source", SOURCE)
+        code, printed, error = main("export", ckpt, out, "--source", "sample")
         assert (code, error) == (0, "")
         assert printed.splitlines()[:4] == FOLDED
-        assert_gives_what_the_checkpoint_does(out, ckpt)
+        assert_matches_checkpoint(out, ckpt, "sample")
         left = OPERATORS[suffix] + STANDARDIZED[suffix]
         assert operators(out) == left + PHI_AND_POOL[suffix, activation, pooling]
 
 
+# The ONNX exporter takes most of the time. Other quick tests export folded and unfolded norms.
+@pytest.mark.parametrize(
+    "suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)], indirect=True
+)
 @pytest.mark.parametrize("norm", registry.NORMS)
-def test_every_norm(tmp_path, norm, suffix):
+def test_every_registered_norm_is_exported(tmp_path, norm, suffix):
     ckpt, out = write_checkpoint(tmp_path / "some.ckpt", norm=norm), tmp_path / f"model.{suffix}"
-    done = write_export(ckpt, out)
-    assert_gives_what_the_checkpoint_does(out, ckpt, "sample")
+    exported = write_export(ckpt, out)
+    assert_matches_checkpoint(out, ckpt, "sample")
     if norm == "group":
-        assert done.notes == [
-            f"norm{i}, a GroupNorm, has no affine form in evaluation: exported as it is"
+        assert exported.notes == [
+            f"norm{i} (GroupNorm) is not folded: in evaluation it is not an affine map per channel"
             for i in range(1, 5)
         ]
     else:
-        assert done.notes == FOLDED
+        assert exported.notes == FOLDED
         assert operators(out) == OPERATORS[suffix] + PHI_AND_POOL[suffix, "sigmoid", "avg"]
 
 
-def test_a_norm_by_import_path(main, tmp_path, suffix):
+def test_a_norm_by_import_path_is_exported_if_a_flag_names_it(main, tmp_path, suffix):
     ckpt, out = (
         write_checkpoint(tmp_path / "some.ckpt", norm=f"{__name__}.RMSNorm"),
         tmp_path / f"model.{suffix}",
@@ -118,16 +128,16 @@ def test_a_norm_by_import_path(main, tmp_path, suffix):
         "export", ckpt, out, "--source", "sample", "--norm", f"{__name__}.RMSNorm"
     )
     assert code == 0
-    assert "norm1, a RMSNorm, has no affine form in evaluation: exported as it is" in printed
-    assert_gives_what_the_checkpoint_does(out, ckpt, "sample")
+    assert "norm1 (RMSNorm) is not folded: in evaluation it is not an affine map" in printed
+    assert_matches_checkpoint(out, ckpt, "sample")
 
 
-def test_a_norm_is_probed_as_a_whole_and_in_the_precision_that_it_has(tmp_path):
+def test_a_norm_of_several_modules_that_computes_in_float32_is_folded(tmp_path):
     norm = f"{__name__}.InFloat32"
     ckpt, out = write_checkpoint(tmp_path / "some.ckpt", norm=norm), tmp_path / "model.pt2"
-    done = write_export(ckpt, out, norm)
-    assert done.notes == FOLDED
-    assert_gives_what_the_checkpoint_does(out, ckpt, "sample")
+    exported = write_export(ckpt, out, norm)
+    assert exported.notes == FOLDED
+    assert_matches_checkpoint(out, ckpt, "sample")
     assert operators(out) == OPERATORS["pt2"] + PHI_AND_POOL["pt2", "sigmoid", "avg"]
 
 
@@ -135,31 +145,34 @@ def test_a_network_that_cannot_be_traced_is_exported_unfolded(tmp_path):
     norm = f"{__name__}.Untraceable"
     ckpt, out = write_checkpoint(tmp_path / "some.ckpt", norm=norm), tmp_path / "model.pt2"
     (note,) = write_export(ckpt, out, norm).notes
-    assert note.startswith("nothing is folded, since torch.fx cannot trace the network: TraceError")
-    assert_gives_what_the_checkpoint_does(out, ckpt, "sample")
+    assert note.startswith("nothing is folded: torch.fx cannot trace the network (TraceError")
+    assert_matches_checkpoint(out, ckpt, "sample")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_networks_of_other_precisions_are_exported_in_float32(tmp_path, dtype):
+def test_networks_of_other_dtypes_are_exported_in_float32(tmp_path, dtype):
     ckpt, out = write_checkpoint(tmp_path / "some.ckpt", dtype=dtype), tmp_path / "model.pt2"
     write_export(ckpt, out)
-    assert_gives_what_the_checkpoint_does(out, ckpt, "sample")
+    assert_matches_checkpoint(out, ckpt, "sample")
 
 
-def test_what_the_file_says_of_itself(trained, tmp_path, suffix):
+def test_the_file_contains_metadata(trained, tmp_path, suffix):
     run, out = trained[0], tmp_path / f"model.{suffix}"
-    done = write_export(run / "checkpoints" / "best.ckpt", out)
-    about = said_by(out)
+    exported = write_export(run / "checkpoints" / "best.ckpt", out)
+    metadata = metadata_of(out)
     result = json.loads((run / "result.json").read_text())
-    assert about["classes"].split("\n") == list(CLASSES)
-    assert about["producer"].startswith("bn_lightning ") and about["torch"] == torch.__version__
-    assert about["checkpoint"] == "lenet/0/checkpoints/best.ckpt"
-    assert (about["norm"], about["seed"], about["data_source"]) == ("custom", 0, "sample")
-    assert about["data_sha256"][files.TEST_IMAGES] == files.SAMPLED[2].sha256
-    assert about["global_step"] in (22, 44)
-    assert about["val_acc"] == result["val_acc"] and about.get("commit") == result.get("commit")
-    assert (about["test_acc"], about["test_images"]) == (done.metrics["test_acc"], len(done.inputs))
-    assert about["test_acc"] == pytest.approx(result["test_acc"])
+    assert metadata["classes"].split("\n") == list(CLASSES)
+    assert metadata["producer"].startswith("bn_lightning ")
+    assert metadata["torch"] == torch.__version__
+    assert metadata["checkpoint"] == "lenet/0/checkpoints/best.ckpt"
+    assert (metadata["norm"], metadata["seed"], metadata["data_source"]) == ("custom", 0, "sample")
+    assert metadata["data_sha256"][files.TEST_IMAGES] == files.SAMPLE[2].sha256
+    assert metadata["global_step"] in (22, 44)
+    assert metadata["val_acc"] == result["val_acc"]
+    assert metadata.get("commit") == result.get("commit")
+    assert metadata["test_acc"] == exported.metrics["test_acc"]
+    assert metadata["test_images"] == len(exported.inputs)
+    assert metadata["test_acc"] == pytest.approx(result["test_acc"])
     content = out.read_bytes()
     assert str(tmp_path).encode() not in content and b"lenet.py" not in content
 
@@ -167,19 +180,19 @@ def test_what_the_file_says_of_itself(trained, tmp_path, suffix):
 @pytest.mark.parametrize(
     "given", ["/home/somebody/best.ckpt", "https://user:password@host/best.ckpt?Signature=x"]
 )
-def test_the_file_does_not_say_where_the_checkpoint_lay(given):
-    assert export._name_of(given) == "best.ckpt"
+def test_metadata_contain_no_home_directory_and_no_password(given):
+    assert export._public_name(given) == "best.ckpt"
 
 
-def test_an_experiment_without_classes_and_pictures(tmp_path, capsys, suffix):
+def test_a_regression_is_exported(tmp_path, capsys, suffix):
     ckpt, out = write_regression(tmp_path / "some.ckpt"), tmp_path / f"model.{suffix}"
     export.main(["export", str(ckpt), str(out)], FRIEDMAN)
     printed = capsys.readouterr().out
-    assert printed.startswith("1 is folded into 0\n385 parameters, of 449\n")
+    assert printed.startswith("1 is folded into 0\n385 parameters (checkpoint: 449)\n")
     assert "100 test samples (formula): outputs differ by at most" in printed
     assert "class" not in printed
     *_, header, one, all_of_them = printed.splitlines()
-    assert header.startswith("samples at once")
+    assert header.startswith("samples per call")
     assert (one.split()[0], all_of_them.split()[0]) == ("1", "100")
     restored = restore(str(ckpt), FRIEDMAN)
     inputs, targets = restored.data.test_samples()
@@ -188,14 +201,15 @@ def test_an_experiment_without_classes_and_pictures(tmp_path, capsys, suffix):
         outputs = outputs_of(out, inputs, batch_size)
         torch.testing.assert_close(outputs, expected)
     error = (expected - targets).square().mean().sqrt()
-    about = said_by(out)
-    assert about["test_rmse"] == pytest.approx(float(error)) and "test_r2" in about
+    metadata = metadata_of(out)
+    assert metadata["test_rmse"] == pytest.approx(float(error)) and "test_r2" in metadata
     assert f"test rmse {error:.4f}, test r2 " in printed
-    assert (about["test_samples"], about["seed"], about["data_source"]) == (100, 3, "formula")
-    assert not {"classes", "test_images", "test_loss", "val_rmse"} & about.keys()
+    assert (metadata["test_samples"], metadata["seed"]) == (100, 3)
+    assert metadata["data_source"] == "formula"
+    assert not {"classes", "test_images", "test_loss", "val_rmse"} & metadata.keys()
 
 
-def test_settings_that_the_data_module_does_not_have_are_no_flags(tmp_path, capsys):
+def test_flags_exist_only_for_settings_of_the_data_module(tmp_path, capsys):
     ckpt = write_regression(tmp_path / "some.ckpt")
     for flag in ("--source", "--root"):
         with pytest.raises(SystemExit) as exit:
@@ -203,22 +217,23 @@ def test_settings_that_the_data_module_does_not_have_are_no_flags(tmp_path, caps
         assert exit.value.code == 2 and flag in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full(main, tmp_path):
+def test_a_full_disk_leaves_an_existing_file_unchanged(main, tmp_path):
     resource = pytest.importorskip("resource")
     ckpt, out = write_checkpoint(tmp_path / "some.ckpt"), tmp_path / "out" / "model.pt2"
     out.parent.mkdir()
-    out.write_bytes(b"older")
+    out.write_bytes(b"existing")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         code, _, error = main("export", ckpt, out, "--source", "sample")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1 and f"{out} cannot be written: File too large" in error
-    assert [path.read_bytes() for path in out.parent.iterdir()] == [b"older"]
+    assert code == 1
+    assert f"Cannot write {out}: File too large. An existing file is unchanged." in error
+    assert [path.read_bytes() for path in out.parent.iterdir()] == [b"existing"]
 
 
-def test_what_cannot_be_exported(main, tmp_path):
+def test_errors_state_why_a_checkpoint_cannot_be_exported(main, tmp_path):
     ckpt = write_checkpoint(tmp_path / "some.ckpt")
     other = write_checkpoint(tmp_path / "other.ckpt", norm="none")
     content = torch.load(other, weights_only=True)
@@ -229,25 +244,20 @@ def test_what_cannot_be_exported(main, tmp_path):
     }
     content["hyper_parameters"]["norm"] = "none"
     torch.save(content, tmp_path / "diverged.ckpt")
-    cannot_run = "The network cannot be run on batches of 1, 7 and 256 images"
+    cannot_run = "The network has to run on batches of 1, 7 and 256 images, but it fails"
     by_batch = write_checkpoint(
         tmp_path / "by_batch.ckpt", norm="builtin", norm_args={"track_running_stats": False}
     )
-    for given, out, code, message in (
-        (
-            ckpt,
-            "model.tflite",
-            2,
-            "'model.tflite' is to be a file of another kind than .onnx (ONNX) and .pt2",
-        ),
-        (ckpt, "model", 2, "'model' is to be"),
-        (ckpt, "nowhere/model.pt2", 2, "There is no folder 'nowhere' to write model.pt2 into"),
+    for path, out, code, message in (
+        (ckpt, "model.tflite", 2, "Unsupported format '.tflite': use .onnx or .pt2."),
+        (ckpt, "model", 2, "model has no suffix: use .onnx or .pt2."),
+        (ckpt, "nowhere/model.pt2", 2, "There is no folder 'nowhere' for model.pt2. Create"),
         ("missing.ckpt", "model.pt2", 2, "There is no checkpoint 'missing.ckpt'"),
-        (other, "model.pt2", 2, "does not fit Classifier: Error(s) in loading state_dict"),
-        (tmp_path / "diverged.ckpt", "model.pt2", 1, "gives logits that are no numbers"),
+        (other, "model.pt2", 2, "does not match Classifier: Error(s) in loading state_dict"),
+        (tmp_path / "diverged.ckpt", "model.pt2", 1, "returns logits that are NaN or infinite"),
         (by_batch, "model.pt2", 1, f"{cannot_run}: ValueError: Expected more"),
     ):
-        found, printed, error = main("export", given, out, "--source", "sample")
+        found, printed, error = main("export", path, out, "--source", "sample")
         assert (
             (found, printed) == (code, "") and error.startswith("error: ") and message in error
         ), error

@@ -1,4 +1,4 @@
-"""What is an affine map per channel is folded away, whatever its class, and nothing else is."""
+"""A module is folded if and only if it is an affine map per channel, whatever its class."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from torch import nn
 from bn_lightning.deploy.folding import fold
 
 
-class Calls(nn.Sequential):
-    """conv1, norm1 and conv1 again: a fold into conv1 would change its other call."""
+class Repeated(nn.Sequential):
+    """Calls module 0 twice. Folding module 1 into it would change the second call."""
 
     def forward(self, x):
         return self[0](self[1](self[0](x)))
 
 
 class Residual(nn.Sequential):
-    """What norm1 is given goes elsewhere too."""
+    """Uses the output of module 0 twice."""
 
     def forward(self, x):
         x = self[0](x)
@@ -23,7 +23,7 @@ class Residual(nn.Sequential):
 
 
 class InFloat32Only(nn.Module):
-    """Affine, but it refuses the probes, which are in float64."""
+    """Affine, but raises for the float64 probes."""
 
     def forward(self, x):
         if x.dtype != torch.float32:
@@ -32,7 +32,7 @@ class InFloat32Only(nn.Module):
 
 
 class Doubles(nn.Module):
-    """Affine by arithmetic of its own, with a parameter that is no number per channel."""
+    """Affine, but computes with a scalar parameter instead of one value per channel."""
 
     def __init__(self):
         super().__init__()
@@ -57,16 +57,20 @@ AFFINE_ON_X = nn.Sequential(nn.Linear(3, 3), nn.Hardtanh(-99, 99))
         (CONVOLUTION, (4, 2, 5, 5), [f"{i} is folded into 0" for i in (1, 2, 3)]),
         (GROUPS, (4, 4, 9), ["1 is folded into 0"]),
         (nn.Sequential(nn.Linear(3, 3), Doubles()), (4, 3), ["1 is folded into 0"]),
-        (nn.Sequential(nn.Linear(3, 3), InFloat32Only()), (4, 3), ["1, a InFloat32Only, "]),
-        (OTHER_CHANNELS, (2, 3, 6), ["1, a BatchNorm1d, "]),
-        (PER_SAMPLE, (4, 2, 5, 5), ["1, a LayerNorm, "]),
-        (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
+        (
+            nn.Sequential(nn.Linear(3, 3), InFloat32Only()),
+            (4, 3),
+            ["1 (InFloat32Only) is not folded: "],
+        ),
+        (OTHER_CHANNELS, (2, 3, 6), ["1 (BatchNorm1d) is not folded: "]),
+        (PER_SAMPLE, (4, 2, 5, 5), ["1 (LayerNorm) is not folded: "]),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), (4, 3), ["1 (BatchNorm1d) is not folded: "]),
         (AFFINE_ON_X, (4, 3), []),
-        (Residual(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
-        (Calls(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1, a BatchNorm1d, "]),
+        (Residual(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1 (BatchNorm1d) is not folded: "]),
+        (Repeated(nn.Linear(3, 3), nn.BatchNorm1d(3)), (4, 3), ["1 (BatchNorm1d) is not folded: "]),
     ],
 )
-def test_fold(network, shape, notes):
+def test_affine_modules_are_folded_and_others_are_named(network, shape, notes):
     x = torch.randn(shape)
     for values in (*network.parameters(), *network.buffers()):
         if values.is_floating_point():

@@ -1,4 +1,4 @@
-"""Files of each format: their names, and what they need."""
+"""File formats: suffixes, required packages, inputs, outputs and metadata."""
 
 import sys
 from pathlib import Path
@@ -10,10 +10,10 @@ from torch import nn
 from bn_lightning import UserError
 from bn_lightning.deploy import formats
 from bn_lightning.deploy.served import Served, ServedClassifier
-from tests.support.exports import outputs_of, said_by, write_checkpoint
+from tests.support.exports import metadata_of, outputs_of, write_checkpoint
 
 
-def test_without_the_extra(main, tmp_path, monkeypatch):
+def test_onnx_requires_the_extra_and_pt2_does_not(main, tmp_path, monkeypatch):
     ckpt = write_checkpoint(tmp_path / "some.ckpt")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -22,13 +22,11 @@ def test_without_the_extra(main, tmp_path, monkeypatch):
     assert main("export", ckpt, "model.pt2", "--source", "sample")[0] == 0
 
 
-def test_the_format_is_told_by_the_suffix():
+def test_the_suffix_determines_the_format():
     for path in ("model.onnx", "a.b/MODEL.ONNX"):
-        assert formats.of(Path(path)) is formats.FORMATS[".onnx"]
-    with pytest.raises(
-        UserError, match=r"another kind than .onnx \(ONNX\) and .pt2 \(torch.export\)"
-    ):
-        formats.of(Path("model.tflite"))
+        assert formats.format_of(Path(path)) is formats.FORMATS[".onnx"]
+    with pytest.raises(UserError, match=r"Unsupported format '\.tflite': use \.onnx or \.pt2\."):
+        formats.format_of(Path("model.tflite"))
 
 
 class Halved(nn.Module):
@@ -39,30 +37,32 @@ class Halved(nn.Module):
 @pytest.mark.parametrize(
     ("cls", "names"), [(Served, "inputs outputs"), (ServedClassifier, "images logits")]
 )
-def test_what_a_file_takes_gives_and_says(tmp_path, suffix, cls, names):
+def test_a_file_has_the_declared_inputs_outputs_and_metadata(tmp_path, suffix, cls, names):
     torch.manual_seed(0)
     served = cls(Halved(), nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU())).eval()
     served.requires_grad_(False)
     form = formats.FORMATS[f".{suffix}"]
-    about = {"producer": "somebody", "global_step": 3, "data_sha256": {"a": "b"}}
-    content = form.write(served, torch.zeros(7, 2, 3), about)
+    metadata = {"producer": "somebody", "global_step": 3, "data_sha256": {"a": "b"}}
+    content = form.write(served, torch.zeros(7, 2, 3), metadata)
     path = tmp_path / f"model.{suffix}"
     path.write_bytes(content)
-    assert said_by(path) == about
+    assert metadata_of(path) == metadata
     inputs = torch.randn(20, 2, 3)
-    run = form.open(content)
+    forward = form.open(content)
     for batch_size in (1, 2, 20):
         expected = torch.cat([served(batch) for batch in inputs.split(batch_size)])
         torch.testing.assert_close(outputs_of(path, inputs, batch_size), expected)
-        torch.testing.assert_close(run(inputs[:batch_size]), expected[:batch_size])
-    given, found = names.split()
+        torch.testing.assert_close(forward(inputs[:batch_size]), expected[:batch_size])
+    input_name, output_name = names.split()
     if suffix == "onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(
             path, providers=["CPUExecutionProvider"]
         )
         assert session.get_modelmeta().producer_name == "bn_lightning"
-        assert [(end.name, end.shape) for end in session.get_inputs()] == [(given, ["N", 2, 3])]
-        assert [(end.name, end.shape) for end in session.get_outputs()] == [(found, ["N", 4])]
+        [graph_input], [graph_output] = session.get_inputs(), session.get_outputs()
+        assert (graph_input.name, graph_input.shape) == (input_name, ["N", 2, 3])
+        assert (graph_output.name, graph_output.shape) == (output_name, ["N", 4])
     else:
-        assert torch.export.load(path).graph_signature.user_inputs == (given,)
-    assert b"test_formats.py" not in content  # where an operator comes from
+        assert torch.export.load(path).graph_signature.user_inputs == (input_name,)
+    # torch records the source file of each operator.
+    assert b"test_formats.py" not in content

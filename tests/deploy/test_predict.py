@@ -1,4 +1,4 @@
-"""The command `predict`, on the test set and on files of one's own."""
+"""The command `predict`, on the test set and on a user's own images."""
 
 import csv
 import io
@@ -13,7 +13,6 @@ from bn_lightning import Experiment, UserError
 from bn_lightning.data import sources
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.deploy import predict
-from tests.conftest import command
 from tests.projects.friedman.experiment import Regression, Table
 from tests.support.broken_pictures import broken_files
 from tests.support.exports import FRIEDMAN, write_regression
@@ -25,7 +24,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_predict(trained, main):
+def test_all_formats_contain_the_same_predictions_of_the_test_set(trained, main):
     folder, _ = trained
     given = ("predict", "--ckpt_path", folder / "checkpoints" / "best.ckpt")
     code, out, _ = main(*given, "--format", "csv")
@@ -47,7 +46,7 @@ def test_predict(trained, main):
     assert " ".join(out.splitlines()[0].split()) == "image truth class p runner-up p"
 
 
-def test_predict_only_some_images(main, trained):
+def test_the_number_of_batches_can_be_limited(main, trained):
     given = ("predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--format", "csv")
     for flags, rows in (
         (("--trainer.limit_predict_batches", 1), 256),
@@ -56,17 +55,17 @@ def test_predict_only_some_images(main, trained):
         code, out, err = main(*given, *flags)
         assert (code, len(out.splitlines())) == (0, rows + 1), err
     code, _, err = main(*given, "--trainer.limit_predict_batches", 0)
-    assert code == 2 and "There is no image to predict" in err
+    assert code == 2 and "There are no images to predict" in err
 
 
-def test_predict_draws_its_answers(main, trained, tmp_path):
+def test_predictions_are_drawn_on_a_sheet(main, trained, tmp_path):
     given = ("predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--format", "csv")
     code, _, err = main(*given, "--grid", "grid.jpg")
-    assert (code, err) == (0, "grid.jpg has the first 400 of 1,000 images\n")
+    assert (code, err) == (0, "grid.jpg shows the first 400 of 1,000 images\n")
     assert (tmp_path / "grid.jpg").stat().st_size > 100_000
     for wrong, reason in (
-        ("grid.nix", "names no kind of picture: --grid grid.png"),
-        ("nowhere/grid.png", "no folder"),
+        ("grid.nix", "format '.nix' for --grid: use, for example, --grid grid.png"),
+        ("nowhere/grid.png", "There is no folder 'nowhere'"),
     ):
         code, out, err = main(*given, "--grid", wrong)
         assert (code, out) == (2, "")
@@ -76,7 +75,7 @@ def test_predict_draws_its_answers(main, trained, tmp_path):
     assert "xml" in err and "csv" in err
 
 
-def test_predict_is_refused_in_several_processes(main, trained):
+def test_several_processes_are_refused(main, trained):
     code, out, err = main(
         "predict", "--ckpt_path", trained[0] / "checkpoints" / "best.ckpt", "--trainer.devices", 2
     )
@@ -84,8 +83,8 @@ def test_predict_is_refused_in_several_processes(main, trained):
     assert "--trainer.devices 1" in err
 
 
-def test_broken_files_are_named_and_the_others_go_on(tmp_path, trained, main):
-    folder = tmp_path / "pictures"
+def test_unreadable_files_are_listed_and_the_others_are_predicted(tmp_path, trained, main):
+    folder = tmp_path / "images"
     folder.mkdir()
     names = broken_files(folder)
     assert len(names) == 20
@@ -102,34 +101,35 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, trained, main):
     for name in [*names, "missing.png"]:
         assert f"not read: {folder / name}: " in err, name
     assert "Traceback" not in err
-    assert "error: 21 of 22 pictures could not be read" in err
+    assert "error: 21 of 22 images could not be read" in err
     header, row = out.strip().splitlines()
     assert header == "image,inverted,class,probability,runner_up,runner_up_probability"
     assert row.startswith(f"{folder / 'good.png'},no,")
 
 
-def test_predict_needs_no_data_set_for_pictures_of_ones_own(tmp_path, trained):
+def test_own_images_are_predicted_without_a_data_set(main, tmp_path, trained):
     Image.fromarray(TEST[0].numpy()).save(tmp_path / "a.png")
-    done = command(
+    code, out, err = main(
         "predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--data.images", "a.png",
         "--data.source", tmp_path / "nowhere", "--format", "json", "--grid", "grid.png",
-        cwd=tmp_path,
     )  # fmt: skip
-    assert '"image": "a.png"' in done.stdout
+    assert code == 0, err
+    assert '"image": "a.png"' in out
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 84 and np.asarray(grid).std() > 20
 
 
-def test_a_task_without_classes(tmp_path, monkeypatch):
+def test_a_task_without_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt = write_regression(tmp_path / "some.ckpt", "SGD")
     arguments = ["predict", "--ckpt_path", str(ckpt), "--trainer.accelerator", "cpu"]
-    with pytest.raises(UserError, match="predict does not apply: this task has no classes"):
+    message = "predict needs a task with classes, and this task has none"
+    with pytest.raises(UserError, match=message):
         predict.main(arguments, FRIEDMAN)
 
 
 class HighOrLow(Table):
-    """Classes, and no pictures."""
+    """Data with classes and without images."""
 
     classes = ("low", "high")
 
@@ -147,7 +147,7 @@ class Signs(Regression):
 EXPERIMENT = Experiment(Signs, HighOrLow, "signs")
 
 
-def test_data_without_pictures(tmp_path, monkeypatch, capsys):
+def test_a_data_set_without_images_has_predictions_but_no_sheet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ckpt = write_regression(tmp_path / "some.ckpt", "SGD")
     arguments = ["predict", "--ckpt_path", str(ckpt), "--trainer.accelerator", "cpu"]
@@ -155,8 +155,8 @@ def test_data_without_pictures(tmp_path, monkeypatch, capsys):
     predict.main([*arguments, "--format", "json"], reference)
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 100 and {row["truth"] for row in rows} == {"low", "high"}
-    with pytest.raises(UserError, match="--grid does not apply: these data have no pictures"):
+    with pytest.raises(UserError, match="--grid cannot be used: this data set has no images"):
         predict.main([*arguments, "--grid", "grid.png"], reference)
     assert capsys.readouterr().out == "" and not (tmp_path / "grid.png").exists()
-    with pytest.raises(UserError, match=r"HighOrLow does not read files: leave out --data.images"):
+    with pytest.raises(UserError, match=r"HighOrLow does not read files. Remove --data.images"):
         predict.main([*arguments, "--data.images", "some.ckpt"], reference)

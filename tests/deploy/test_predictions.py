@@ -1,4 +1,4 @@
-"""Answers as a table, as CSV, as JSON, and as a sheet of pictures."""
+"""Predictions as a table, CSV, JSON and an image sheet."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bn_lightning.deploy.predictions import Predictions, refuse_place
+from bn_lightning.deploy.predictions import Predictions, refuse_invalid_sheet_path
 from bn_lightning.errors import RunFailed, UserError
 
 NAMES = ("coat", "dress", "bag")
@@ -21,12 +21,12 @@ SECOND = {"class": "coat", "probability": 0.5, "runner_up": "bag", "runner_up_pr
 ROWS = [{**ABOUT[0], **FIRST}, {**ABOUT[1], **SECOND}]
 
 
-def test_json(capsys):
+def test_json_contains_all_values(capsys):
     PREDICTIONS.print("json")
     assert json.loads(capsys.readouterr().out) == ROWS
 
 
-def test_csv(capsys):
+def test_csv_contains_all_values(capsys):
     PREDICTIONS.print("csv")
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row.pop("inverted") for row in rows] == ["yes", "no"]
@@ -35,7 +35,7 @@ def test_csv(capsys):
     ]
 
 
-def test_a_table(capsys):
+def test_the_table_has_short_titles(capsys):
     PREDICTIONS.print("table")
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     assert header == ["image", "inverted", "class", "p", "runner-up", "p"]
@@ -43,22 +43,23 @@ def test_a_table(capsys):
     assert rows[1] == ["b,[c].png", "no", "coat", "0.500", "bag", "0.450"]
 
 
-def test_a_sheet(tmp_path, capsys):
+def test_the_sheet_shows_the_first_400_images(tmp_path, capsys):
     PREDICTIONS.draw(tmp_path / "grid.png", torch.full((2, 5, 5), 200, dtype=torch.uint8))
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.width > 2 * 84
     assert capsys.readouterr().err == ""
     many = Predictions(ABOUT * 201, PROBABILITIES.repeat(201, 1), NAMES)
     many.draw(tmp_path / "grid.png", torch.zeros(400, 5, 5, dtype=torch.uint8))
-    assert capsys.readouterr().err == f"{tmp_path / 'grid.png'} has the first 400 of 402 images\n"
-    with pytest.raises(RunFailed, match="cannot be written: Is a directory"):
+    assert capsys.readouterr().err == f"{tmp_path / 'grid.png'} shows the first 400 of 402 images\n"
+    message = "Cannot write the image sheet '.*folder.png': Is a directory"
+    with pytest.raises(RunFailed, match=message):
         (tmp_path / "folder.png").mkdir()
         PREDICTIONS.draw(tmp_path / "folder.png", torch.zeros(2, 5, 5, dtype=torch.uint8))
 
 
-def test_places_where_nothing_can_be_drawn(tmp_path):
-    refuse_place(tmp_path / "grid.png")
+def test_unusable_paths_of_a_sheet_are_refused(tmp_path):
+    refuse_invalid_sheet_path(tmp_path / "grid.png")
     with pytest.raises(UserError, match=r"There is no folder 'nowhere' for --grid nowhere/a.png"):
-        refuse_place(Path("nowhere/a.png"))
-    with pytest.raises(UserError, match=r"names no kind of picture: --grid .*grid.png"):
-        refuse_place(tmp_path / "grid.nix")
+        refuse_invalid_sheet_path(Path("nowhere/a.png"))
+    with pytest.raises(UserError, match=r"Unsupported image format '.nix' .* --grid .*grid.png"):
+        refuse_invalid_sheet_path(tmp_path / "grid.nix")
