@@ -1,4 +1,4 @@
-"""The table of commands, of this project and of any other. Light to import: --help needs no torch."""
+"""The commands of this project, and of projects that use it. `--help` does not import torch."""
 
 import importlib
 import os
@@ -10,32 +10,38 @@ from bn_lightning.errors import UserError
 
 EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
 
-# Command: the module whose `main(arguments, experiment)` runs it, and what --help says. To remove a
-# command, delete its row and its module.
+# The module of each command, whose `main(arguments, experiment)` runs it, and its help text.
+# To remove a command, delete its row and its module.
 COMMANDS = {
-    "fit": ("bn_lightning.runs.run", "train, then test the checkpoint that was kept"),
-    "validate": ("bn_lightning.runs.run", "metrics of a checkpoint on the validation samples"),
-    "test": ("bn_lightning.runs.run", "metrics of a checkpoint on the test samples"),
+    "fit": ("bn_lightning.runs.run", "train, then test the selected checkpoint"),
+    "validate": (
+        "bn_lightning.runs.run",
+        "print metrics of a checkpoint on the validation samples",
+    ),
+    "test": ("bn_lightning.runs.run", "print metrics of a checkpoint on the test samples"),
     "predict": (
         "bn_lightning.deploy.predict",
-        "what a checkpoint makes of the test samples, or of your own files",
+        "predict the classes of the test samples or of your own files",
     ),
     "export": (
         "bn_lightning.deploy.export",
-        "write a checkpoint as a file for any runtime: .onnx or .pt2",
+        "convert a checkpoint to .onnx or .pt2",
     ),
     "inspect": (
         "bn_lightning.deploy.inspection",
-        "show what a checkpoint is: network, norms, settings, metrics",
+        "show the network, norms, settings and metrics of a checkpoint",
     ),
     "compare": (
         "bn_lightning.studies.compare",
-        "train norms or settings with several seeds: one table and a figure",
+        "train norms or settings with several seeds; print a table, draw a plot",
     ),
-    "sweep": ("bn_lightning.studies.sweep", "search the settings with the best validation metric"),
+    "sweep": (
+        "bn_lightning.studies.sweep",
+        "search for the settings with the best validation metric",
+    ),
     "check": (
         "bn_lightning.norms.check.command",
-        "examine a normalization layer: a name, or an import path to yours",
+        "test a normalization layer, by name or import path",
     ),
 }
 
@@ -50,8 +56,8 @@ usage: {program} COMMAND [--help | settings]
 {commands}
 
     {program} fit                            train with the defaults
-    {program} fit --config configs/X.yaml    a named experiment
-    {program} fit --help                     all settings
+    {program} fit --config configs/X.yaml    train with the settings in a file
+    {program} fit --help                     show the settings
     {program} test --ckpt_path runs/NAME/0/checkpoints/best.ckpt
 """
 
@@ -60,10 +66,10 @@ def main(experiment: str = EXPERIMENT) -> None:
     """Run the command in sys.argv.
 
     Args:
-        experiment: where the project's experiment is, `package.module:NAME`. It is imported only by
-            commands that need it.
+        experiment: import path of the project's experiment, `package.module:NAME`. It is imported
+            only by commands that need it.
 
-    A user's mistake ends with its message and exit code 2, a run that fails with 1.
+    Exits with 2 and a message after an invalid setting or file, and with 1 after a failed run.
     """
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
@@ -72,15 +78,17 @@ def main(experiment: str = EXPERIMENT) -> None:
     elif command == "--version":
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
-        # A user's own modules are in the current folder, where a console script does not look.
+        # Import paths may name modules in the current folder, which is not in the path of a
+        # console script.
         sys.path.insert(0, str(Path.cwd()))
         _run(command, arguments, experiment)
     else:
-        _fail(f"Unknown command {command!r}. Commands: {', '.join(COMMANDS)}.\nAll of them: --help")
+        commands = ", ".join(COMMANDS)
+        _fail(f"Unknown command {command!r}. Commands: {commands}.\nFor help: --help")
 
 
 def usage(experiment: str = EXPERIMENT) -> str:
-    """Return what --help prints. The description is the first line of the package's docstring."""
+    """Return the text of --help. Its description is the first line of the package's docstring."""
     package = importlib.import_module(experiment.partition(":")[0].partition(".")[0])
     description = (package.__doc__ or package.__name__).strip().partition("\n")[0]
     commands = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
@@ -97,14 +105,15 @@ def _run(command: str, arguments: list[str], experiment: str) -> None:
         if error.name not in STUDY_PACKAGES:
             raise
         _fail(f'{command} needs {error.name}, which is not installed: pip install -e ".[study]"')
-    except BrokenPipeError:  # the reader has closed the pipe: `| head`
-        # What is left to write goes nowhere.
+    except BrokenPipeError:  # for example `| head`
+        # The buffered rest of the output must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as exit:
-        if isinstance(exit.__context__, KeyboardInterrupt):  # for which Lightning exits with 1
+        # After an interrupt, Lightning exits with 1.
+        if isinstance(exit.__context__, KeyboardInterrupt):
             sys.exit(130)
         raise
 

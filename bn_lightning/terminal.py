@@ -1,4 +1,4 @@
-"""What a person sees at a terminal: the program's name, and tables."""
+"""Output for terminals: the program's name, and tables."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,10 @@ _program: str | None = None
 
 
 def program() -> str:
-    """Return the command that was run, as a user would type it.
+    """Return the name of the program for messages and usage.
 
-    That is `python -m PACKAGE`, or the name of a console script. A process that another one has
-    started, such as a worker, was told it: see `set_program`.
+    This is `python -m PACKAGE`, or the name of a console script. Workers get the name from their
+    parent process with `set_program`.
     """
     if _program is not None:
         return _program
@@ -23,18 +23,18 @@ def program() -> str:
 
 
 def set_program(name: str | None) -> None:
-    """Set what `program` returns; None is what this process was started with."""
+    """Set the name that `program` returns; None restores the name of this process."""
     global _program
     _program = name
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0) -> str:
-    """Format a table, with a bold header where stdout is a terminal and NO_COLOR is not set.
+    """Return a table as text. The header is bold on a terminal unless NO_COLOR is set.
 
-    Columns of numbers are aligned to the right. Where the terminal is too narrow, the column
-    number `folds` is folded.
+    Columns of numbers are right-aligned. If the terminal is too narrow, the column with the index
+    `folds` is wrapped.
     """
-    # Imported here: --help prints no table, and has to be fast.
+    # Imported here because `--help` must be fast and prints no table.
     from rich.console import Console
     from rich.table import Table
 
@@ -43,13 +43,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0)
     for number, column in enumerate(columns):
         starts = {row[number][:1] for row in rows}
         are_numbers = number and all(sign.isdigit() or sign in ("-", "") for sign in starts)
-        shape: dict[str, Any] = {"overflow": "fold"} if number == folds else {"no_wrap": True}
-        layout.add_column(column, justify="right" if are_numbers else "left", **shape)
+        wrapping: dict[str, Any] = {"overflow": "fold"} if number == folds else {"no_wrap": True}
+        layout.add_column(column, justify="right" if are_numbers else "left", **wrapping)
     for row in rows:
         layout.add_row(*row)
-    # A file or a pipe has no width of its own, and paths are longer than 80 characters.
+    # A file or pipe has no width, and rich would assume 80 columns.
     width = None if sys.stdout.isatty() else 500
-    # Without markup and emoji, since paths may contain brackets and colons.
+    # Markup and emoji are off because paths may contain brackets and colons.
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as printed:
         console.print(layout)

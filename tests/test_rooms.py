@@ -1,4 +1,4 @@
-"""The rooms of the package import one way; see .github/guides/architecture.md."""
+"""Import rules between the packages; see .github/guides/architecture.md."""
 
 import re
 import shutil
@@ -17,12 +17,12 @@ def lint(folder):
     )
 
 
-def test_rooms_import_only_the_rooms_below_them():
+def test_packages_import_only_packages_below_them():
     done = lint(REPOSITORY)
     assert done.returncode == 0, done.stdout
 
 
-def test_an_import_upwards_is_named(tmp_path):
+def test_an_upward_import_is_reported(tmp_path):
     shutil.copytree(REPOSITORY / "bn_lightning", tmp_path / "bn_lightning")
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     for file, line in (
@@ -37,12 +37,12 @@ def test_an_import_upwards_is_named(tmp_path):
     assert "bn_lightning.runs.console -> bn_lightning.tasks.classifier" in done.stdout
 
 
-def test_the_guide_names_places_that_exist():
+def test_the_architecture_guide_names_existing_files():
     guide = (REPOSITORY / ".github/guides/architecture.md").read_text(encoding="utf-8")
-    places = re.findall(r"`([\w/]+(?:/|\.py))`", guide)
-    assert len(places) > 30
-    for place in places:
-        homes = (REPOSITORY, REPOSITORY / "bn_lightning")
-        assert any((home / place).exists() for home in homes), place
+    paths = re.findall(r"`([\w/]+(?:/|\.py))`", guide)
+    assert len(paths) > 30
+    for path in paths:
+        roots = (REPOSITORY, REPOSITORY / "bn_lightning")
+        assert any((root / path).exists() for root in roots), path
     for name in re.findall(r"`(\w+)` in `([\w/]+\.py)`", guide):
         assert name[0] in (REPOSITORY / "bn_lightning" / name[1]).read_text(encoding="utf-8"), name

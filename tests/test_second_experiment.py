@@ -123,10 +123,10 @@ def test_a_run_is_not_resumed_with_other_rows(friedman):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    alone.mkdir(), killed.mkdir()
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    uninterrupted.mkdir(), killed.mkdir()
     settings = ("fit", "--trainer.max_epochs", 12, "--checkpoint.every_n_train_steps", 1)
-    run_here(*settings, cwd=alone, module="friedman")
+    run_here(*settings, cwd=uninterrupted, module="friedman")
 
     last = killed / "runs/friedman/0/checkpoints/last.ckpt"
     run = subprocess.Popen(
@@ -143,8 +143,8 @@ def test_a_killed_run_resumes_bit_identically(tmp_path):
     done = run_here("fit", "--resume", "runs/friedman/0", cwd=killed, module="friedman")
     assert "Resuming from step " in done.stdout
 
-    assert_same_weights(alone / "runs/friedman/0/checkpoints/last.ckpt", last)
-    results = [result_of(cwd / "runs/friedman/0") for cwd in (alone, killed)]
+    assert_same_weights(uninterrupted / "runs/friedman/0/checkpoints/last.ckpt", last)
+    results = [result_of(cwd / "runs/friedman/0") for cwd in (uninterrupted, killed)]
     for result in results:
         for name in ("images_per_second", "train_seconds", "resumed_at_steps"):
             result.pop(name)

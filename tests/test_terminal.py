@@ -1,4 +1,4 @@
-"""What a person sees at a terminal: the program's name and tables."""
+"""Output for terminals: the program's name, and tables."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def printed_by(*command, cwd):
     ).stdout.strip()
 
 
-def test_the_program_is_called_as_it_was_started(tmp_path):
+def test_the_program_has_the_name_with_which_it_was_started(tmp_path):
     (tmp_path / "toy").mkdir()
     for file in ("toy/__init__.py", "toy/__main__.py", "toy/other.py", "script.py"):
         (tmp_path / file).write_text("from bn_lightning import terminal\nprint(terminal.program())")
@@ -31,7 +31,7 @@ def test_the_program_is_called_as_it_was_started(tmp_path):
     assert printed_by(tmp_path / "script.py", cwd=tmp_path) == "script.py"
 
 
-def test_a_process_is_told_the_name_of_the_program_that_has_started_it(monkeypatch):
+def test_the_name_of_the_program_can_be_set(monkeypatch):
     monkeypatch.setattr(terminal, "_program", None)
     own = terminal.program()
     terminal.set_program("shoes")
@@ -43,14 +43,14 @@ def test_a_process_is_told_the_name_of_the_program_that_has_started_it(monkeypat
 # Tables
 
 
-def test_names_are_printed_as_they_are(capsys):
+def test_names_are_printed_unchanged(capsys):
     names = ["shoe[draft].png", ":smile:.png", "a[/b]c.png", "x" * 300]
     terminal.print_table(("image", "class"), [[name, "Bag"] for name in names])
     _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split() for row in rows] == [[name, "Bag"] for name in names]
 
 
-def test_a_table_is_text_with_numbers_to_the_right(capsys):
+def test_numbers_in_a_table_are_right_aligned(capsys):
     rows = [["custom", 0.5, "a"], ["x", -12, "bc"], ["", "", "d"]]
     text = terminal.table(("norm", "value", "note"), rows)
     assert text.splitlines() == [
@@ -64,12 +64,12 @@ def test_a_table_is_text_with_numbers_to_the_right(capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
-def test_a_table_without_rows_has_its_header():
+def test_a_table_without_rows_is_its_header():
     assert terminal.table(("norm", "value"), []) == "norm  value"
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_colours_where_they_are_not_wanted(trained, tmp_path, environment):
+def test_colours_can_be_disabled(trained, tmp_path, environment):
     best = trained[0] / "checkpoints/best.ckpt"
     code, seen = at_a_terminal("inspect", best, cwd=tmp_path, **environment)
     assert code == 0
@@ -78,15 +78,15 @@ def test_no_colours_where_they_are_not_wanted(trained, tmp_path, environment):
     assert not colours or environment != {"TERM": "dumb"}
 
 
-def test_quiet_where_the_output_is_no_terminal(trained):
+def test_output_to_a_file_has_no_progress_bar_or_colours(trained):
     _, printed = trained
     assert "\x1b" not in printed and "\r" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("epoch ")]) == 2
     assert len(printed.splitlines()) < 30
 
 
-def test_a_long_name_leaves_room_for_the_answer(trained, tmp_path):
-    name = "a-very-long-name-of-a-picture-" * 6 + ".png"
+def test_a_long_name_leaves_room_for_the_prediction(trained, tmp_path):
+    name = "a-very-long-name-of-an-image-" * 6 + ".png"
     Image.fromarray(sources.load("sample").test_images[0].numpy()).save(tmp_path / name)
     given = ("--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--data.images", name)
     code, seen = at_a_terminal("predict", *given, cwd=tmp_path)

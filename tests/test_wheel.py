@@ -1,4 +1,4 @@
-"""A wheel of this package works alone, without the checkout that it was built from."""
+"""The wheel works without the checkout from which it was built."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Nothing may come from the checkout, or from modules of the user.
+# Without PYTHONPATH, modules of the checkout or the user cannot be imported.
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
@@ -27,8 +27,8 @@ def run(*command, cwd, check=True):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_wheel_alone_trains_and_checks(tmp_path):
-    # From the committed files: a checkout may have old build folders.
+def test_the_wheel_trains_and_checks_a_norm(tmp_path):
+    # A clone has only committed files. The checkout may contain old build folders.
     run("git", "clone", "--quiet", REPOSITORY, tmp_path / "clone", cwd=tmp_path)
     pip = [sys.executable, "-m", "pip"]
     build = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path]
@@ -37,8 +37,10 @@ def test_a_wheel_alone_trains_and_checks(tmp_path):
 
     names = zipfile.ZipFile(wheel).namelist()
     packages = {Path(name).parts[1] for name in names if name.startswith("bn_lightning/")}
-    rooms = {path.name for path in (REPOSITORY / "bn_lightning").glob("*/") if path.name[0] != "_"}
-    assert rooms <= packages
+    expected = {
+        path.name for path in (REPOSITORY / "bn_lightning").glob("*/") if path.name[0] != "_"
+    }
+    assert expected <= packages
     assert "bn_lightning/data/sample/train-images-idx3-ubyte.gz" in names
     assert "bn_lightning/py.typed" in names
     assert not any(name.startswith("tests") for name in names)
@@ -50,7 +52,7 @@ def test_a_wheel_alone_trains_and_checks(tmp_path):
     python = scripts / "python"
     installed = run(python, "-m", "pip", "install", wheel, cwd=empty, check=False)
     if re.search("connection|Temporary failure|No matching distribution", installed.stderr):
-        pytest.skip(f"no package registry can be reached: {installed.stderr.splitlines()[-1]}")
+        pytest.skip(f"no package registry is reachable: {installed.stderr.splitlines()[-1]}")
     assert installed.returncode == 0, installed.stderr
 
     settings = ("--data.source", "sample", "--trainer.max_epochs", 1, "--trainer.accelerator")
@@ -58,6 +60,6 @@ def test_a_wheel_alone_trains_and_checks(tmp_path):
     assert "Ankle boot" in done.stdout and (empty / "runs/lenet/0/result.json").is_file()
     done = run(scripts / "bn_lightning", "check", "custom", "--identical", cwd=empty)
     assert "custom: " in done.stdout and "FAIL" not in done.stdout
-    # The program's name is that of the console script.
+    # Messages have the name of the console script.
     done = run(scripts / "bn_lightning", "fit", "--lr", 1, cwd=empty, check=False)
     assert done.returncode == 2 and "All settings: bn_lightning fit --help" in done.stderr

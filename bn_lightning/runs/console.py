@@ -1,4 +1,4 @@
-"""What a run prints, beside the line of each epoch."""
+"""The lines that a run prints before and after training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from bn_lightning.training.task import Task
 
 
 def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | None) -> str:
-    """Return what runs, on what, and where: the first lines of `fit`."""
+    """Return the first lines of `fit`: the network, the device, the data and the folder."""
     validation = "the test set" if data.validates_on_test_set else "held-out training samples"
     parameters = sum(p.numel() for p in task.parameters())
     return (
@@ -24,28 +24,28 @@ def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | Non
 
 
 def notes(trainer: pl.Trainer, task: Task, data: DataModule, sync_batchnorm: bool) -> list[str]:
-    """Return what a reader of the metrics has to know: processes, and the test set."""
-    found = []
+    """Return remarks on how the metrics are computed: norm statistics, and the test set."""
+    lines = []
     processes = trainer.world_size
     if processes > 1 and recognition.with_statistics(task.network):
-        found.append(
-            f"{processes} processes, norm statistics over the batches of all"
+        lines.append(
+            f"{processes} processes, norm statistics are synchronized"
             if sync_batchnorm
-            else f"{processes} processes: each normalizes its own shard of a batch, and the "
-            "running statistics of rank 0 are kept; over whole batches: "
+            else f"{processes} processes: each normalizes its own shard of a batch, and only the "
+            "running statistics of rank 0 are saved. To synchronize them: "
             "--trainer.sync_batchnorm true"
         )
     if data.validates_on_test_set:
         logged = " and ".join(task.names("val"))
-        found.append(
-            f"no validation samples: what is logged as {logged} is of the test set, and selects "
-            "nothing"
+        lines.append(
+            f"no validation samples: {logged} are computed on the test set, and no checkpoint is "
+            "selected"
         )
-    return found
+    return lines
 
 
 def closing(result: Mapping[str, Any], task: Task, folder: Path) -> str:
-    """Return the last lines of `fit`, before the report of the test."""
+    """Return the lines of `fit` after training, before the report of the test."""
     shown = ["train_loss", *task.names("train")[1:], *(task.names("test")[1:] or ["test_loss"])]
     metrics = ", ".join(f"{name.replace('_', ' ')} {_number(result[name])}" for name in shown)
     lines = [f"\ntested {result['tested']} of {folder}", metrics]
@@ -65,10 +65,10 @@ def _number(value: float | None) -> str:
 
 
 def metrics(results: Sequence[Mapping[str, float]]) -> str:
-    """Return the metrics of a test or a validation, one on each line."""
+    """Return the metrics of a test or a validation, one per line."""
     return "\n".join(
         f"{name:10} {value:.4f}"
-        for figures in results
-        for name, value in figures.items()
-        if "/" not in name  # such as the accuracy of one class
+        for values in results
+        for name, value in values.items()
+        if "/" not in name  # accuracies of single classes
     )

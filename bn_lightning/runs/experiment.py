@@ -1,4 +1,4 @@
-"""An experiment: the task, the data and the defaults that a project consists of."""
+"""An experiment: the task, the data and the defaults of a project."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from bn_lightning.training.task import Task
 
 @dataclass(frozen=True)
 class Experiment:
-    """What binds a project's parts together; the machinery knows it from nowhere else.
+    """The task, the data and the defaults of a project.
 
-    In a project of one's own, `shoe_shop/experiment.py` has
+    Your own project needs two files. `shoe_shop/experiment.py` contains
 
         EXPERIMENT = Experiment(ShoeTask, ShoeData, "shoes", {"trainer.max_epochs": 10})
 
-    and `shoe_shop/__main__.py` runs `bn_lightning.cli.main("shoe_shop.experiment:EXPERIMENT")`.
+    and `shoe_shop/__main__.py` calls `bn_lightning.cli.main("shoe_shop.experiment:EXPERIMENT")`.
 
     Attributes:
-        task: what is learned; its arguments are the flags `--model.KEY`.
-        data: what it is learned from; its arguments are the flags `--data.KEY`.
-        name: the default of `--name`: runs are stored in `runs/NAME/N`.
-        defaults: other defaults of flags, by their names: `{"trainer.max_epochs": 10}`.
-            Precedence: defaults < checkpoint < --config < flags.
+        task: class of the task. Its arguments are the flags `--model.KEY`.
+        data: class of the data module. Its arguments are the flags `--data.KEY`.
+        name: default of `--name`; runs are stored in `runs/NAME/N`.
+        defaults: defaults of other flags by name, for example `{"trainer.max_epochs": 10}`.
+            The precedence of settings is defaults < checkpoint < --config < flags.
     """
 
     task: type[Task]
@@ -35,10 +35,10 @@ class Experiment:
 
 
 def load(reference: str) -> Experiment:
-    """Import an experiment by its reference, `package.module:NAME`.
+    """Import an experiment from its import path, `package.module:NAME`.
 
     Raises:
-        UserError: it cannot be imported, or is no Experiment.
+        UserError: the object cannot be imported, or is not an Experiment.
     """
     module, _, name = reference.partition(":")
     found = lookup.find(f"{module}.{name}", "experiment", {})

@@ -1,4 +1,4 @@
-"""Where runs lie, `runs/NAME/NUMBER`: a new folder, the last run, and what was changed when a run went on."""
+"""The folders of runs, `runs/NAME/NUMBER`: creation, checkpoints, and changes of settings."""
 
 import contextlib
 import itertools
@@ -14,16 +14,18 @@ import yaml
 from bn_lightning.errors import UserError
 from bn_lightning.training import checkpoints
 
-# Says where to go on and in which place, not what is computed.
+# Settings that say where a run starts and is stored. They do not affect its results.
 NOT_RECORDED = ("config", "ckpt_path", "resume", "name", "trainer.default_root_dir")
 
 
 def new_folder(parent: Path) -> Path:
-    """Make `parent/N` with the next free number N from 0 on. Two runs at once get two folders."""
+    """Create `parent/N` with the next free number N, and return it.
+
+    Numbers start at 0. Runs that start at the same time get different folders.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max(
-        (int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=-1
-    )
+    numbers = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
+    number = max(numbers, default=-1) + 1
     while True:
         try:
             folder = parent / str(number)
@@ -34,16 +36,16 @@ def new_folder(parent: Path) -> Path:
 
 
 class RunFolder:
-    """The folder of a run, new or gone on with, in the one process that may write there.
+    """The folder of a new or resumed run, locked for this process.
 
     Attributes:
         path: the folder.
-        resuming: whether the run was begun before.
-        changed: settings that are others than until now: name, (before, now).
+        resuming: whether the folder belongs to an earlier run that is resumed.
+        changed: settings that differ from those of the earlier run: {name: (before, now)}.
 
     Raises:
-        UserError: another process has it.
-        OSError: it cannot be written to.
+        UserError: another process has locked the folder.
+        OSError: the folder is not writable.
     """
 
     def __init__(self, path: Path, resuming: bool) -> None:
@@ -54,33 +56,35 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise UserError(f"The run in {str(path)!r} is under way in another process.") from None
+            raise UserError(
+                f"The run in {str(path)!r} is in use by another process. Wait until it ends."
+            ) from None
         except OSError:
             if not resuming:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        self._before = set(path.iterdir())
+        self._files_before = set(path.iterdir())
 
-    def note_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-        """Keep what differs from the settings that the run had until now, in `resumed-N.yaml`.
+    def save_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Write the settings that differ from those of the earlier run to `resumed-N.yaml`.
 
-        A setting that was not there yet when the run began had its default.
+        A setting that did not exist when the run started had its default.
         """
         self.changed = changes(self.path, settings, defaults)
         if self.changed:
             record_changes(self.path, self.changed)
 
-    def leave_nothing(self) -> None:
-        """Of a run that has done nothing, remove the folder, or what was put into one that was there."""
+    def remove_new_files(self) -> None:
+        """Remove a new folder, or the files that were added to the folder of a resumed run."""
         if not self.resuming:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         with contextlib.suppress(OSError):
-            for file in set(self.path.iterdir()) - self._before:
+            for file in set(self.path.iterdir()) - self._files_before:
                 file.unlink()
 
     def release(self) -> None:
-        """Let other processes have it."""
+        """Unlock the folder for other processes."""
         self._lock.release()
 
 
@@ -88,94 +92,97 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def find_last(parent: Path, speaks: bool = True) -> tuple[str, dict[str, Any]] | None:
-    """The newest whole checkpoint of the runs `parent/N`, and what it holds; None if there is none.
+def find_newest_checkpoint(parent: Path, warn: bool = True) -> tuple[str, dict[str, Any]] | None:
+    """Return path and content of the checkpoint with which the newest run continues.
 
-    Of each run `last.ckpt` comes first, and another only where that is torn; with `speaks` a warning names what is
-    passed over.
+    This is `last.ckpt` of the newest run in `parent`. If it is corrupt, the other checkpoints of
+    this run are tried, and then those of older runs.
+
+    Args:
+        warn: whether to print a warning for each corrupt checkpoint.
+
+    Returns:
+        None if there is no intact checkpoint.
     """
     runs = [list(_checkpoints_of(run)) for run in parent.glob("*") if is_run(run)]
-    runs = sorted(
+    newest_first = sorted(
         filter(None, runs),
         key=lambda files: max(path.stat().st_mtime for path in files),
         reverse=True,
     )
-    return _first_whole(itertools.chain.from_iterable(runs), speaks)
+    return _first_intact(itertools.chain.from_iterable(newest_first), warn)
 
 
-def last_of(folder: Path, speaks: bool = True) -> tuple[str, dict[str, Any]]:
-    """The checkpoint with which the run in `folder` goes on, and what it holds.
+def checkpoint_to_resume(folder: Path, warn: bool = True) -> tuple[str, dict[str, Any]]:
+    """Return path and content of the checkpoint with which the run in `folder` continues.
 
     Raises:
-        UserError: no folder of a run, or none of its checkpoints is whole.
+        UserError: `folder` is not the folder of a run, or has no intact checkpoint.
     """
     if not is_run(folder):
         raise UserError(
-            f"{str(folder)!r} is not the folder of a run: it has no config.yaml. --resume runs/NAME/0"
+            f"{str(folder)!r} is not the folder of a run: it has no config.yaml.\n"
+            "Give the folder that fit has printed, for example --resume runs/lenet/0"
         )
-    found = _first_whole(_checkpoints_of(folder), speaks)
+    found = _first_intact(_checkpoints_of(folder), warn)
     if found is None:
         raise UserError(
-            f"The run in {str(folder)!r} cannot go on: there is no whole checkpoint in {folder / 'checkpoints'}.\n"
-            f"Begin it anew: fit --config {folder / 'config.yaml'}"
+            f"The run in {str(folder)!r} cannot be resumed: {folder / 'checkpoints'} has no intact "
+            f"checkpoint.\nStart the run again: fit --config {folder / 'config.yaml'}"
         )
     return found
 
 
 def _checkpoints_of(folder: Path) -> Iterator[Path]:
-    """`last.ckpt` first, then the others, from new to old."""
+    """Yield `last.ckpt` first, then the others from new to old."""
     files = (folder / "checkpoints").glob("*.ckpt")
     yield from sorted(files, key=lambda path: (path.name != "last.ckpt", -path.stat().st_mtime))
 
 
-def _first_whole(paths: Iterator[Path], speaks: bool) -> tuple[str, dict[str, Any]] | None:
+def _first_intact(paths: Iterator[Path], warn: bool) -> tuple[str, dict[str, Any]] | None:
     for path in paths:
         try:
             return checkpoints.load(str(path))
         except UserError as error:
-            if speaks:
-                reason = str(error).splitlines()[1].strip()
-                print(
-                    f"WARNING: {path} is passed over, it is torn: {reason}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if warn:
+                # The second line of a message has the cause, if there is one.
+                reason = str(error).splitlines()[:2][-1].strip()
+                message = f"WARNING: {path} is corrupt and is skipped: {reason}"
+                print(message, file=sys.stderr, flush=True)
     return None
 
 
 def settings_files(folder: Path) -> list[Path]:
-    """What a run was begun with, and then what was changed each time it went on."""
-    return [
-        folder / "config.yaml",
-        *sorted(folder.glob("resumed-*.yaml"), key=lambda path: int(path.stem[8:])),
-    ]
+    """Return `config.yaml`, then the `resumed-N.yaml` in their order."""
+    resumed = folder.glob("resumed-*.yaml")
+    numbered = sorted(resumed, key=lambda path: int(path.stem.removeprefix("resumed-")))
+    return [folder / "config.yaml", *numbered]
 
 
 def changes(
     folder: Path, settings: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> dict[str, tuple[Any, Any]]:
-    """Which settings are others than those that the run in `folder` had until now: name, (before, now)."""
+    """Return the settings that differ from those of the run in `folder`: {name: (before, now)}."""
     before = flat(defaults or {})
     for file in settings_files(folder):
         before |= flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    now = flat(settings)
     return {
-        n: (before.get(n), now[n]) for n in now if before.get(n) != now[n] and n not in NOT_RECORDED
+        name: (before.get(name), now)
+        for name, now in flat(settings).items()
+        if before.get(name) != now and name not in NOT_RECORDED
     }
 
 
 def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
-    """Write `resumed-N.yaml`, which fit takes as a --config."""
+    """Write the next `resumed-N.yaml`, which is valid as a --config of fit, and return its path."""
     file = folder / f"resumed-{len(settings_files(folder))}.yaml"
-    file.write_text(
-        yaml.safe_dump(nested({name: now for name, (_, now) in changed.items()}), sort_keys=False),
-        encoding="utf-8",
-    )
+    sections = nested({name: now for name, (_, now) in changed.items()})
+    file.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
     return file
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Sections of settings, such as model and trainer, as names with a point."""
+    """Replace sections by names with a dot: {"model": {"lr": 1}} becomes {"model.lr": 1}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -186,7 +193,10 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Names with points as sections; later ones are put into what earlier ones hold, which is left as it was."""
+    """Replace names with dots by sections, and merge those of the same name.
+
+    Sections in `flat` are copied, not changed.
+    """
     sections: dict[str, Any] = {}
     for name, value in flat.items():
         *path, key = name.split(".")

@@ -1,4 +1,4 @@
-"""What a run measures: metrics of each epoch and validation, and times."""
+"""Metrics of each epoch and each validation, and the time of training."""
 
 import math
 import sys
@@ -11,19 +11,18 @@ from bn_lightning.training.task import Task
 
 
 class Records(pl.Callback):
-    """Times the training, keeps the metrics of each epoch, and prints a line for each.
+    """A callback that records metrics and the training time, and prints a line per epoch.
 
     Attributes:
-        epochs: the training metrics of each epoch, running means over it.
+        epochs: training metrics of each epoch, as running means over the epoch.
         validations: step and metrics of each validation.
-        seconds: wall time of the training epochs, logging and checkpoints included, validation
-            excluded.
-        images: samples trained on, over all processes. The name is that of the checkpoint's key.
-        best_since: the step after which validations of this run are comparable. A run that starts
-            from a checkpoint without a best one cannot compare its own with those before.
+        seconds: wall time of training in s, with logging and checkpoints, without validation.
+        images: number of training samples over all processes. The checkpoint has the same key.
+        best_since: only validations after this step are candidates for the best one. It is not 0
+            if the run starts from a checkpoint of a run that selected none.
     """
 
-    _KEPT = ("epochs", "validations", "seconds", "images", "_of_epoch", "_validated")
+    _STATE = ("epochs", "validations", "seconds", "images", "_of_epoch", "_validated")
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -31,16 +30,16 @@ class Records(pl.Callback):
         self.seconds = 0.0
         self.images = 0
         self.best_since = 0
-        self._of_epoch = (0, 0.0)  # samples and seconds when the epoch began
+        self._of_epoch = (0, 0.0)  # samples and seconds at the start of the epoch
         self._validated = False  # in this epoch
-        self._clock: float | None = None  # set while it runs
+        self._clock: float | None = None  # start of the current interval, None during validation
 
     def state_dict(self) -> dict[str, Any]:
         self._stop_clock()
-        return {name: getattr(self, name) for name in self._KEPT}
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in self._KEPT:
+        for name in self._STATE:
             setattr(self, name, state_dict[name])
 
     def on_load_checkpoint(
@@ -82,19 +81,18 @@ class Records(pl.Callback):
         found = {name: float(trainer.callback_metrics[name]) for name in pl_module.names("val")}
         self.validations.append({"step": trainer.global_step, **found})
         if not math.isfinite(found["val_loss"]) and trainer.is_global_zero:
-            print(
+            message = (
                 f"WARNING: the validation loss is {found['val_loss']} after step "
-                f"{trainer.global_step:,}: a smaller --model.lr may help",
-                file=sys.stderr,
-                flush=True,
+                f"{trainer.global_step:,}. Try a smaller --model.lr."
             )
+            print(message, file=sys.stderr, flush=True)
         self._validated = True
         self._clock = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         logged = trainer.callback_metrics
-        # A run that was resumed after the last step of an epoch has logged nothing.
+        # Nothing is logged if the run was resumed after the last step of the epoch.
         if "train_loss_epoch" not in logged:
             return
         metrics = {n: float(logged[n]) for n in pl_module.names("train") if n != "train_loss"}
@@ -110,7 +108,7 @@ class Records(pl.Callback):
         pl_module.print(_line(trainer, shown, speed))
 
     def _speed_of_epoch(self) -> float:
-        """Return samples per second of the epoch that ends."""
+        """Return samples per second of the epoch that has just ended."""
         self._stop_clock()
         samples, seconds = self._of_epoch
         self._of_epoch = (self.images, self.seconds)
@@ -122,7 +120,7 @@ class Records(pl.Callback):
 
 
 def _line(trainer: pl.Trainer, metrics: dict[str, float], speed: float) -> str:
-    """Return the line that is printed for an epoch."""
+    """Return the line to print for an epoch."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     on_test_set = getattr(data, "validates_on_test_set", False)
     shown = []
@@ -130,11 +128,11 @@ def _line(trainer: pl.Trainer, metrics: dict[str, float], speed: float) -> str:
         stage, _, metric = name.partition("_")
         stage = "test" if stage == "val" and on_test_set else stage
         shown.append(f"{stage} {metric.replace('_', ' ')} {value:.3f}")
-    of_epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-    number = f"epoch {trainer.current_epoch + 1:2}{of_epochs}"
+    total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    number = f"epoch {trainer.current_epoch + 1:2}{total}"
     return f"{number}  {'  '.join(shown)}  {speed:,.0f} samples/s"
 
 
 def recorded_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return what `Records` has kept in a checkpoint: `epochs`, `validations` and others."""
+    """Return the state of `Records` in a checkpoint: `epochs`, `validations` and others."""
     return dict(checkpoint.get("callbacks", {}).get(Records.__name__, {}))

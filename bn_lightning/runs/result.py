@@ -1,4 +1,4 @@
-"""result.json: what a run ended with, assembled, written and read."""
+"""result.json, the results of a run: assembling, writing and reading."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import torch
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs.records import Records
-from bn_lightning.training.checkpoints import write_whole
+from bn_lightning.training.checkpoints import write_atomically
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
@@ -23,13 +23,13 @@ from bn_lightning.training.task import Task
 def assemble(
     trainer: pl.Trainer, task: Task, data: DataModule, records: Records, tested: str
 ) -> dict[str, Any]:
-    """Return the flat object of result.json at the end of training; test metrics are still None.
+    """Return the content of result.json at the end of training, with None as test metrics.
 
     Training metrics are running means over the last epoch. Validation metrics are those of the
-    tested weights: of the best validation when a checkpoint was selected, else of the last.
+    tested weights: the best validation if a checkpoint was selected, otherwise the last one.
 
     Args:
-        tested: names the weights that will be tested.
+        tested: name of the weights that will be tested.
     """
     identity = data.identity()
     samples, seconds = records.images, records.seconds
@@ -81,7 +81,7 @@ def _metrics(task: Task, records: Records, tested: str) -> dict[str, float | Non
 
 
 def _selected(task: Task, records: Records) -> dict[str, float | None]:
-    """Return the selected metric by validation: the last, the best, the mean of the last three."""
+    """Return the selecting metric: its last and best value, and the mean of the last three."""
     name, _ = task.selects
     values = [metrics[name] for metrics in records.validations]
     return {
@@ -92,41 +92,41 @@ def _selected(task: Task, records: Records) -> dict[str, float | None]:
 
 
 def best_validation(task: Task, records: Records) -> Mapping[str, float]:
-    """Return step and metrics of the best validation; empty without any."""
+    """Return step and metrics of the best validation; empty if there is none."""
     return task.best(v for v in records.validations if v["step"] > records.best_since)
 
 
 def _commit() -> dict[str, str]:
-    """Return the commit of this code's checkout, `-dirty` when it was changed; nothing elsewhere."""
+    """Return the git commit of this code, with `-dirty` if it has changes; empty outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     here = Path(__file__).parent
     try:
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a folder where it hangs
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow network folder
         return {}
     return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def to_json(content: Any) -> str:
-    """Return JSON, which has no word for NaN and infinity: they become null."""
+    """Return JSON in which NaN and infinity are null, because JSON cannot represent them."""
 
-    def known(value: Any) -> Any:
+    def finite(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: known(inner) for name, inner in value.items()}
+            return {name: finite(inner) for name, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [known(inner) for inner in value]
+            return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(known(content), indent=2)
+    return json.dumps(finite(content), indent=2)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` whole or not at all."""
-    write_whole(path, f"{to_json(content)}\n".encode())
+    """Write a JSON file atomically."""
+    write_atomically(path, f"{to_json(content)}\n".encode())
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """Return the result.json of a run's folder; nothing where there is none.
+    """Return the content of a run's result.json; empty if there is no such file.
 
     Raises:
         UserError: the file is corrupt.
@@ -136,5 +136,5 @@ def read_result(run: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{str(path)!r} is not what a run has written: {error}. Remove it, or repeat the run."
+            f"{str(path)!r} is corrupt: {error}. Remove the file, or repeat the run."
         ) from error

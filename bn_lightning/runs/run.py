@@ -1,4 +1,4 @@
-"""One run: the sub-commands fit, validate and test, and the life of the run's folder."""
+"""The commands fit, validate and test, and what `fit` writes to the run's folder."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import console, process, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
 from bn_lightning.runs.settings import TRAINER_DEFAULTS, SettingsCLI
-from bn_lightning.runs.tensorboard import TensorBoard
+from bn_lightning.runs.tensorboard import CHARTS, TensorBoard
 from bn_lightning.training import checkpoints
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.stopping import Stopped
@@ -25,131 +25,140 @@ from bn_lightning.training.task import Task
 
 
 class CLI(SettingsCLI):
-    """Lightning's command line for an experiment: a run, and what it leaves behind."""
+    """The command line of an experiment: trains, tests, and writes the run's folder."""
 
     model: Task
     datamodule: DataModule
-    equipment: trainer.Equipment
-    _held: RunFolder | None = None  # `folder`, once it is open
+    parts: trainer.TrainerParts
+    _run_folder: RunFolder | None = None  # on rank 0, once it is locked
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         extra = self.trainer_defaults["callbacks"]
-        self.equipment = trainer.equip(
+        self.parts = trainer.build_parts(
             str(self.subcommand), config, self.model, self.datamodule, extra
         )
-        if self.equipment.resume is not None:
-            self.equipment.resume.resuming = self.resuming
-        self.trainer_defaults["callbacks"] = self.equipment.callbacks
+        if self.parts.resume is not None:
+            self.parts.resume.resuming = self.resuming
+        self.trainer_defaults["callbacks"] = self.parts.callbacks
         try:
-            return super().instantiate_trainer(**kwargs | self.equipment.arguments)
+            return super().instantiate_trainer(**kwargs | self.parts.arguments)
         except (MisconfigurationException, ValueError, ImportError) as error:
             names = ("accelerator", "devices", "strategy", "precision")
-            given = " ".join(f"--trainer.{name} {config.trainer[name]}" for name in names)
-            here = [
+            given = " ".join(
+                f"--trainer.{name} {config.trainer[name]}"
+                for name in names
+                if config.trainer[name] is not None
+            )
+            available = [
                 name
                 for name, entry in AcceleratorRegistry.items()
                 if entry["accelerator"].is_available()
             ]
             raise UserError(
-                f"{error}\nGiven: {given}\nAccelerators of this machine: {', '.join(here)}"
+                f"{error}\nSettings: {given}\nAccelerators of this machine: {', '.join(available)}"
             ) from error
 
     # fit
 
     def before_fit(self) -> None:
-        """Prepare data and folder. Everything that can be refused has been refused before."""
-        run = self.folder or Path("elsewhere")
+        """Prepare the data and the run's folder. All settings are valid at this point."""
+        run = self.folder or Path("unused")  # a placeholder on other ranks
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data()
             run = self._open_folder()
         else:
-            self.folder = None  # Lightning tells the other ranks what rank 0 says
-        if self.equipment.wants_tensorboard:
+            # Only rank 0 writes. Lightning broadcasts the paths of checkpoints to other ranks.
+            self.folder = None
+        if self.parts.wants_tensorboard:
             purge_step = self.resumes_at if self.resuming else None
             self.trainer.logger = TensorBoard(
                 run.parent.parent, run.parent.name, run.name, purge_step=purge_step
             )
         dirpath = str((run / "checkpoints").absolute())
-        if self.equipment.resume is not None:
-            self.equipment.resume.dirpath = dirpath if self.folder else None
-        if self.equipment.best is not None:
-            self.equipment.best.dirpath = dirpath
+        if self.parts.resume is not None:
+            self.parts.resume.dirpath = dirpath if self.folder else None
+        if self.parts.best is not None:
+            self.parts.best.dirpath = dirpath
         if self.trainer.is_global_zero:
             self._print_header()
 
     def _open_folder(self) -> Path:
-        """Return the folder of the run, new or resumed, with its settings in it."""
+        """Lock the folder of a new or resumed run, write the settings to it, and return it."""
         settings = self.config["fit"]
         parent = Path(settings.trainer.default_root_dir, settings.name)
         try:
-            self._held = RunFolder(self.folder or new_folder(parent), self.resuming)
-            self.folder = self._held.path
+            self._run_folder = RunFolder(self.folder or new_folder(parent), self.resuming)
+            self.folder = self._run_folder.path
             if self.resuming:
-                self._held.note_changes(*map(self.as_plain_data, (settings, self.defaults())))
+                now, defaults = map(self.as_plain_data, (settings, self.defaults()))
+                self._run_folder.save_changes(now, defaults)
             else:
                 config = self.folder / "config.yaml"
                 self._parser("fit").save(settings, config, skip_unset=False)
         except OSError as error:
             self._remove_empty_run()
             raise UserError(
-                f"No folder for the run can be made in {str(parent)!r}: {error.strerror}.\n"
-                "Another place: --trainer.default_root_dir FOLDER, another name: --name NAME"
+                f"The run's folder cannot be created in {str(parent)!r}: {error.strerror}.\n"
+                "Choose another place with --trainer.default_root_dir FOLDER, or another name with "
+                "--name NAME."
             ) from error
         return self.folder
 
     def as_plain_data(self, settings: Any) -> dict[str, Any]:
-        """Return the settings of `fit` as config.yaml has them."""
+        """Return settings of `fit` as they are written to config.yaml."""
         return dict(yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False)))
 
     def defaults(self) -> Any:
-        """Return the settings of `fit` where nothing is set."""
+        """Return the default settings of `fit`."""
         return self._parser("fit").get_defaults()
 
     def _remove_empty_run(self) -> None:
-        """Remove what a run that has trained nothing has put on the disk."""
-        if self._held is not None and not self._has_trained():
+        """Remove the files of a run that has not trained a batch."""
+        if self._run_folder is not None and not self._has_trained():
             if self.resuming and isinstance(self.trainer.logger, TensorBoard):
                 self.trainer.logger.experiment.close()
-            self._held.leave_nothing()
+            self._run_folder.remove_new_files()
 
     def _has_trained(self) -> bool:
-        resume = self.equipment.resume
+        resume = self.parts.resume
         return resume.has_trained if resume is not None else self.trainer.global_step > 0
 
     def _print_header(self) -> None:
         data = self.datamodule
         lines = console.header(self.trainer, self.model, data, self.folder)
-        self._print(lines + self._where_to_look("watch"))
-        if self._held is not None and self.resuming:
+        self._print(lines + self._tensorboard_hint("watch it"))
+        if self._run_folder is not None and self.resuming:
             self._print(f"Resuming from step {self.resumes_at:,} ({self.ckpt_path})")
-            for setting, (before, now) in self._held.changed.items():
-                self._print(f"changed: --{setting} {now}, which was {before}")
+            for setting, (before, now) in self._run_folder.changed.items():
+                self._print(f"changed: --{setting} {now} (was {before})")
         is_synchronized = self.config.fit.trainer.sync_batchnorm
         for line in console.notes(self.trainer, self.model, data, is_synchronized):
             self._print(line)
 
-    def _where_to_look(self, how: str) -> str:
+    def _tensorboard_hint(self, action: str) -> str:
+        if not self.parts.wants_tensorboard:
+            return ""
         root = self.config.fit.trainer.default_root_dir
-        shown = self.equipment.wants_tensorboard
-        return f"; {how} it with: tensorboard --logdir {root}" if shown else ""
+        return f"; {action} with: tensorboard --logdir {root}\nthe charts are at {CHARTS}"
 
     def fit(self, **kwargs: Any) -> None:
+        """Train the network, then test the selected checkpoint."""
         try:
             self.trainer.fit(**self._from_checkpoint(kwargs))
         except Stopped:
-            assert self.equipment.resume is not None
-            # A run that is out of time goes on to its test.
-            if not self.equipment.resume.stop_requests.is_out_of_time:
+            assert self.parts.resume is not None
+            # A run that has reached its time limit is still tested.
+            if not self.parts.resume.stop_requests.is_out_of_time:
                 self._end_stopped_run()
                 raise
         except BaseException as error:
             self._remove_empty_run()
-            self._explain(error)
+            self._raise_run_failed(error)
             raise
         finally:
-            if self._held is not None:
-                self._held.release()
+            if self._run_folder is not None:
+                self._run_folder.release()
         found = self._result(self._load_tested_weights())
         test = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         for metrics in test:
@@ -158,49 +167,50 @@ class CLI(SettingsCLI):
             self._finish(self.folder, found)
 
     def _end_stopped_run(self) -> None:
-        """Say how to resume, and what was reached until now."""
+        """Print how to resume, and write the results so far."""
         self._print(f"resume with: {terminal.program()} fit --resume {self.folder}")
         if self.folder is not None:
             found = self._result("nothing yet", finished=False)
             result.write_json(self.folder / "result.json", found)
 
-    def _explain(self, error: BaseException) -> None:
-        """Raise RunFailed for a full disk, or for another process that has died."""
+    def _raise_run_failed(self, error: BaseException) -> None:
+        """Raise RunFailed if the error is a disk error or the death of another process."""
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             reason = f"The run in {self.folder} cannot continue: {error}."
-            when = "When the cause is removed"
+            when = "Fix the cause, then resume"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            # gloo's errors have no class of their own, and begin with a place in its source.
-            said = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])
-            reason, when = f"Another process of this run has died: {said}", "From the last save"
+            # gloo raises RuntimeError. Its messages start with a position in gloo's source.
+            cause = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])
+            reason = f"Another process of this run has died: {cause}"
+            when = "Resume from the last checkpoint"
         else:
             return
         if not self._has_trained() and not self.resuming:
-            raise RunFailed(f"{reason}\nNothing was trained yet, and nothing is left.") from error
-        # Only rank 0 has the folder, but all ranks know where the checkpoint is.
-        resume = self.equipment.resume
+            raise RunFailed(f"{reason}\nNothing was trained, and no files are left.") from error
+        # Only rank 0 has the folder, but all ranks have the path of last.ckpt.
+        resume = self.parts.resume
         run = self.folder or (resume.path.parent.parent if resume else "FOLDER")
         raise RunFailed(f"{reason}\n{when}: fit --resume {run}") from error
 
     def _load_tested_weights(self) -> str:
-        """Load the checkpoint that is tested, and return its name."""
-        best, resume = self.equipment.best, self.equipment.resume
+        """Load the weights to test, and return the name of their checkpoint."""
+        best, resume = self.parts.best, self.parts.resume
         path = best.best_model_path if best is not None else ""
         if not path and resume is not None and resume.path.exists():
             path = str(resume.path)
         if not path:
             return "the weights in memory"
-        # The trainer would restore the callbacks too, and some exchange the weights.
+        # The trainer would also restore the callbacks, some of which replace the weights.
         self.model.load_state_dict(checkpoints.load(path)[1]["state_dict"])
-        # With nothing left to train, the best checkpoint may be another run's.
+        # If no step was left to train, the best checkpoint may belong to another run.
         is_own = resume is not None and Path(path).parent == resume.path.parent
         return Path(path).name if is_own else path
 
     def _result(self, tested: str, finished: bool = True) -> dict[str, Any]:
-        resume = self.equipment.resume
+        resume = self.parts.resume
         resumed_at = ", ".join(map(str, resume.resumed_at)) if resume else ""
         found = result.assemble(
-            self.trainer, self.model, self.datamodule, self.equipment.records, tested
+            self.trainer, self.model, self.datamodule, self.parts.records, tested
         )
         return found | {"finished": finished, "resumed_at_steps": resumed_at}
 
@@ -210,21 +220,23 @@ class CLI(SettingsCLI):
             self.trainer.logger.log_result(self.trainer, self.model, self.datamodule, found)
         self._print(console.closing(found, self.model, folder))
         self._print(self.model.test_report())
-        self._print(f"\nall of it is in {folder}" + self._where_to_look("look at"))
+        self._print(f"\nresults are in {folder}" + self._tensorboard_hint("view them"))
 
     # validate and test
 
     def validate(self, **kwargs: Any) -> None:
+        """Print the metrics of a checkpoint on the validation samples."""
         kwargs = self._from_checkpoint(kwargs)
         self._print(console.metrics(self.trainer.validate(**kwargs, verbose=False)))
 
     def test(self, **kwargs: Any) -> None:
+        """Print the metrics of a checkpoint on the test samples."""
         kwargs = self._from_checkpoint(kwargs)
         self._print(console.metrics(self.trainer.test(**kwargs, verbose=False)))
         self._print(self.model.test_report())
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        # The file that was loaded for its settings: an address could give another one now.
+        # The file from which the settings were read. A URL could give another file now.
         return kwargs | {"ckpt_path": self.ckpt_path, "weights_only": True}
 
     def _print(self, text: str) -> None:
@@ -233,7 +245,7 @@ class CLI(SettingsCLI):
 
 
 class Rehearsal(CLI):
-    """A command line that builds everything, and runs nothing."""
+    """A command line that builds all objects of a run, without training or testing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -242,40 +254,42 @@ class Rehearsal(CLI):
 def command_line(
     arguments: list[str], reference: str, cls: type[CLI] = CLI, callbacks: Sequence[Callback] = ()
 ) -> CLI:
-    """Run a sub-command with its settings, and return what has run it.
+    """Run a command, and return its command line with the objects that it has built.
 
     Args:
-        arguments: the sub-command, and its settings.
-        reference: of the experiment, `package.module:NAME`.
+        arguments: the command and its settings.
+        reference: import path of the experiment, `package.module:NAME`.
+        callbacks: callbacks to add to those of the settings.
 
     Raises:
-        UserError: a mistake in the settings, or a run that cannot continue.
-        Stopped: a run that was asked to stop, and can be resumed.
+        UserError: the settings are invalid, or the run cannot continue.
+        Stopped: the run was stopped and can be resumed.
     """
     try:
         defaults = TRAINER_DEFAULTS | {"callbacks": list(callbacks)}
         return cls(reference, arguments, trainer_defaults=defaults)
-    except MisconfigurationException as error:  # settings that exclude each other
+    # Lightning raises it for settings that cannot be combined.
+    except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
         if "InvalidCxxCompiler" in str(error):
             raise UserError(
-                "--model.compile true needs a C++ compiler on a CPU: none was found (g++, or the "
-                "one that CXX names)."
+                "--model.compile true needs a C++ compiler on a CPU, and none was found. Install "
+                "g++, set CXX to your compiler, or use --model.compile false."
             ) from error
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise
         raise UserError(
-            f"The checkpoint does not fit the network that the settings ask for: {error}\n"
-            "Leave out the --model settings: the checkpoint has its own."
+            f"The checkpoint does not fit the network of these settings: {error}\n"
+            "Remove the --model settings: those in the checkpoint are used then."
         ) from error
     finally:
-        # Otherwise its threads end in any order when the process ends.
+        # Otherwise its threads end in an arbitrary order at exit.
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run fit, validate or test; `arguments` begins with the command."""
+    """Run fit, validate or test. The first argument is the command."""
     process.set_up()
     command_line(arguments, reference, CLI)

@@ -1,9 +1,7 @@
-"""Settings of a run, from weak to strong: defaults < checkpoint < --config < flags."""
+"""Settings of a run. Their precedence is: defaults < checkpoint < --config < flags."""
 
-import difflib
-import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
@@ -13,45 +11,29 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment, folder, trust
+from bn_lightning.runs.parser import Parser, TrainerHelp
 from bn_lightning.training import checkpoints
 
 # Defaults of every experiment.
 TRAINER_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 10}
 
 
-class Parser(LightningArgumentParser):
-    """Reports a mistake with the nearest settings. The usage of `fit` alone fills a screen."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        known = [option for action in parser._actions for option in action.option_strings]
-        wrong = re.findall(r"--?([\w.]+)|[Kk]ey ['\"]([\w.]+)", message)
-        near = {f"--{n}": None for a, b in wrong for n in _nearest(a or b, known)}
-        hint = f"Did you mean {' or '.join(near)}?\n" if near else ""
-        program = parser.prog.replace(" [options]", "")
-        raise UserError(f"{message}\n{hint}All settings: {program} --help") from ex
-
-
-def _nearest(name: str, options: list[str]) -> list[str]:
-    known = [option.removeprefix("--") for option in options if option.startswith("--")]
-    return [] if name in known else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-
-
 class SettingsCLI(LightningCLI):
-    """Lightning's command line with the settings of this project.
+    """Lightning's command line with the settings of an experiment.
 
     Args:
-        reference: of the experiment, `package.module:NAME`.
-        arguments: a sub-command and its settings.
+        reference: import path of the experiment, `package.module:NAME`.
+        arguments: a command and its settings.
 
     Attributes:
-        experiment: that of the reference.
-        ckpt_path: the file of the checkpoint that is used, None without one.
-        folder: of the run that is resumed, or None.
-        resuming: whether a run is resumed in its folder, and `resumes_at` its step.
+        experiment: the imported experiment.
+        ckpt_path: file of the checkpoint that is loaded, or None.
+        folder: folder of the run that is resumed, or None.
+        resuming: whether a run is resumed in its folder.
+        resumes_at: step at which the run is resumed.
     """
 
-    # The sub-commands of this command line; Lightning's others are not its own.
+    # Each is a method of a subclass, and the first line of its docstring is shown by --help.
     commands: tuple[str, ...] = ("fit", "validate", "test")
 
     ckpt_path: str | None = None
@@ -63,14 +45,20 @@ class SettingsCLI(LightningCLI):
         self.reference = reference
         self.experiment = experiment.load(reference)
         program = terminal.program()
-        usage = {name: {"usage": f"{program} {name} [settings]"} for name in self.commands}
+        parsers = {
+            name: {
+                "usage": f"{program} {name} [settings]",
+                "description": (getattr(self, name).__doc__ or name).partition("\n")[0],
+            }
+            for name in self.commands
+        }
         super().__init__(
             self.experiment.task,
             self.experiment.data,
             args=arguments,
             save_config_callback=None,
             parser_class=Parser,
-            parser_kwargs={"prog": program} | usage,
+            parser_kwargs={"prog": program} | parsers,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             **settings,
@@ -78,25 +66,40 @@ class SettingsCLI(LightningCLI):
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
-        # A checkpoint is never loaded in any other way than with weights_only=True.
-        # Metrics are printed here, so Lightning's table is not.
-        skipped = {"weights_only", "verbose", "return_predictions"}
+        # Checkpoints are always loaded with weights_only=True.
+        # Lightning's table of metrics is replaced by the lines of this project.
+        # --ckpt_path is added below, with a help text that fits each command.
+        skipped = {"weights_only", "verbose", "return_predictions", "ckpt_path"}
         return {name: LightningCLI.subcommands()[name] | skipped for name in cls.commands}
 
     # Flags
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--seed_everything",
-            type=int,
-            default=0,
-            help="Seed of the weights, the data split and the shuffling.",
+            "--help.trainer",
+            action=TrainerHelp,
+            help="Show all settings of Lightning's trainer and exit.",
         )
         parser.add_argument(
             "--name",
             type=str,
             default=self.experiment.name,
-            help="A run's folder is <default_root_dir>/<name>/N.",
+            help="Name of a series of runs. Run number N is stored in runs/NAME/N.",
+        )
+        parser.add_argument(
+            "--seed_everything",
+            metavar="SEED",
+            type=int,
+            default=0,
+            help="Seed of the weights, the data split and the shuffling.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            metavar="FILE",
+            type=str | None,
+            default=None,
+            help="Checkpoint to load, with its settings: a path, a URL, or `last` for the last "
+            "checkpoint of the newest run in runs/NAME.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,26 +112,29 @@ class SettingsCLI(LightningCLI):
             ) from error
 
     def add_command_arguments(self) -> None:
-        """Add the flags that one sub-command alone has."""
+        """Add the flags that only one command has."""
         if "fit" not in self.commands:
             return
         self._parser("fit").add_argument(
-            "--checkpoint.every_n_train_steps",
-            type=NonNegativeInt,
-            default=0,
-            help="Write last.ckpt after so many steps too, not only before each epoch; 0 for never.",
-        )
-        self._parser("fit").add_argument(
             "--resume",
+            metavar="FOLDER",
             type=str | None,
             default=None,
-            help="Folder of a run, runs/NAME/N, to resume from its last.ckpt with its settings.",
+            help="Folder of a run, runs/NAME/N, to resume from last.ckpt with the same settings.",
+        )
+        self._parser("fit").add_argument(
+            "--checkpoint.every_n_train_steps",
+            metavar="N",
+            type=NonNegativeInt,
+            default=0,
+            help="Write last.ckpt every N steps too, not only once per epoch; 0 for never.",
         )
         self._parser("fit").add_argument(
             "--monitor",
             type=bool,
             default=True,
-            help="Show in TensorBoard what the norms do, and at the end what is misclassified.",
+            help="Log statistics of the norm layers and figures of misclassified samples to "
+            "TensorBoard.",
         )
 
     # Settings from a checkpoint
@@ -138,67 +144,74 @@ class SettingsCLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config.subcommand
         config = self.config[command]
-        if not 0 <= config.seed_everything < 2**32:  # Lightning would take another one
+        # Lightning would replace a seed outside this range.
+        if not 0 <= config.seed_everything < 2**32:
             raise UserError(
                 f"--seed_everything is {config.seed_everything}; it must be from 0 to {2**32 - 1}."
             )
         if command == "fit" and config.resume is not None:
             self._find_run(config)
-            # The settings that the run had are weaker than flags.
+            # As config files of the parser, the settings of the run are overridden by flags.
             files = map(str, folder.settings_files(Path(config.resume)))
             self._parser("fit").default_config_files = list(files)
             super().parse_arguments(parser, args)
-            _refuse_dry_resume(self.config.fit, str(self.ckpt_path))
+            _refuse_resume_without_saving(self.config.fit, str(self.ckpt_path))
         elif config.ckpt_path is not None:
             checkpoint = self._find_checkpoint(command, config)
             if checkpoint is not None:
-                self._take_settings(command, checkpoint, parser, args)
+                self._apply_settings(command, checkpoint, parser, args)
         elif command != "fit":
+            runs = Path(config.trainer.default_root_dir, config.name)
             raise UserError(
-                f"{command} needs a checkpoint: --ckpt_path "
-                f"runs/{self.experiment.name}/0/checkpoints/last.ckpt\n"
-                "A run prints the folder of its checkpoints when it ends."
+                f"{command} needs a checkpoint. Use --ckpt_path with a file, for example "
+                f"{runs}/0/checkpoints/best.ckpt, or with `last` for the last checkpoint of the "
+                f"newest run in {runs}."
             )
 
     def _find_run(self, config: Namespace) -> None:
         """Find the checkpoint of the run in --resume."""
         if config.ckpt_path is not None:
             raise UserError(
-                "--resume and --ckpt_path are both given; a run resumes from one checkpoint."
+                "--resume and --ckpt_path cannot be used together: each names the checkpoint from "
+                "which training starts. Remove one of them."
             )
-        found = folder.last_of(Path(config.resume), _is_first_process())
+        run = Path(config.resume)
+        found = folder.checkpoint_to_resume(run, warn=_is_rank_zero())
         checkpoints.refuse_other_versions(*found)
-        self._resume_in(Path(config.resume), *found)
+        self._resume_in(run, *found)
 
     def _find_checkpoint(self, command: str, config: Namespace) -> dict[str, Any] | None:
-        """Load the checkpoint of --ckpt_path; `last` without any starts a new run."""
+        """Load the checkpoint of --ckpt_path, and resume its run if it is the last of a run.
+
+        Returns:
+            The checkpoint, or None for `fit --ckpt_path last` if no run has one yet.
+        """
         runs = Path(config.trainer.default_root_dir, config.name)
         if config.ckpt_path == "last":
-            found = folder.find_last(runs, _is_first_process())
+            found = folder.find_newest_checkpoint(runs, warn=_is_rank_zero())
             if found is None and command != "fit":
                 raise UserError(
-                    f"There is no checkpoint of a run in {str(runs)!r}. Another place: --name NAME"
+                    f"No run in {str(runs)!r} has a checkpoint. Use --name for runs of another "
+                    "name, or --ckpt_path with a file."
                 )
             if found is None:
-                if _is_first_process():
-                    print(
-                        f"There is no checkpoint in {str(runs)!r} yet: a new run begins.",
-                        flush=True,
-                    )
+                if _is_rank_zero():
+                    message = f"No run in {str(runs)!r} has a checkpoint yet: starting a new run."
+                    print(message, flush=True)
                 return None
         else:
             found = checkpoints.load(config.ckpt_path)
         self.ckpt_path, checkpoint = found
-        within = Path(self.ckpt_path).absolute().parent.parent
-        is_last = config.ckpt_path == "last" or Path(self.ckpt_path).name == "last.ckpt"
+        run = Path(self.ckpt_path).absolute().parent.parent
         trainer = config.trainer
-        is_kept = not trainer.fast_dev_run and trainer.enable_checkpointing is not False
-        is_own = folder.is_run(within) and within.parent == runs.absolute()
-        if command == "fit" and is_kept and is_last and is_own:
-            self._resume_in(runs / within.name, *found)
+        is_last = config.ckpt_path == "last" or Path(self.ckpt_path).name == "last.ckpt"
+        is_saved = not trainer.fast_dev_run and trainer.enable_checkpointing is not False
+        is_in_runs = folder.is_run(run) and run.parent == runs.absolute()
+        if command == "fit" and is_last and is_saved and is_in_runs:
+            self._resume_in(runs / run.name, *found)
         return checkpoint
 
-    def _take_settings(
+    def _apply_settings(
         self,
         command: str,
         checkpoint: dict[str, Any],
@@ -209,13 +222,12 @@ class SettingsCLI(LightningCLI):
         path = str(self.ckpt_path)
         paths = trust.import_paths(self.experiment)
         chosen = {name: self.config[command].get(name) for name in paths}
+        machine_settings = self.experiment.data.machine_settings
         try:
-            self._parser(command).set_defaults(
-                settings_in(checkpoint, self.experiment.data.machine_settings)
-            )
+            self._parser(command).set_defaults(settings_in(checkpoint, machine_settings))
         except KeyError as error:
             raise UserError(
-                f"{path!r} was not written by this project: it has a setting unknown here: {error}"
+                f"{path!r} was not written by this project: it has an unknown setting: {error}"
             ) from error
         super().parse_arguments(parser, args)
         if command == "fit":
@@ -228,30 +240,37 @@ class SettingsCLI(LightningCLI):
         self.resumes_at = checkpoint["global_step"]
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the checkpoint's settings override flags. `parse_arguments` has read
-        # them already.
+        # Lightning would let the checkpoint's settings override flags.
+        # `parse_arguments` has applied them already.
         pass
 
 
 def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings in a checkpoint by their flags, without those of the machine."""
+    """Return the settings in a checkpoint by the names of their flags.
+
+    Args:
+        machine_settings: settings of the data that depend on the machine, which are left out.
+    """
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     for name in machine_settings:
         data.pop(name, None)
-    defaults = {"seed_everything": data.pop("seed")} if "seed" in data else {}
-    defaults |= {f"data.{name}": value for name, value in data.items()}
+    seed = {"seed_everything": data.pop("seed")} if "seed" in data else {}
     model = checkpoint.get("hyper_parameters", {})
-    return defaults | {f"model.{name}": value for name, value in model.items()}
+    return (
+        seed
+        | {f"data.{name}": value for name, value in data.items()}
+        | {f"model.{name}": value for name, value in model.items()}
+    )
 
 
-def _is_first_process() -> bool:
+def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _refuse_dry_resume(config: Namespace, ckpt_path: str) -> None:
+def _refuse_resume_without_saving(config: Namespace, ckpt_path: str) -> None:
     if config.trainer.fast_dev_run or config.trainer.enable_checkpointing is False:
         raise UserError(
-            "--resume continues a run and saves what is trained: remove --trainer.fast_dev_run and "
+            "--resume saves the training in the run's folder. Remove --trainer.fast_dev_run and "
             "--trainer.enable_checkpointing.\n"
-            f"To try something with its weights: --ckpt_path {ckpt_path} --name trial"
+            f"To start another run from its weights: --ckpt_path {ckpt_path} --name trial"
         )

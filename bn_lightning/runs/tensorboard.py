@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from bn_lightning.training import lightning_internals
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
@@ -55,7 +55,7 @@ def _hparams_summaries(
     from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import hparams
 
-    flat = TensorBoardLogger._sanitize_params(_flatten_dict(hyperparameters))
+    flat = lightning_internals.loggable(hyperparameters)
     experiment, start, end = hparams(flat, metrics)  # type: ignore[no-untyped-call]
     plugin_data = experiment.value[0].metadata.plugin_data
     content = plugin_data_pb2.HParamsPluginData.FromString(plugin_data.content)

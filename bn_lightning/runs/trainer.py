@@ -1,4 +1,4 @@
-"""What a run adds to Lightning's Trainer: callbacks, plugins and defaults."""
+"""The callbacks, plugins and defaults that a run adds to Lightning's Trainer."""
 
 import os
 import sys
@@ -31,16 +31,16 @@ from bn_lightning.training.task import Task
 
 
 @dataclass
-class Equipment:
-    """The callbacks of a run, and arguments of the Trainer that replace those of the user.
+class TrainerParts:
+    """The callbacks of a run, and the Trainer arguments that override the user's.
 
     Attributes:
-        records: metrics and times.
-        resume: writes last.ckpt; None where nothing is saved.
-        best: writes best.ckpt; None where no checkpoint is selected.
-        callbacks: all callbacks, in their order.
-        arguments: of the Trainer.
-        wants_tensorboard: whether TensorBoard is to log, once the run has a folder.
+        records: records metrics and times.
+        resume: writes last.ckpt; None if no checkpoints are written.
+        best: writes best.ckpt; None if no checkpoint is selected.
+        callbacks: all callbacks in their order.
+        arguments: arguments of the Trainer.
+        wants_tensorboard: whether to add a TensorBoard logger as soon as the run has a folder.
     """
 
     records: Records
@@ -51,92 +51,93 @@ class Equipment:
     wants_tensorboard: bool = False
 
 
-def equip(
+def build_parts(
     command: str, config: Namespace, task: Task, data: DataModule, extra: list[Callback]
-) -> Equipment:
-    """Return what a run needs beside what the user has set.
+) -> TrainerParts:
+    """Return the parts of a run that are not set by the user.
 
     Args:
-        config: the settings of the sub-command, with callbacks and plugins as objects.
-        extra: callbacks of a caller, such as a study.
+        config: the settings of the command, with callbacks and plugins as objects.
+        extra: callbacks of the caller, for example a study.
 
     Raises:
-        UserError: settings that take away what a run leaves behind.
+        UserError: the settings would make records or statistics of the run invalid.
     """
     settings = config.trainer
     own = _as_list(settings.callbacks)
     _refuse_settings(settings)
     if command == "fit":
         _refuse_averaging(task, own)
-    found = Equipment(Records())
-    found.callbacks += [found.records, *extra]
+    parts = TrainerParts(Records())
+    parts.callbacks += [parts.records, *extra]
     if command == "fit":
-        _add_checkpoints(found, config, task, data)
-        found.callbacks.append(DistributedTraining())
+        _add_checkpoints(parts, config, task, data)
+        parts.callbacks.append(DistributedTraining())
         if config.monitor:
             given = {type(callback) for callback in own}
             monitors = (NormMonitor, ClosingPictures)
-            found.callbacks += [monitor() for monitor in monitors if monitor not in given]
-    _add_logging(found, settings, own)
+            parts.callbacks += [monitor() for monitor in monitors if monitor not in given]
+    _add_logging(parts, settings, own)
     if settings.enable_model_summary is None:
-        found.arguments["enable_model_summary"] = False  # `fit` prints the number of parameters
+        # The header of `fit` has the number of parameters.
+        parts.arguments["enable_model_summary"] = False
     plugins = [*_as_list(settings.plugins), checkpoints.WholeCheckpointIO()]
-    found.arguments["plugins"] = [*plugins, LayerSync()] if settings.sync_batchnorm else plugins
-    found.arguments |= _processes_of_torchrun(settings)
-    return found
+    parts.arguments["plugins"] = [*plugins, LayerSync()] if settings.sync_batchnorm else plugins
+    parts.arguments |= _processes_of_torchrun(settings)
+    return parts
 
 
 def _as_list(setting: Any) -> list[Any]:
-    """Return several, none, or one that a config names without a list."""
+    """Return a setting as a list; a config may also have a single object or null."""
     return setting if isinstance(setting, list) else [setting] if setting else []
 
 
 def _refuse_settings(settings: Namespace) -> None:
     if settings.barebones:
         raise UserError(
-            "--trainer.barebones true switches off the metrics, and with them everything that a "
-            "run leaves and prints.\n"
-            "What is costly can be left out by itself: --trainer.logger false "
-            "--trainer.enable_checkpointing false"
+            "--trainer.barebones true cannot be used: it disables the metrics that a run "
+            "records.\n"
+            "To save time, use --trainer.logger false or --trainer.enable_checkpointing false."
         )
     if str(settings.strategy).endswith(("_spawn", "_fork", "_notebook")):
         raise UserError(
-            f"--trainer.strategy {settings.strategy} trains in processes that lose their records "
-            "when they end.\n"
-            "--trainer.strategy ddp does the same with processes that stay to the end."
+            f"--trainer.strategy {settings.strategy} cannot be used: its processes end after "
+            "training, and the metrics in their memory are lost.\n"
+            "Use --trainer.strategy ddp instead."
         )
 
 
 def _refuse_averaging(task: Task, callbacks: list[Any]) -> None:
-    """Refuse Lightning's callback where averaged weights would keep stale running statistics."""
+    """Refuse Lightning's callback if it would not update running statistics for the average."""
     if StochasticWeightAveraging not in map(type, callbacks):
         return
     layers = recognition.with_statistics(task).values()
-    unseen = [layer for layer in layers if not isinstance(layer, _BatchNorm)]
-    # What the callback of this project cannot do either, it refuses by itself.
+    ignored = [layer for layer in layers if not isinstance(layer, _BatchNorm)]
+    # The callback of this project checks by itself what it does not support.
     ours = averaging.StochasticWeightAveraging
-    if unseen and ours.pl_module_contains_batch_norm(task):
+    if ignored and ours.pl_module_contains_batch_norm(task):
         raise UserError(
-            "Lightning's StochasticWeightAveraging does not see norm layers such as "
-            f"{type(unseen[0]).__name__}: the averaged weights would keep the running statistics "
-            "of other weights.\n"
-            "With the same arguments, one that sees them: "
+            "Lightning's StochasticWeightAveraging does not recognize norm layers such as "
+            f"{type(ignored[0]).__name__}: their running statistics would not be updated for the "
+            "averaged weights.\n"
+            "Use this one, which has the same arguments: "
             "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging"
         )
 
 
-def _add_checkpoints(found: Equipment, config: Namespace, task: Task, data: DataModule) -> None:
+def _add_checkpoints(parts: TrainerParts, config: Namespace, task: Task, data: DataModule) -> None:
     settings = config.trainer
     if settings.enable_checkpointing is False or settings.fast_dev_run:
         return
     every, seed = config.checkpoint.every_n_train_steps, config.seed_everything
-    found.resume = ExactResume(every, seed=seed, max_time=settings.max_time)
-    found.callbacks.append(found.resume)
-    # Lightning's timer would end an epoch in the middle.
-    found.arguments["max_time"] = None
+    parts.resume = ExactResume(every, seed=seed, max_time=settings.max_time)
+    parts.callbacks.append(parts.resume)
+    # ExactResume applies the time limit. After Lightning's timer, a resumed run would skip the
+    # rest of the epoch.
+    parts.arguments["max_time"] = None
     if settings.limit_val_batches != 0 and not data.validates_on_test_set:
         monitor, mode = task.selects
-        found.best = ModelCheckpoint(
+        parts.best = ModelCheckpoint(
             filename="best",
             monitor=monitor,
             mode=mode,
@@ -144,31 +145,33 @@ def _add_checkpoints(found: Equipment, config: Namespace, task: Task, data: Data
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        found.callbacks.append(found.best)
+        parts.callbacks.append(parts.best)
 
 
-def _add_logging(found: Equipment, settings: Namespace, own: list[Any]) -> None:
+def _add_logging(parts: TrainerParts, settings: Namespace, own: list[Any]) -> None:
     dry = bool(settings.fast_dev_run)
     if settings.logger is not False and not dry:
-        found.callbacks.append(LearningRateMonitor("step"))
+        parts.callbacks.append(LearningRateMonitor("step"))
     by_default = settings.logger in (None, True)
-    found.wants_tensorboard = by_default and not dry
+    parts.wants_tensorboard = by_default and not dry
     if by_default:
-        found.arguments["logger"] = False  # until the run has a folder
+        # The TensorBoard logger is added when the run has a folder.
+        parts.arguments["logger"] = False
     shows_progress = settings.enable_progress_bar
     if shows_progress is None:
-        shows_progress = sys.stdout.isatty()  # in a file each refresh would be a line
-    found.arguments["enable_progress_bar"] = shows_progress
+        # In a file, each refresh of the bar would be a new line.
+        shows_progress = sys.stdout.isatty()
+    parts.arguments["enable_progress_bar"] = shows_progress
     if shows_progress and not any(isinstance(callback, ProgressBar) for callback in own):
-        found.callbacks.append(MetricsProgressBar())
+        parts.callbacks.append(MetricsProgressBar())
 
 
 def _processes_of_torchrun(settings: Namespace) -> dict[str, Any]:
-    """Return the number of processes, where torchrun has started this one."""
+    """Return the number of nodes and devices, if torchrun started this process."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return {}
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    found: dict[str, Any] = {"num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+    arguments: dict[str, Any] = {"num_nodes": int(os.environ["WORLD_SIZE"]) // local}
     if settings.devices == "auto":
-        found["devices"] = local
-    return found
+        arguments["devices"] = local
+    return arguments

@@ -1,4 +1,4 @@
-"""Code that only a checkpoint names is not executed: a file's word is not enough to run code."""
+"""Refusal of import paths in checkpoints: importing them would execute code that a file names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,20 +23,20 @@ def refuse_untrusted(
     package: str,
     flags: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse import paths that come from a checkpoint alone.
+    """Refuse import paths that come only from a checkpoint.
 
-    Trusted are registered names, what the user or the defaults of the experiment have chosen, and
-    objects that the package of the experiment defines.
+    Registered names, settings of the user, defaults of the experiment, and objects that are defined
+    in the package of the experiment are trusted.
 
     Args:
-        path: of the checkpoint.
-        used: settings that would be imported, by name; those of `import_paths` matter.
-        chosen: the same settings without the checkpoint: typed, in a config, or a default.
-        package: the top-level package of the experiment.
-        flags: the flag by which a setting is chosen, where it is not `--SETTING`.
+        path: path of the checkpoint.
+        used: the settings of `import_paths` that would be imported, by name.
+        chosen: the same settings without the checkpoint: from flags, configs and defaults.
+        package: top-level package of the experiment.
+        flags: flags of settings whose flag is not `--SETTING`.
 
     Raises:
-        UserError: an import path that is not trusted.
+        UserError: an import path is not trusted.
     """
     for name, value in used.items():
         if not isinstance(value, str) or "." not in value or value == chosen.get(name):
@@ -45,7 +45,7 @@ def refuse_untrusted(
             continue
         flag = (flags or {}).get(name, f"--{name}")
         raise UserError(
-            f"{path!r} asks for the {name.rpartition('.')[2]} {value!r}, an import path. A file's "
-            "word is not enough to run code.\n"
-            f"If you trust it, name it yourself: {flag} {value}"
+            f"{path!r} contains the import path {value!r} as {name.rpartition('.')[2]}. Importing "
+            "it would execute code that only this file names.\n"
+            f"If you trust it, set it on the command line: {flag} {value}"
         )

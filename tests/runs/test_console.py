@@ -1,4 +1,4 @@
-"""What a run prints, beside the line of each epoch."""
+"""The lines that a run prints before and after training."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from tests.projects.friedman.experiment import Regression, Table
 from tests.support.runs import result_of
 
 
-def test_closing_lines(trained):
+def test_closing_lines_have_the_results_and_the_first_norm_layer(trained):
     folder, stdout = trained
     result = result_of(folder)
     assert stdout.count("epoch  ") == 2
@@ -23,12 +23,13 @@ def test_closing_lines(trained):
     assert f"gamma of the first norm layer: [{gamma}]" in stdout
 
 
-def test_the_first_lines(trained):
-    first, second, third, *_ = trained[1].splitlines()
+def test_first_lines_have_the_network_the_data_and_the_folder(trained):
+    first, second, third, fourth, *_ = trained[1].splitlines()
     assert first == ("LeNet, norm custom, 44,878 parameters, on cpu, precision 32-true, seed 0")
     assert second.startswith("Fashion-MNIST from ")
     assert second.endswith(" (sample), validated on held-out training samples")
     assert third == "run folder runs/lenet/0; watch it with: tensorboard --logdir runs"
+    assert fourth == "the charts are at http://localhost:6006/#custom_scalars"
 
 
 class OnTestSet(Table):
@@ -50,25 +51,25 @@ def test_header_of_another_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "norm", "is_synchronized", "said"),
+    ("world_size", "norm", "is_synchronized", "expected"),
     [
         (1, "custom", False, None),
         (2, "none", False, None),
-        (2, "custom", True, "2 processes, norm statistics over the batches of all"),
+        (2, "custom", True, "2 processes, norm statistics are synchronized"),
         (2, "custom", False, "2 processes: each normalizes its own shard of a batch"),
         (3, "builtin", False, "--trainer.sync_batchnorm true"),
     ],
 )
-def test_notes_on_processes(world_size, norm, is_synchronized, said):
+def test_notes_on_processes(world_size, norm, is_synchronized, expected):
     trainer = a_trainer(world_size)
     notes = console.notes(trainer, Regression(norm=norm), Table(), is_synchronized)
-    assert len(notes) == (said is not None)
-    assert said is None or said in notes[0]
+    assert len(notes) == (expected is not None)
+    assert expected is None or expected in notes[0]
 
 
-def test_a_note_on_metrics_of_the_test_set():
+def test_note_on_validation_metrics_of_the_test_set():
     [note] = console.notes(a_trainer(), Regression(), OnTestSet(), False)
-    assert "what is logged as val_loss and val_rmse and val_r2 is of the test set" in note
+    assert "val_loss and val_rmse and val_r2 are computed on the test set" in note
 
 
 RESULT = {
@@ -104,7 +105,7 @@ def test_closing_lines_of_another_task(tmp_path):
     assert "0.0 samples/sec" in console.closing(untrained, Regression(), tmp_path)
 
 
-def test_closing_lines_of_a_task_with_a_loss_alone(tmp_path):
+def test_closing_lines_of_a_task_with_only_a_loss(tmp_path):
     class Bare(Regression):
         selects = ("val_loss", "min")
 
@@ -121,12 +122,12 @@ def test_closing_lines_of_a_task_with_a_loss_alone(tmp_path):
     assert lines[-1] == "and the rest"
 
 
-def test_metrics_of_a_test_without_those_of_each_class():
+def test_metrics_of_single_classes_are_not_printed():
     found = [{"test_loss": 0.5, "test_acc": 0.75, "test_acc_of/Bag": 1.0}]
     assert console.metrics(found) == "test_loss  0.5000\ntest_acc   0.7500"
 
 
-def test_a_real_test_prints_its_metrics():
+def test_metrics_of_a_real_test_are_printed():
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     found = trainer.test(Regression(), datamodule=Table(rows=40), verbose=False)
     names = [line.split()[0] for line in console.metrics(found).splitlines()]

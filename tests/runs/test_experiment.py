@@ -1,4 +1,4 @@
-"""An experiment by its reference, and the strength of its defaults."""
+"""Importing an experiment, and the precedence of its defaults."""
 
 import sys
 
@@ -9,7 +9,7 @@ from bn_lightning import Classifier, Experiment, FashionMNIST, UserError, cli
 from bn_lightning.runs import experiment, run
 from tests.projects.friedman.experiment import Regression, Table
 
-TRUE = "tests.projects.friedman.experiment:EXPERIMENT"
+FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
 
 NOT_AN_EXPERIMENT = {"task": Regression, "data": Table}
 WRONG_TASK = Experiment(Table, Table, "wrong")
@@ -41,20 +41,20 @@ def test_the_experiment_of_this_project():
     assert experiment.package_of(cli.EXPERIMENT) == "bn_lightning"
 
 
-def test_the_experiment_of_another():
-    found = experiment.load(TRUE)
+def test_the_experiment_of_another_project():
+    found = experiment.load(FRIEDMAN)
     assert (found.task, found.data, found.name) == (Regression, Table, "friedman")
-    assert experiment.package_of(TRUE) == "tests"
+    assert experiment.package_of(FRIEDMAN) == "tests"
     assert experiment.load(reference("SMALL")) is SMALL
 
 
-def test_it_cannot_be_changed():
+def test_an_experiment_is_immutable():
     with pytest.raises(AttributeError):
         SMALL.name = "other"
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("no_such_package.experiment:EXPERIMENT", "No module named 'no_such_package'"),
         (reference("NOTHING"), "has no attribute 'NOTHING'"),
@@ -65,13 +65,13 @@ def test_it_cannot_be_changed():
         (reference("AN_OBJECT"), r"The data of .*must be a subclass of bn_lightning.DataModule"),
     ],
 )
-def test_what_is_none_is_refused(given, said):
-    with pytest.raises(UserError, match=said):
+def test_anything_but_an_experiment_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
         experiment.load(given)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("NOTHING", "has no attribute 'NOTHING'"),
         ("NOT_AN_EXPERIMENT", "must be a bn_lightning.Experiment"),
@@ -79,25 +79,27 @@ def test_what_is_none_is_refused(given, said):
         ("UNKNOWN_KEY", "have an unknown setting: "),
     ],
 )
-def test_a_wrong_experiment_ends_each_command_with_2(tmp_path, monkeypatch, capsys, name, said):
+def test_commands_exit_with_2_for_an_invalid_experiment(
+    tmp_path, monkeypatch, capsys, name, message
+):
     monkeypatch.chdir(tmp_path)
     for command in ("fit", "test"):
         monkeypatch.setattr(sys, "argv", ["small", command])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             cli.main(reference(name))
-        assert ended.value.code == 2
+        assert exited.value.code == 2
         err = capsys.readouterr().err
-        assert err.startswith("error: ") and said in err
+        assert err.startswith("error: ") and message in err
         assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
 def settings_of(*arguments, name="SMALL"):
-    """Return the settings of `fit`, with everything built and nothing run."""
+    """Return the settings of `fit` without training."""
     return run.command_line(["fit", *arguments], reference(name), run.Rehearsal).config.fit
 
 
-def test_defaults_are_weaker_than_a_checkpoint_than_a_config_than_flags(tmp_path, monkeypatch):
+def test_precedence_is_defaults_checkpoint_config_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = {
         "state_dict": {},
@@ -108,31 +110,31 @@ def test_defaults_are_weaker_than_a_checkpoint_than_a_config_than_flags(tmp_path
     }
     torch.save(checkpoint, tmp_path / "some.ckpt")
     (tmp_path / "own.yaml").write_text("model: {lr: 0.8, optimizer: AdamW}\ndata: {rows: 80}\n")
-    kept = ("--ckpt_path", "some.ckpt")
+    ckpt_path = ("--ckpt_path", "some.ckpt")
     config, flag = ("--config", "own.yaml"), ("--model.lr", "0.9")
-    # By the settings that are given: rows, width, lr, optimizer and the seed.
+    # Arguments, and the resulting rows, width, lr, optimizer and seed.
     expected = [
         ((), (40, 6, 0.5, "Adam", 0)),
-        (kept, (70, 7, 0.7, "RMSprop", 7)),
+        (ckpt_path, (70, 7, 0.7, "RMSprop", 7)),
         (config, (80, 6, 0.8, "AdamW", 0)),
         (flag, (40, 6, 0.9, "Adam", 0)),
-        ((*kept, *config), (80, 7, 0.8, "AdamW", 7)),
-        ((*kept, *config, *flag), (80, 7, 0.9, "AdamW", 7)),
-        ((*flag, *kept, "--seed_everything", "5"), (70, 7, 0.9, "RMSprop", 5)),
+        ((*ckpt_path, *config), (80, 7, 0.8, "AdamW", 7)),
+        ((*ckpt_path, *config, *flag), (80, 7, 0.9, "AdamW", 7)),
+        ((*flag, *ckpt_path, "--seed_everything", "5"), (70, 7, 0.9, "RMSprop", 5)),
     ]
     for arguments, values in expected:
         found = settings_of(*arguments)
         model, data = found.model, found.data
         shown = (data.rows, model.width, model.lr, model.optimizer, found.seed_everything)
         assert shown == values, arguments
-        assert data.batch_size == 5  # from no other place than the defaults
-        assert data.folder == "tables"  # belongs to the machine: from no checkpoint
+        assert data.batch_size == 5  # only in the defaults
+        assert data.folder == "tables"  # a machine setting is not read from a checkpoint
         assert found.trainer.max_epochs == 4
         assert found.name == "small"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.yaml", "some.ckpt"]
 
 
-def test_what_is_built_has_the_settings(tmp_path, monkeypatch):
+def test_objects_are_built_with_the_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     built = run.command_line(["fit", "--model.width", "9"], reference("SMALL"), run.Rehearsal)
     assert built.model.network[0].out_features == 9

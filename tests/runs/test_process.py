@@ -1,4 +1,4 @@
-"""Settings of the whole process: warnings, threads and memory."""
+"""Settings of the process: warnings, log levels and threads."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from bn_lightning.runs import process
 from tests.conftest import PROJECTS, REPOSITORY
 
-# What Lightning says when a test runs on several processes with a loader of torch's.
+# Lightning's warning about a test on several processes with a loader of PyTorch.
 DUPLICATED = (
     "Using `DistributedSampler` with the dataloaders. During `trainer.test()`, it is recommended "
     "to use `Trainer(devices=1, num_nodes=1)` to ensure each sample/batch gets evaluated exactly "
@@ -23,7 +23,7 @@ DUPLICATED = (
 
 @pytest.fixture
 def set_up():
-    """Set this process up, and take it back."""
+    """Set up this process, and restore it after the test."""
     loggers = [n for n in logging.root.manager.loggerDict if n.startswith("lightning")]
     levels = {name: logging.getLogger(name).level for name in loggers}
     hook = threading.excepthook
@@ -36,7 +36,7 @@ def set_up():
         logging.getLogger(name).setLevel(level)
 
 
-def test_samples_that_are_counted_twice_are_warned_of(set_up):
+def test_lightnings_warning_about_duplicated_samples_is_shown(set_up):
     with warnings.catch_warnings(record=True) as shown:
         warnings.warn(DUPLICATED, PossibleUserWarning, stacklevel=1)
     assert [str(warning.message) for warning in shown] == [DUPLICATED]
@@ -56,13 +56,13 @@ def test_warnings_that_do_not_apply_are_hidden(set_up):
     assert [str(warning.message) for warning in shown] == ["something else"]
 
 
-def test_lightnings_tips_are_not_printed(set_up):
+def test_lightnings_tips_are_hidden(set_up):
     assert not logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.INFO)
     assert logging.getLogger("lightning.pytorch.utilities.rank_zero").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(("error", "is_shown"), [(OSError("full"), False), (ValueError("x"), True)])
-def test_an_oserror_in_a_thread_is_left_to_the_main_thread(set_up, capsys, error, is_shown):
+def test_a_trace_of_an_oserror_in_a_thread_is_hidden(set_up, capsys, error, is_shown):
     def fail():
         raise error
 
@@ -73,8 +73,8 @@ def test_an_oserror_in_a_thread_is_left_to_the_main_thread(set_up, capsys, error
 
 
 @pytest.mark.slow
-def test_the_user_is_told_of_samples_that_lightning_counts_twice(tmp_path):
-    """A test loader of torch's, on two processes: 101 rows are 102."""
+def test_a_run_warns_about_duplicated_samples(tmp_path):
+    """With a loader of PyTorch on two processes, 101 rows are counted as 102."""
     (tmp_path / "rows.py").write_text(
         "from torch.utils.data import DataLoader, TensorDataset\n"
         "from bn_lightning import Experiment, cli\n"

@@ -1,4 +1,4 @@
-"""Settings of a run: flags, configs and checkpoints, and what is said of a mistake in them."""
+"""Settings of a run from flags, configs and checkpoints, and the errors for invalid ones."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from bn_lightning.runs import run, settings
 from tests.conftest import QUICK
 
 
-def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
-    """Order of strength: defaults, the checkpoint, --config, flags."""
-    remembered = (
+def test_settings_of_a_checkpoint_are_used_and_flags_override_them(main, tmp_path):
+    """The precedence is defaults < checkpoint < --config < flags."""
+    in_checkpoint = (
         *("--model.norm", "builtin", "--model.norm_args.eps", "1e-3"),
         *("--model.activation", "relu", "--data.batch_size", "128", "--seed_everything", "7"),
         *("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1),
     )
-    assert main("fit", *QUICK, *remembered)[0] == 0
+    assert main("fit", *QUICK, *in_checkpoint)[0] == 0
     checkpoint = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "last.ckpt"
     (tmp_path / "own.yaml").write_text("data:\n  batch_size: 64\nmodel:\n  lr: 0.5\n")
     own = (
@@ -24,15 +24,15 @@ def test_a_checkpoint_remembers_and_flags_win(main, tmp_path):
         *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", 2),
     )
     assert main("fit", "--ckpt_path", checkpoint, *own)[0] == 0
-    kept = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
-    model, data = kept["hyper_parameters"], kept["datamodule_hyper_parameters"]
+    saved = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
+    model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
     assert (model["norm"], model["norm_args"]) == ("builtin", {"eps": 1e-3})
     assert model["activation"] == "relu"
     assert (data["source"], data["seed"]) == ("sample", 7)
     assert (data["batch_size"], model["lr"]) == (64, 0.25)
 
 
-def test_settings_in_a_checkpoint_by_their_flags():
+def test_settings_in_a_checkpoint_have_the_names_of_flags():
     checkpoint = {
         "hyper_parameters": {"lr": 0.5, "norm_args": {"eps": 1e-3}},
         "datamodule_hyper_parameters": {"source": "sample", "root": "/a", "seed": 3},
@@ -45,43 +45,44 @@ def test_settings_in_a_checkpoint_by_their_flags():
     }
     assert settings.settings_in(checkpoint, ())["data.root"] == "/a"
     assert settings.settings_in({"state_dict": {}}, ("root",)) == {}
-    assert checkpoint["datamodule_hyper_parameters"]["root"] == "/a"  # as it was
+    assert checkpoint["datamodule_hyper_parameters"]["root"] == "/a"  # unchanged
 
 
-def test_the_first_time_there_is_no_last(main, tmp_path):
+def test_ckpt_path_last_without_a_checkpoint_starts_a_run(main, tmp_path):
     code, out, _ = main("fit", *QUICK, "--trainer.limit_train_batches", 2, "--ckpt_path", "last")
     assert code == 0
-    assert "There is no checkpoint in 'runs/lenet' yet: a new run begins." in out
+    assert "No run in 'runs/lenet' has a checkpoint yet: starting a new run." in out
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
     code, _, err = main("test", "--ckpt_path", "last", "--name", "other")
     assert code == 2
-    assert "There is no checkpoint of a run in 'runs/other'. Another place: --name NAME" in err
+    assert "No run in 'runs/other' has a checkpoint. Use --name for runs of another name" in err
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"), [("nowhere", "no config.yaml"), ("empty", "no whole checkpoint")]
+    ("folder", "message"), [("nowhere", "no config.yaml"), ("empty", "no intact checkpoint")]
 )
-def test_resume_of_what_is_no_run(main, tmp_path, folder, said):
+def test_resume_needs_a_run_with_a_checkpoint(main, tmp_path, folder, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.yaml").touch()
     code, _, err = main("fit", "--resume", folder)
     assert code == 2
-    assert said in err
+    assert message in err
 
 
-def test_resume_is_for_good(main, trained):
+def test_resume_without_saving_is_refused(main, trained):
     for flags in (("--trainer.fast_dev_run", "true"), ("--trainer.enable_checkpointing", "false")):
         code, _, err = main("fit", "--resume", trained[0], *flags)
         assert code == 2
-        assert "--resume continues a run and saves what is trained" in err
+        assert "--resume saves the training in the run's folder" in err
         assert f"--ckpt_path {trained[0]}/checkpoints/last.ckpt --name trial" in err
 
 
 @pytest.mark.parametrize("name", ["test", "validate", "predict"])
-def test_a_command_that_needs_a_checkpoint_says_so(main, name):
+def test_a_command_without_its_checkpoint_is_refused(main, name):
     code, _, err = main(name)
     assert code == 2
-    assert f"{name} needs a checkpoint: --ckpt_path runs/lenet/0/checkpoints/last.ckpt" in err
+    assert f"{name} needs a checkpoint. Use --ckpt_path" in err
+    assert "runs/lenet/0/checkpoints/best.ckpt" in err and "newest run in runs/lenet" in err
 
 
 WRONG = {
@@ -95,17 +96,23 @@ WRONG = {
     "type": (["--data.batch_size", "many"], ["data.batch_size", "many"]),
     "value": (["--data.batch_size", "0"], ["batch_size is 0", "at least 1"]),
     "seed": (["--seed_everything", "-1"], ["--seed_everything is -1", "from 0 to 4294967295"]),
-    "folder": (["--data.source", "nowhere"], ["'nowhere'", "auto, system, download, sample"]),
-    "half a file": (["--data.source", "half"], ["train-labels-idx1-ubyte", "60,008 bytes"]),
+    "folder": (["--data.source", "nowhere"], ["'nowhere'", "auto, system, download or sample"]),
+    "truncated file": (["--data.source", "half"], ["train-labels-idx1-ubyte", "60,008 bytes"]),
     "config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     "key in a config": (["--config", "wrong.yaml"], ["nrom"]),
     "checkpoint": (
         ["--ckpt_path", "nowhere.ckpt"],
         ["'nowhere.ckpt'", "runs/NAME/N/checkpoints"],
     ),
-    "no checkpoint": (["--ckpt_path", "wrong.yaml"], ["'wrong.yaml' is not a checkpoint"]),
-    "half a checkpoint": (["--ckpt_path", "half.ckpt"], ["'half.ckpt' is not a checkpoint"]),
-    "not a run": (["--ckpt_path", "tensor.ckpt"], ["'tensor.ckpt' holds no run"]),
+    "no checkpoint": (
+        ["--ckpt_path", "wrong.yaml"],
+        ["'wrong.yaml' is corrupt or is not a checkpoint"],
+    ),
+    "truncated checkpoint": (
+        ["--ckpt_path", "half.ckpt"],
+        ["'half.ckpt' is corrupt or is not a checkpoint"],
+    ),
+    "not a run": (["--ckpt_path", "tensor.ckpt"], ["'tensor.ckpt' is not a checkpoint of a run"]),
     "foreign checkpoint": (["--ckpt_path", "foreign.ckpt"], ["'foreign.ckpt'", "hidden"]),
     "strategy": (["--trainer.strategy", "ddp_spawn"], ["ddp_spawn", "--trainer.strategy ddp "]),
     "barebones": (
@@ -121,7 +128,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_mistakes_give_one_screen_and_leave_nothing(main, trained, tmp_path, what):
+def test_mistakes_give_one_screen_and_no_files(main, trained, tmp_path, what):
     (tmp_path / "wrong.yaml").write_text("model:\n  nrom: custom\n")
     last = trained[0] / "checkpoints" / "last.ckpt"
     (tmp_path / "half.ckpt").write_bytes(last.read_bytes()[:100_000])
@@ -129,23 +136,24 @@ def test_mistakes_give_one_screen_and_leave_nothing(main, trained, tmp_path, wha
     torch.save({"state_dict": {}, "hyper_parameters": {"hidden": 3}}, tmp_path / "foreign.ckpt")
     half = tmp_path / "half"
     half.mkdir()
-    for file in files.WHOLE:
+    for file in files.FULL:
         header = b"\0\0\x08" + bytes([len(file.shape)])
         (half / file.name).write_bytes(header + b"\0" * 1_000)
     if (first := half / files.TRAIN_IMAGES).exists() and sources.SYSTEM.is_dir():
-        first.unlink()  # this one whole, so that the next is what is found
+        # The first file is complete, so the error must name the second.
+        first.unlink()
         (half / f"{first.name}.gz").symlink_to(sources.SYSTEM / f"{first.name}.gz")
-    elif what == "half a file":
+    elif what == "truncated file":
         pytest.skip(f"needs all of Fashion-MNIST in {sources.SYSTEM}")
     before = sorted(tmp_path.rglob("*"))
-    flags, said = WRONG[what]
+    flags, messages = WRONG[what]
     code, _, err = main("fit", *flags)
     assert code == 2
     assert err.startswith("error: ")
     assert "Traceback" not in err
     assert len(err.splitlines()) <= 24
-    for words in said:
-        assert words in err
+    for message in messages:
+        assert message in err
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -159,14 +167,15 @@ def test_mistakes_give_one_screen_and_leave_nothing(main, trained, tmp_path, wha
         ("--data.batchsize", "--data.batch_size"),
     ],
 )
-def test_the_nearest_setting_is_named(main, given, near):
+def test_an_error_names_the_nearest_setting(main, given, near):
     code, _, err = main("fit", given, "1")
     assert code == 2
     assert f"Did you mean {near}" in err
-    assert err.endswith("All settings: python -m bn_lightning fit --help\n")
+    flag = "--help.trainer" if "trainer" in given else "--help"
+    assert err.endswith(f"All settings: python -m bn_lightning fit {flag}\n")
 
 
-def test_no_setting_is_named_where_none_is_near(main):
+def test_an_error_names_no_setting_if_none_is_near(main):
     code, _, err = main("fit", "--colour", "red")
     assert code == 2
     assert "--colour" in err and "Did you mean" not in err
@@ -175,9 +184,9 @@ def test_no_setting_is_named_where_none_is_near(main):
     assert code == 2 and "All settings: python -m bn_lightning test --help" in err
 
 
-def test_a_command_line_has_its_own_commands_alone():
+def test_a_command_line_has_only_its_own_commands():
     assert sorted(run.CLI.subcommands()) == ["fit", "test", "validate"]
     for skipped in run.CLI.subcommands().values():
-        assert "weights_only" in skipped  # is never a choice
+        assert "weights_only" in skipped  # not a setting
     with pytest.raises(UserError, match="predict"):
         run.command_line(["predict"], cli.EXPERIMENT, run.Rehearsal)

@@ -1,4 +1,4 @@
-"""What a run adds to Lightning's Trainer."""
+"""The parts that a run adds to Lightning's Trainer."""
 
 import sys
 
@@ -17,7 +17,7 @@ FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
 
 
 def rehearsed(*arguments, reference=cli.EXPERIMENT, command="fit"):
-    """Build all that a run needs, and run nothing."""
+    """Build the objects of a run without training."""
     given = [command, "--trainer.accelerator", "cpu", *map(str, arguments)]
     return run.command_line(given, reference, run.Rehearsal)
 
@@ -28,43 +28,43 @@ def here(tmp_path, monkeypatch):
 
 
 def kinds(built):
-    return [type(callback) for callback in built.equipment.callbacks]
+    return [type(callback) for callback in built.parts.callbacks]
 
 
-def test_the_task_declares_which_checkpoint_is_the_best():
+def test_the_task_declares_how_the_best_checkpoint_is_selected():
     for reference, monitor, mode in (
         (cli.EXPERIMENT, "val_acc", "max"),
         (FRIEDMAN, "val_rmse", "min"),
     ):
-        best = rehearsed(reference=reference).equipment.best
+        best = rehearsed(reference=reference).parts.best
         assert (best.monitor, best.mode) == (monitor, mode)
 
 
-def test_without_validation_none_is():
-    assert rehearsed("--data.val_images", 0).equipment.best is None
-    assert rehearsed("--trainer.limit_val_batches", 0).equipment.best is None
-    assert rehearsed("--data.val_images", 10).equipment.best is not None
+def test_no_checkpoint_is_selected_without_validation():
+    assert rehearsed("--data.val_images", 0).parts.best is None
+    assert rehearsed("--trainer.limit_val_batches", 0).parts.best is None
+    assert rehearsed("--data.val_images", 10).parts.best is not None
 
 
 @pytest.mark.parametrize(
     "dry", [("--trainer.fast_dev_run", "true"), ("--trainer.enable_checkpointing", "false")]
 )
-def test_where_nothing_is_saved_nothing_resumes(dry):
-    found = rehearsed(*dry).equipment
+def test_checkpoints_can_be_disabled(dry):
+    found = rehearsed(*dry).parts
     assert (found.best, found.resume) == (None, None)
 
 
-def test_the_time_limit_finishes_a_step():
-    """Lightning's own timer would leave out the rest of an epoch."""
+def test_the_time_limit_is_applied_by_exact_resume():
+    """After Lightning's own timer, a resumed run would skip the rest of the epoch."""
     built = rehearsed("--trainer.max_time", "00:01:00:00", "--seed_everything", 3)
-    assert built.equipment.arguments["max_time"] is None
+    assert built.parts.arguments["max_time"] is None
     assert not any(type(c).__name__ == "Timer" for c in built.trainer.callbacks)
-    resume = built.equipment.resume
+    resume = built.parts.resume
     assert resume.seed == 3
     assert resume.stop_requests._timer._duration == 3600
 
 
-def test_monitors_are_added_once():
+def test_monitors_are_added_unless_disabled_or_given():
     assert {NormMonitor, ClosingPictures} <= set(kinds(rehearsed()))
     assert not {NormMonitor, ClosingPictures} & set(kinds(rehearsed("--monitor", "false")))
     own = ("--trainer.callbacks+=bn_lightning.NormMonitor", "--trainer.callbacks.every_n_steps")
@@ -74,48 +74,48 @@ def test_monitors_are_added_once():
     assert monitor.every_n_steps == 3
 
 
-def test_the_callbacks_of_a_caller_come_after_the_records():
+def test_callbacks_of_the_caller_come_after_the_records():
     marker = LearningRateMonitor("epoch")
     built = run.command_line(
         ["fit", "--trainer.accelerator", "cpu"], cli.EXPERIMENT, run.Rehearsal, [marker]
     )
     assert kinds(built)[0] is Records
-    assert built.equipment.callbacks[1] is marker
+    assert built.parts.callbacks[1] is marker
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_shown_at_a_terminal(monkeypatch, is_terminal):
+def test_the_progress_bar_is_shown_at_a_terminal(monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
     built = rehearsed()
     assert (MetricsProgressBar in kinds(built)) == is_terminal
-    assert built.equipment.arguments["enable_progress_bar"] == is_terminal
+    assert built.parts.arguments["enable_progress_bar"] == is_terminal
     chosen = rehearsed("--trainer.enable_progress_bar", str(not is_terminal).lower())
     assert (MetricsProgressBar in kinds(chosen)) != is_terminal
 
 
-def test_a_progress_bar_of_ones_own_takes_the_place_of_this_one():
+def test_the_users_progress_bar_replaces_the_default():
     own = ("--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar",)
     built = rehearsed(*own, "--trainer.enable_progress_bar", "true")
     assert MetricsProgressBar not in kinds(built)
     assert any(type(c) is TQDMProgressBar for c in built.trainer.callbacks)
 
 
-def test_norms_are_synchronized_where_it_is_asked_for():
-    plugins = rehearsed().equipment.arguments["plugins"]
+def test_norms_are_synchronized_by_a_plugin_if_set():
+    plugins = rehearsed().parts.arguments["plugins"]
     assert [type(plugin) for plugin in plugins] == [WholeCheckpointIO]
-    plugins = rehearsed("--trainer.sync_batchnorm", "true").equipment.arguments["plugins"]
+    plugins = rehearsed("--trainer.sync_batchnorm", "true").parts.arguments["plugins"]
     assert [type(plugin) for plugin in plugins] == [WholeCheckpointIO, LayerSync]
 
 
-def test_tensorboard_waits_for_the_folder_of_the_run(tmp_path):
-    found = rehearsed().equipment
+def test_the_tensorboard_logger_is_added_later(tmp_path):
+    found = rehearsed().parts
     assert list(tmp_path.iterdir()) == []
     assert found.wants_tensorboard and found.arguments["logger"] is False
-    assert not rehearsed("--trainer.logger", "false").equipment.wants_tensorboard
-    assert not rehearsed("--trainer.fast_dev_run", "true").equipment.wants_tensorboard
+    assert not rehearsed("--trainer.logger", "false").parts.wants_tensorboard
+    assert not rehearsed("--trainer.fast_dev_run", "true").parts.wants_tensorboard
     own = rehearsed("--trainer.logger", "lightning.pytorch.loggers.CSVLogger",
                     "--trainer.logger.save_dir", "logs")  # fmt: skip
-    assert not own.equipment.wants_tensorboard
+    assert not own.parts.wants_tensorboard
     assert [type(logger).__name__ for logger in own.trainer.loggers] == ["CSVLogger"]
 
 
@@ -123,14 +123,14 @@ def test_a_test_needs_neither_checkpoints_nor_monitors(trained):
     best = trained[0] / "checkpoints/best.ckpt"
     built = rehearsed("--ckpt_path", best, command="test")
     assert not {NormMonitor, ClosingPictures} & set(kinds(built))
-    assert (built.equipment.best, built.equipment.resume) == (None, None)
+    assert (built.parts.best, built.parts.resume) == (None, None)
 
 
 @pytest.mark.parametrize(
     ("devices", "expected"),
     [("auto", {"num_nodes": 3, "devices": 2}), (2, {"num_nodes": 3})],
 )
-def test_torchrun_says_how_many_processes_there_are(monkeypatch, devices, expected):
+def test_the_number_of_processes_comes_from_torchrun(monkeypatch, devices, expected):
     settings = Namespace(devices=devices)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert trainer._processes_of_torchrun(settings) == {}
@@ -161,8 +161,9 @@ def test_torchrun_says_how_many_processes_there_are(monkeypatch, devices, expect
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_trainer_flags_break_neither_the_closing_test_nor_the_records(main, tmp_path, flags):
-    code, out, err = main("fit", *QUICK, *flags)
+def test_results_are_complete_with_trainer_flags(main, tmp_path, flags):
+    few = ("--trainer.limit_train_batches", 8, "--trainer.limit_val_batches", 1)
+    code, out, err = main("fit", *QUICK, *few, "--trainer.limit_test_batches", 1, *flags)
     assert code == 0, err
     assert "gamma of the first norm layer" in out
     folder = tmp_path / "runs" / "lenet" / "0"

@@ -1,4 +1,4 @@
-"""Code that only a checkpoint names is not executed."""
+"""Import paths that only a checkpoint names are not imported."""
 
 import sys
 
@@ -12,23 +12,23 @@ from tests.conftest import QUICK
 from tests.projects.friedman.experiment import Regression, Table
 
 
-def test_code_that_only_a_checkpoint_names_is_not_run(main, trained, tmp_path):
-    """An import path in a checkpoint could name anything that is installed: it has to be typed."""
+def test_an_import_path_that_only_a_checkpoint_names_is_refused(main, trained, tmp_path):
+    """It could name any installed module, so the user must set it on the command line."""
     (tmp_path / "trap.py").write_text(
-        "open('sprung', 'w')\nfrom bn_lightning import BatchNorm as Norm\n"
+        "open('imported', 'w')\nfrom bn_lightning import BatchNorm as Norm\n"
     )
     checkpoint = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["norm"] = "trap.Norm"
     torch.save(checkpoint, tmp_path / "trap.ckpt")
     code, _, err = main("test", "--ckpt_path", "trap.ckpt")
     assert code == 2
-    assert "name it yourself: --model.norm trap.Norm" in err
-    assert not (tmp_path / "sprung").exists()
+    assert "set it on the command line: --model.norm trap.Norm" in err
+    assert not (tmp_path / "imported").exists()
     assert main("test", "--ckpt_path", "trap.ckpt", "--model.norm", "trap.Norm")[0] == 0
-    assert (tmp_path / "sprung").exists()
+    assert (tmp_path / "imported").exists()
 
 
-# A package with an experiment whose task and data module both have an import path
+# A package with an experiment whose task and data module each have an import path
 
 EXPERIMENT = """\
 from bn_lightning import Experiment
@@ -79,7 +79,10 @@ SHOP = "shop.experiment:EXPERIMENT"
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """Write the package, and return what writes a checkpoint with an optimizer and a source."""
+    """Write the package, and return a function that writes a checkpoint.
+
+    `shop(optimizer, source)` writes x.ckpt with these settings.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "shop").mkdir()
@@ -87,7 +90,7 @@ def shop(tmp_path, monkeypatch):
     (tmp_path / "shop/experiment.py").write_text(EXPERIMENT)
     (tmp_path / "shop/parts.py").write_text(PARTS)
     (tmp_path / "outside.py").write_text(OUTSIDE)
-    (tmp_path / "trap.py").write_text("open('sprung', 'w')\nfrom torch.optim import Adam\n")
+    (tmp_path / "trap.py").write_text("open('imported', 'w')\nfrom torch.optim import Adam\n")
 
     def write(optimizer="SGD", source="rows"):
         content = {
@@ -100,7 +103,7 @@ def shop(tmp_path, monkeypatch):
         torch.save(content, tmp_path / "x.ckpt")
 
     yield write
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "imported").exists()
     for name in [n for n in sys.modules if n.partition(".")[0] in ("shop", "outside", "trap")]:
         del sys.modules[name]
 
@@ -119,7 +122,7 @@ def rehearse(*arguments, command="fit"):
         ("shop.parts.Own", "shop.parts.make"),  # defined in its package
     ],
 )
-def test_what_is_trusted_without_being_typed(shop, command, optimizer, source):
+def test_known_objects_are_trusted(shop, command, optimizer, source):
     shop(optimizer, source)
     found = rehearse(command=command)
     assert (found.model.optimizer, found.data.source) == (optimizer, source)
@@ -135,23 +138,23 @@ def test_what_is_trusted_without_being_typed(shop, command, optimizer, source):
         "shop.parts.no_such_name",
         "shop.parts.SGD",  # imported from elsewhere
         "shop.parts.read",
-        "shopping.parts.Own",  # a package whose name begins alike
+        "shopping.parts.Own",  # a package with the same prefix
         "outside.read.Chosen",
     ],
 )
 @pytest.mark.parametrize("setting", ["model.optimizer", "data.source"])
-def test_what_is_not(shop, setting, path):
+def test_other_import_paths_are_refused(shop, setting, path):
     section, name = setting.split(".")
     shop(**{name: path})
     with pytest.raises(UserError) as refused:
         rehearse()
     message = str(refused.value)
-    assert f"'x.ckpt' asks for the {name} {path!r}, an import path" in message
-    assert f"name it yourself: --{section}.{name} {path}" in message
+    assert f"'x.ckpt' contains the import path {path!r} as {name}." in message
+    assert f"set it on the command line: --{section}.{name} {path}" in message
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
-def test_what_is_typed_is_trusted(shop, tmp_path, how):
+def test_settings_of_the_user_are_trusted(shop, tmp_path, how):
     shop("torch.optim.AdamW", "os.path.join")
     (tmp_path / "own.yaml").write_text(
         "model: {optimizer: torch.optim.AdamW}\ndata: {source: os.path.join}\n"
@@ -160,16 +163,16 @@ def test_what_is_typed_is_trusted(shop, tmp_path, how):
     found = rehearse(*(flags if how == "flag" else ("--config", "own.yaml")))
     assert (found.model.optimizer, found.data.source) == ("torch.optim.AdamW", "os.path.join")
     with pytest.raises(UserError, match=r"--data\.source os\.path\.join"):
-        rehearse(*flags[:2])  # each setting has to be typed
+        rehearse(*flags[:2])  # each setting must be set
 
 
-def test_another_that_is_typed_takes_the_place_of_what_is_not_trusted(shop):
+def test_settings_of_the_user_replace_untrusted_ones(shop):
     shop("trap.Adam", "trap.read")
     found = rehearse("--model.optimizer", "Adam", "--data.source", "rows")
     assert (found.model.optimizer, found.data.source) == ("Adam", "rows")
 
 
-def test_task_and_data_declare_which_settings_are_import_paths(shop):
+def test_task_and_data_declare_their_import_paths(shop):
     paths = trust.import_paths(experiment.load(cli.EXPERIMENT))
     assert paths == ["model.norm", "model.optimizer", "model.scheduler"]
     assert trust.import_paths(experiment.load(SHOP)) == [
@@ -185,14 +188,14 @@ def test_task_and_data_declare_which_settings_are_import_paths(shop):
     assert trust.import_paths(Experiment(Bare, Table, "bare")) == []
 
 
-def test_another_command_names_its_own_flag():
+def test_the_error_names_the_flag_of_the_command():
     used = {"model.norm": "no.Norm", "model.lr": 0.1, "model.scheduler": None}
-    with pytest.raises(UserError, match=r"name it yourself: --norm no\.Norm"):
+    with pytest.raises(UserError, match=r"command line: --norm no\.Norm"):
         trust.refuse_untrusted("x.ckpt", used, {}, "bn_lightning", {"model.norm": "--norm"})
     trust.refuse_untrusted("x.ckpt", used, {"model.norm": "no.Norm"}, "bn_lightning")
 
 
-def test_a_norm_of_this_package_is_trusted_by_its_path(main, trained, tmp_path):
+def test_import_paths_of_this_package_are_trusted(main, trained, tmp_path):
     checkpoint = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["norm"] = "bn_lightning.norms.layer.BatchNorm"
     torch.save(checkpoint, tmp_path / "own.ckpt")
@@ -200,8 +203,8 @@ def test_a_norm_of_this_package_is_trusted_by_its_path(main, trained, tmp_path):
     assert code == 0, err
 
 
-def test_resume_reads_the_file_of_settings_which_is_the_users(main, tmp_path):
-    """--resume takes the settings of config.yaml, so that what was typed then is trusted now."""
+def test_resume_trusts_the_settings_of_the_run(main, tmp_path):
+    """They are read from config.yaml, and were set by the user when the run started."""
     (tmp_path / "own_norm.py").write_text("from bn_lightning import BatchNorm as Norm\n")
     few = ("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1)
     assert main("fit", *QUICK, *few, "--model.norm", "own_norm.Norm")[0] == 0

@@ -1,4 +1,4 @@
-"""A run that version 0.1.0 began, with max_steps 30 of 44, is used by this version."""
+"""Runs of version 0.1.0 work with this version. The run was stopped at step 30 of 44."""
 
 import json
 import shutil
@@ -15,35 +15,35 @@ BEST = "runs/lenet/0/checkpoints/best.ckpt"
 
 @pytest.fixture
 def old(main, tmp_path):
-    """The command line, in a folder with the old run."""
+    """Return a function that runs a command in a folder with the old run."""
     shutil.copytree(OLD, tmp_path / "runs" / "lenet" / "0")
     return main
 
 
-def test_it_is_tested(old):
+def test_an_old_run_is_tested(old):
     code, out, err = old("test", "--ckpt_path", BEST)
     assert code == 0, err
     result = json.loads((OLD / "result.json").read_text())
-    figures = dict(line.split() for line in out.splitlines()[:2])
-    assert float(figures["test_acc"]) == pytest.approx(result["test_acc"], abs=1e-3)
-    assert float(figures["test_loss"]) == pytest.approx(result["test_loss"], abs=1e-3)
+    metrics = dict(line.split() for line in out.splitlines()[:2])
+    assert float(metrics["test_acc"]) == pytest.approx(result["test_acc"], abs=1e-3)
+    assert float(metrics["test_loss"]) == pytest.approx(result["test_loss"], abs=1e-3)
 
 
-def test_it_is_resumed_where_it_stopped(old, tmp_path):
+def test_an_old_run_is_resumed_at_its_last_step(old, tmp_path):
     code, out, err = old("fit", "--resume", "runs/lenet/0", "--trainer.max_steps", -1)
     assert code == 0, err
     assert "Resuming from step 30 (runs/lenet/0/checkpoints/last.ckpt)" in out
     result = json.loads((tmp_path / "runs/lenet/0/result.json").read_text())
     assert (result["steps"], result["resumed_at_steps"]) == (44, "30")
-    # Metrics of the epoch in which it had stopped are those of a run that has not stopped: version
-    # 0.1.0 gave 1.074 and 0.616.
+    # Metrics of the epoch with the stop are those of an uninterrupted run. Version 0.1.0 gave
+    # 1.074 and 0.616.
     assert result["train_loss"] == pytest.approx(1.074, abs=2e-3)
     assert result["train_acc"] == pytest.approx(0.616, abs=2e-3)
     last = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
     assert last["data"]["source"] == "sample"
 
 
-def test_other_data_than_it_had_are_refused(old, tmp_path):
+def test_an_old_run_is_not_resumed_with_other_data(old, tmp_path):
     path = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["FashionMNIST"]["sha256"]["train-images-idx3-ubyte"] = "0" * 64
@@ -53,13 +53,13 @@ def test_other_data_than_it_had_are_refused(old, tmp_path):
     assert "was trained on other data (source sample)" in err
 
 
-def test_it_is_exported(old):
+def test_an_old_run_is_exported(old):
     code, out, err = old("export", BEST, "x.pt2", "--source", "sample")
     assert code == 0, err
     assert "norm1 is folded into conv1" in out
 
 
-def test_it_is_inspected(old):
+def test_an_old_run_is_inspected(old):
     code, out, err = old("inspect", "--run", "runs/lenet/0", "--json")
     assert code == 0, err
     found = json.loads(out)

@@ -20,7 +20,8 @@ HAS_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 START_METHOD = "forkserver" if HAS_FORK_SERVER else "spawn"
 
 
-def _preload():
+def preload():
+    """Choose what the server imports before the first process is forked."""
     if HAS_FORK_SERVER:
         # This has no effect if the server is running already.
         multiprocessing.set_forkserver_preload(["bn_lightning.studies.workers", "tests.conftest"])
@@ -28,7 +29,7 @@ def _preload():
 
 def start(function, arguments, nprocs, join=True):
     """Call function(rank, *arguments) in several processes, as `torch.multiprocessing.spawn`."""
-    _preload()
+    preload()
     return torch.multiprocessing.start_processes(
         function, arguments, nprocs, join, start_method=START_METHOD
     )
@@ -40,7 +41,7 @@ def start_command(module, arguments, cwd, environment):
     Return a `subprocess.Popen`, or a `ForkedCommand`, which has the same methods.
     """
     if HAS_FORK_SERVER:
-        _preload()
+        preload()
         return ForkedCommand(module, arguments, cwd, environment)
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
@@ -60,7 +61,7 @@ class ForkedCommand:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         given = (module, list(arguments), str(cwd), dict(environment), self._out, self._err)
-        self._process = multiprocessing.get_context(START_METHOD).Process(target=_run, args=given)
+        self._process = multiprocessing.get_context(START_METHOD).Process(target=run_command, args=given)
         self._process.start()
         self.pid = self._process.pid
 
@@ -87,7 +88,7 @@ class ForkedCommand:
         self._process.kill()
 
 
-def _run(module, arguments, cwd, environment, out, err):
+def run_command(module, arguments, cwd, environment, out, err):
     """Become `python -m MODULE ARGUMENTS`."""
     os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):

@@ -20,9 +20,9 @@ def at_a_terminal(*arguments, cwd, **environment):
     env = {n: v for n, v in os.environ.items() if n not in ("NO_COLOR", "COLUMNS")}
     env |= {"TERM": "xterm-256color"} | environment
     name = os.ttyname(terminal)
-    processes._preload()
+    processes.preload()
     process = multiprocessing.get_context(processes.START_METHOD).Process(
-        target=processes._run, args=("bn_lightning", on_cpu(arguments), str(cwd), env, name, name)
+        target=processes.run_command, args=("bn_lightning", on_cpu(arguments), str(cwd), env, name, name)
     )
     process.start()
     output = b""

@@ -1,10 +1,10 @@
-"""Kill a sweep at random moments, resume it, and verify its database in the end.
+"""Kill a sweep at random times, resume it, and verify its database at the end.
 
     python -m tests.support.sweep_kills --folder FOLDER [--kills 10] [--seed 0]
 
-The command is killed by SIGKILL at a random time after one of its runs has begun, and is then
-repeated. In the end each set of parameters has exactly one finished trial. Killed trials stay,
-marked as failed.
+SIGKILL is sent at a random time after a run has started. Then the same command is run again. At the
+end, each set of parameters must have exactly one finished trial. Killed trials stay in the
+database, marked as failed.
 """
 
 import argparse
@@ -31,22 +31,16 @@ FINISHED = ("COMPLETE", "PRUNED")
 
 
 def start(cwd: Path, *settings):
+    """Start a sweep in a folder. Its output is appended to the file `log`."""
     (cwd / "sweep.yaml").write_text(CONFIG)
-    command = [
-        sys.executable,
-        "-m",
-        "bn_lightning",
-        "sweep",
-        "--config",
-        "sweep.yaml",
-        *map(str, settings),
-    ]
+    command = [sys.executable, "-m", "bn_lightning", "sweep", "--config", "sweep.yaml"]
+    command += map(str, settings)
     with (cwd / "log").open("ab") as log:
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
 
 
-def wait_for_a_trial(cwd: Path, process, after: float = 0.0) -> bool:
-    """Wait until a run has begun after that time; return False if the command has ended."""
+def wait_for_trial(cwd: Path, process, after: float = 0.0) -> bool:
+    """Wait until a run has started after that time. Return False if the command has exited."""
     while process.poll() is None:
         if any(file.stat().st_mtime > after for file in cwd.glob("runs/sweep/trial-*/log.txt")):
             return True
@@ -55,12 +49,13 @@ def wait_for_a_trial(cwd: Path, process, after: float = 0.0) -> bool:
 
 
 def trials(storage: str):
-    """Return (parameters, state) of each trial, in their order."""
+    """Return (parameters, state) of each trial."""
     study = optuna.load_study(study_name="sweep", storage=storage)
     return [(tuple(sorted(trial.params.items())), trial.state.name) for trial in study.get_trials()]
 
 
-def assert_each_was_finished_once(storage: str, least: int):
+def assert_each_is_finished_once(storage: str, least: int):
+    """Verify that each set of parameters has one finished trial. Return all trials."""
     found = trials(storage)
     finished = collections.Counter(params for params, state in found if state in FINISHED)
     assert set(finished.values()) == {1}, finished
@@ -70,17 +65,17 @@ def assert_each_was_finished_once(storage: str, least: int):
     return found
 
 
-def survive(cwd: Path, kills: int, chance: random.Random):
-    """Kill the command so many times, then let it end, and return its trials."""
+def kill_and_resume(cwd: Path, kills: int, rng: random.Random):
+    """Kill the command several times, run it to its end, and return its trials."""
     for _ in range(kills):
-        begun = time.time()
+        start_time = time.time()
         process = start(cwd)
-        if wait_for_a_trial(cwd, process, begun):
-            time.sleep(chance.uniform(0, 4))
+        if wait_for_trial(cwd, process, start_time):
+            time.sleep(rng.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert start(cwd).wait(timeout=280) == 0, (cwd / "log").read_text()
-    return assert_each_was_finished_once(f"sqlite:///{cwd}/runs/sweep/study.db", 12)
+    return assert_each_is_finished_once(f"sqlite:///{cwd}/runs/sweep/study.db", 12)
 
 
 def main():
@@ -92,9 +87,9 @@ def main():
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    found = survive(args.folder, args.kills, random.Random(args.seed))
+    found = kill_and_resume(args.folder, args.kills, random.Random(args.seed))
     states = collections.Counter(state for _, state in found)
-    print(f"{args.kills} kills: {dict(states)}; each set of parameters is finished once")
+    print(f"{args.kills} kills: {dict(states)}. Each set of parameters is finished once.")
 
 
 if __name__ == "__main__":

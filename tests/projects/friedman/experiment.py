@@ -1,8 +1,8 @@
-"""A project that shares nothing with images: a table, no classes, a metric that is minimized.
+"""A project without images and classes: regression on a table, with a metric to minimize.
 
 The data are Friedman's first problem (Friedman 1991, "Multivariate Adaptive Regression Splines",
-section 4.3): y = 10 sin(pi x1 x2) + 20 (x3 - 0.5)^2 + 10 x4 + 5 x5 + noise, with x uniform on
-[0, 1]^10 and noise of deviation 1. So no model has an error below 1.
+section 4.3): y = 10 sin(pi x1 x2) + 20 (x3 - 0.5)^2 + 10 x4 + 5 x5 + noise. x is uniform on
+[0, 1]^10, and the noise has a standard deviation of 1, which is a lower bound of the error.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Perceptron(nn.Sequential):
 
 
 class Regression(Task):
-    """A perceptron trained by the squared error.
+    """A perceptron trained with the squared error.
 
     Args:
         width: units of the hidden layer.
@@ -55,8 +55,9 @@ class Table(DataModule):
     """Friedman's first problem.
 
     Args:
-        rows: of the training set; half as many are validated on, and as many tested on.
-        folder: not used; belongs to the machine.
+        rows: number of training rows. There are half as many for validation, and as many for the
+            test.
+        folder: a machine setting without effect.
         loading: further settings of `DataModule`.
     """
 
