@@ -1,12 +1,14 @@
-"""What the README says is so: its commands run, its example works, its lists are whole."""
+"""The README and the guides: commands run or parse, code runs, links resolve, lists are complete."""
 
 import ast
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -15,56 +17,157 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bn_lightning import cli
 from bn_lightning.data import sources
+from bn_lightning.deploy import export, inspection, predict
 from bn_lightning.norms import registry
+from bn_lightning.norms.check import command as check
+from bn_lightning.runs import experiment, run
+from bn_lightning.studies import study, sweep, variants
 from tests.conftest import REPOSITORY, command
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-FIT = sorted(
-    set(re.findall(r"^python -m bn_lightning (fit .*)$", README + cli.usage(), flags=re.M))
+README = REPOSITORY / "README.md"
+CHINESE = REPOSITORY / ".github" / "README.zh-CN.md"
+GUIDES = sorted((REPOSITORY / ".github" / "guides").glob("*.md"))
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, CHINESE, *GUIDES)}
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
+SAMPLE = ("--data.source", "sample")
+
+
+def blocks(language, pages=PAGES):
+    """Return the code blocks in this language."""
+    found = [block for page in pages for block in BLOCK.findall(PAGES[page])]
+    return [code for kind, code in found if kind == language]
+
+
+def shell_lines():
+    """Return each line of the shell blocks once, without comments."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return sorted({shlex.join(line) for line in words if line})
+
+
+LINES = shell_lines()
+PROGRAM = "python -m bn_lightning "
+COMMANDS = [
+    line.removeprefix(PROGRAM)
+    for line in LINES
+    if line.startswith(PROGRAM) and "--help" not in line
+]
+# Compilation takes long, and tests/training/test_task.py has it.
+FIT = [line for line in COMMANDS if line.startswith("fit") and "--model.compile" not in line]
+OTHER_PROGRAMS = (
+    *("cd", "export", "pip", ".venv/bin/pip", "python3", "tensorboard", "lint-imports"),
+    *("torchrun", "srun"),
 )
 
 
-@pytest.mark.parametrize("line", FIT)
-def test_fit_commands_run(main, trained, tmp_path, line):
+# Commands
+
+
+@pytest.fixture
+def folder(main, trained, tmp_path, monkeypatch):
+    """The current folder, with the files that the commands name."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(trained[0], tmp_path / "runs" / "lenet" / "0")
     (tmp_path / "my_norms.py").write_text(example())
-    goes_on = "--resume" in line or "--ckpt_path" in line
-    arguments = (
-        *shlex.split(line),
-        "--data.source",
-        "sample",
-        *(() if goes_on else ("--trainer.fast_dev_run", "true")),
-    )
-    if "ddp" in line:  # its second process is begun with this one's command
-        assert "test acc" in command(*arguments, cwd=tmp_path).stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", FIT)
+def test_fit_commands_run(main, folder, line):
+    resumes = "--resume" in line or "--ckpt_path" in line
+    # The run that is resumed has 2 epochs.
+    short = ("--trainer.max_epochs", "3") if resumes else ("--trainer.fast_dev_run", "true")
+    arguments = (*shlex.split(line), *SAMPLE, *short)
+    if "ddp" in line:  # rank 1 is started with the command of this process
+        assert "test acc" in command(*arguments, cwd=folder).stdout
         return
     code, out, err = main(*arguments)
     assert code == 0, err
     assert "test acc" in out
 
 
+class PredictRehearsal(run.Rehearsal, predict.PredictCLI):
+    """Builds everything that `predict` needs, and runs nothing."""
+
+
+def parse(line):
+    """Parse the arguments of a command as the command does, and run nothing."""
+    name, *flags = arguments = shlex.split(line)
+    if name == "compare":
+        _, compared, common = variants.parse(flags)
+        # All values are parsed in one go. The last of each setting is used.
+        varied = [text for variant in compared for text in variant.arguments([])]
+        study.plan_runs(cli.EXPERIMENT, [*SAMPLE, *common, *varied])
+    elif name == "sweep":
+        _, _, common = sweep.parse(flags)
+        study.plan_runs(cli.EXPERIMENT, [*common, *SAMPLE])
+    elif name == "check":
+        registry.find(check._parser().parse_args(flags).norm)
+    elif name == "export":
+        export._parser(experiment.load(cli.EXPERIMENT)).parse_args(flags)
+    elif name == "inspect":
+        inspection._parser().parse_args(flags)
+    else:
+        rehearsal = PredictRehearsal if name == "predict" else run.Rehearsal
+        run.command_line(arguments, cli.EXPERIMENT, rehearsal)
+
+
+def test_other_commands_parse(folder):
+    launched = [line for line in LINES if line.startswith(("torchrun", "srun"))]
+    lines = {*COMMANDS, *(line.partition(" -m bn_lightning ")[2] for line in launched)}
+    for line in lines - set(FIT):
+        print(line)  # is shown if it fails
+        parse(line)
+
+
+def test_other_programs_have_these_files_flags_and_extras():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    for line in LINES:
+        words = shlex.split(line)
+        if words[:2] == ["python", "-m"]:
+            script = f"{words[2].replace('.', '/')}.py"
+        elif words[0] == "python":
+            script = words[1]
+        else:
+            extras = re.findall(r"\.\[(\w+)\]", line)
+            assert set(extras) <= set(project["project"]["optional-dependencies"])
+            assert words[0] in OTHER_PROGRAMS, line
+            continue
+        if "bn_lightning" in line or "friedman" in line:
+            continue
+        source = (REPOSITORY / script).read_text(encoding="utf-8")
+        for flag in re.findall(r" (--\w+)", line):
+            assert f'"{flag}"' in source, line
+
+
+# Code
+
+
 def example(word="class RMSNorm"):
-    """The one Python block of the README with that word in it."""
-    [code] = [
-        code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code
-    ]
+    """Return the one Python block with that word in it."""
+    [code] = [code for code in blocks("python") if word in code]
     return code
 
 
-def run(code, cwd):
-    (cwd / "script.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=cwd, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_script(tmp_path, monkeypatch, capsys):
+    """Return a function that runs a script in this process, as its __main__, and its output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(code):
+        (tmp_path / "script.py").write_text(code)
+        runpy.run_path("script.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_five_lines_of_python_do_it(tmp_path):
+def test_a_script_trains_with_monitoring(run_script, tmp_path):
     code = example("L.Trainer").replace("max_epochs=10", "max_epochs=1, accelerator='cpu'")
     code = code.replace("FashionMNIST()", "FashionMNIST('sample')")
-    assert "test_acc" in run(code, tmp_path)
+    assert "test_acc" in run_script(code)
     tags = (
         EventAccumulator(str(tmp_path / "lightning_logs/version_0"), size_guidance={"images": 0})
         .Reload()
@@ -73,13 +176,14 @@ def test_five_lines_of_python_do_it(tmp_path):
     assert tags["images"] and "activation_input/4/p50" in tags["scalars"]
 
 
-def test_a_norm_of_a_notebook(tmp_path):
+def test_a_norm_of_a_notebook(run_script):
     code = example() + example("L.Trainer").replace('"custom"', '"__main__.RMSNorm"')
     code = code.replace("max_epochs=10", "fast_dev_run=True, accelerator='cpu'")
-    assert "test_acc" in run(code.replace("FashionMNIST()", "FashionMNIST('sample')"), tmp_path)
+    code = code.replace("FashionMNIST()", "FashionMNIST('sample')")
+    assert "test_acc" in run_script(code)
 
 
-def test_an_exported_file_is_used_with_numpy_and_onnxruntime_alone(main, trained, tmp_path):
+def test_an_exported_file_runs_with_numpy_and_onnxruntime_alone(main, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     code, _, err = main(
@@ -93,10 +197,15 @@ def test_an_exported_file_is_used_with_numpy_and_onnxruntime_alone(main, trained
     code, out, _ = main(
         "predict", "--ckpt_path", trained[0] / "checkpoints/best.ckpt", "--format", "json"
     )
-    assert ast.literal_eval(run(text, tmp_path)) == [row["class"] for row in json.loads(out)[:5]]
+    predicted = [row["class"] for row in json.loads(out)[:5]]
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == predicted
 
 
-def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):
+def test_the_norm_of_the_example_normalizes_by_the_root_mean_square(tmp_path, monkeypatch):
     (tmp_path / "example_of_readme.py").write_text(example())
     monkeypatch.syspath_prepend(tmp_path)
     layer = registry.make("example_of_readme.RMSNorm", num_features=6, num_dims=4)
@@ -104,28 +213,68 @@ def test_the_norm_of_the_example_is_what_it_says(tmp_path, monkeypatch):
     torch.testing.assert_close(y.square().mean(1), torch.ones(4, 3, 3), atol=1e-3, rtol=0)
 
 
-def test_lists_are_whole():
+def test_the_layer_replaces_that_of_torch():
+    exec(compile(example("theirs"), "layer.md", "exec"), {})
+
+
+def test_each_python_block_is_tested():
+    tested = [example(word) for word in ("class RMSNorm", "L.Trainer", "onnxruntime", "theirs")]
+    assert sorted(blocks("python")) == sorted(tested)
+
+
+# Pages
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[README].splitlines()) <= 250
+
+
+def test_lists_are_complete():
+    text = PAGES[README]
     for path in (REPOSITORY / "bn_lightning").glob("[a-z]*"):
         if path.suffix == ".py" or path.is_dir():
-            assert f"\n    {path.name}{'/' if path.is_dir() else ''} " in README
+            assert f"\n    {path.name}{'/' if path.is_dir() else ''} " in text
     for path in (REPOSITORY / "configs").glob("*.yaml"):
-        assert f"(configs/{path.name})" in README
+        assert f"(configs/{path.name})" in text
         assert (
             f"{'sweep' if path.stem == 'sweep' else 'fit'} --config configs/{path.name}"
             in path.read_text()
         )
     for name in cli.COMMANDS:
-        assert f"| `python -m bn_lightning {name}" in README
+        assert f"| `python -m bn_lightning {name}" in text
+    for guide in GUIDES:
+        assert f"(.github/guides/{guide.name})" in text
+        assert f"(guides/{guide.name})" in PAGES[CHINESE]
 
 
-def test_links_lead_somewhere():
-    guides = (REPOSITORY / ".github" / "guides").glob("*.md")
-    for page in (REPOSITORY / "README.md", REPOSITORY / ".github" / "README.zh-CN.md", *guides):
-        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
-            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
-            slugs = [
-                re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
-            ]
-            assert (
-                link.removeprefix("#") in slugs if link[0] == "#" else (page.parent / link).exists()
-            ), link
+def test_the_two_commands_are_the_same_in_both_languages():
+    commands = [
+        re.search(rf"<!-- {mark} -->\n(```sh\n.*?```)", PAGES[README], flags=re.S)[1]
+        for mark in ("train", "test")
+    ]
+    assert all(block in PAGES[CHINESE] for block in commands)
+
+
+def test_each_guide_begins_with_a_title_a_sentence_and_a_command():
+    for guide in GUIDES:
+        beginning = PAGES[guide].partition("\n## ")[0]
+        title, sentence, command, *_ = beginning.split("\n\n")
+        assert title.startswith("# ") and "\n" not in title, guide.name
+        assert sentence.endswith((".", ":")), guide.name
+        assert command.startswith("```sh\n"), guide.name
+
+
+def anchors(page):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", PAGES[page]), flags=re.M)
+    return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_links_resolve():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", BLOCK.sub("", text)):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), (page.name, link)
+            if anchor:
+                assert anchor in anchors(target), (page.name, link)
