@@ -1,1 +1,1 @@
-"""Many runs: `compare` and `sweep`, their worker processes, statistics and plots."""
+"""Studies of several runs: `compare`, `sweep`, worker processes, statistics and plots."""

@@ -1,8 +1,8 @@
-"""`compare`: train variants with several seeds, and compare them in one table and a figure.
+"""`compare`: train variants with several seeds, and compare them in tables and plots.
 
-Each run is a whole `fit` in a folder of its own, `runs/NAME/VARIANT/seed-S/N`. With the same seed
-all variants begin with the same weights and see the same samples in the same order. So they are
-compared in pairs.
+Each run is a complete `fit` in its own folder, `runs/NAME/VARIANT/seed-S/N`. With the same seed,
+all variants start from the same weights and see the same samples in the same order. Variants are
+therefore compared in pairs.
 """
 
 import argparse
@@ -22,73 +22,86 @@ from bn_lightning.training import checkpoints
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run the comparison; `arguments` begins with the command."""
+    """Run `compare`. The first of the arguments is the command.
+
+    Raises:
+        UserError: the options or settings are invalid.
+        RunFailed: the tables or plots cannot be written.
+    """
     options, compared, common = variants.parse(arguments[1:])
     process.set_up()
     selection = Selection(*experiment.load(reference).task.selects)
     common = [*study.DEFAULTS, *common]
-    plan = study.rehearse(reference, *(variant.arguments(common) for variant in compared))
-    place = plan.root / options.name
-    with study.alone_in(place):
-        _keep_settings(place, compared, plan, selection)
-        runs = _Comparison(place, options, compared, common, selection).train(reference)
+    plan = study.plan_runs(reference, *(variant.arguments(common) for variant in compared))
+    folder = plan.root / options.name
+    with study.locked(folder):
+        _store_settings(folder, compared, plan, selection)
+        runs = _Comparison(folder, options, compared, common, selection).train(reference)
         try:
-            compare_report.write(place, runs, compared, selection, options.steps_to)
+            compare_report.write(folder, runs, compared, selection, options.steps_to)
         except OSError as error:
             raise RunFailed(
-                f"The table cannot be written to {place}: {error}. The same command repeats it."
+                f"The tables and plots cannot be written to {folder}: {error}\n"
+                "Run the same command again: it only writes them, and trains nothing."
             ) from error
 
 
-def _keep_settings(
-    place: Path, compared: Sequence[Variant], plan: study.Plan, selection: Selection
+def _store_settings(
+    folder: Path, compared: Sequence[Variant], plan: study.Plan, selection: Selection
 ) -> None:
-    """Store the settings of the variants, and refuse others under the same names."""
-    file = place / "study.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Store the settings of each variant in study.json.
+
+    Raises:
+        UserError: a variant is already stored with other settings.
+    """
+    file = folder / "study.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     selects = {study.SELECTS: [selection.metric, selection.mode]}
-    now: dict[str, Any] = {}
+    defaults = plan.defaults | selects
+    current: dict[str, Any] = {}
     for variant, settings in zip(compared, plan.settings, strict=True):
-        now[variant.name] = json.loads(result.to_json(settings | selects))
-        if variant.name in before:
-            kept = before[variant.name]
-            study.refuse_changes(str(place), kept, now[variant.name], plan.defaults | selects)
-    result.write_json(file, before | now)
+        current[variant.name] = json.loads(result.to_json(settings | selects))
+        if variant.name in stored:
+            before, now = stored[variant.name], current[variant.name]
+            study.refuse_changes(str(folder), before, now, defaults)
+    result.write_json(file, stored | current)
 
 
 class _Comparison:
-    """Trains each variant with each seed, unless it has been trained before."""
+    """Trains each variant with each seed. Skips runs that are done."""
 
     def __init__(
         self,
-        place: Path,
+        folder: Path,
         options: argparse.Namespace,
         compared: Sequence[Variant],
         common: Sequence[str],
         selection: Selection,
     ) -> None:
-        self.place, self.options, self.common = place, options, common
+        self.folder, self.options, self.common = folder, options, common
         self.selection = selection
-        # Seed by seed, so that a comparison that is stopped has pairs.
+        # All variants of one seed come first, so that a stopped comparison already has pairs.
         self.keys = [(variant, seed) for seed in range(options.seeds) for variant in compared]
 
     def train(self, reference: str) -> list[Run]:
-        """Return all runs, after training those that have not ended yet."""
-        ended = {key: self._read(*key) for key in self.keys}
-        left = [key for key, run in ended.items() if run is None]
-        if left:
-            total, done = len(self.keys), len(self.keys) - len(left)
-            with study.running(reference, self.options.jobs, total, done) as (pool, progress):
+        """Train the runs that are not done, and return all runs."""
+        runs = {key: self._read(*key) for key in self.keys}
+        remaining = [key for key, run in runs.items() if run is None]
+        if remaining:
+            total, done = len(self.keys), len(self.keys) - len(remaining)
+            jobs = self.options.jobs
+            with study.start_workers(reference, jobs, total, done) as (pool, progress):
                 futures = {
-                    pool.threads.submit(self._fit, *key, pool, progress): key for key in left
+                    pool.threads.submit(self._fit, *key, pool, progress): key for key in remaining
                 }
                 for future in as_completed(futures):
-                    ended[futures[future]] = future.result()
-        return [run for run in ended.values() if run is not None]
+                    runs[futures[future]] = future.result()
+        return [run for run in runs.values() if run is not None]
 
     def _fit(
         self, variant: Variant, seed: int, pool: workers.Workers, progress: StudyProgress
     ) -> Run:
+        """Train one run in a worker. A failure is part of the returned run, not an exception."""
         key = variant.name, seed
         parent = _parent(variant, seed)
         name = Path(self.options.name, parent).as_posix()
@@ -99,20 +112,20 @@ class _Comparison:
             progress.advance(key, at.fraction)
             return True
 
-        failure = "it left no result"
+        failure = "The run has no result."
         try:
-            pool.fit(arguments, self.place / parent / "log.txt", advance)
+            pool.fit(arguments, self.folder / parent / "log.txt", advance)
         except RunFailed as error:
             failure = str(error).splitlines()[0]
         run = self._read(variant, seed)
         if run is None:
-            run = Run(variant.name, seed, str(self.place / parent), failure)
+            run = Run(variant.name, seed, str(self.folder / parent), failure)
         progress.end(key, _line(run, self.selection))
         return run
 
     def _read(self, variant: Variant, seed: int) -> Run | None:
-        """Return the run if it has ended, with a result or with a non-finite loss."""
-        parent = self.place / _parent(variant, seed)
+        """Return the run if it is done: with a result, or stopped by a non-finite loss."""
+        parent = self.folder / _parent(variant, seed)
         finished = study.finished_run(parent)
         if finished is not None:
             _, checkpoint = checkpoints.load(str(finished / "checkpoints" / "last.ckpt"))
@@ -137,13 +150,11 @@ def _parent(variant: Variant, seed: int) -> Path:
 
 
 def _line(run: Run, selection: Selection) -> str:
-    """Return what is printed when a run has ended."""
+    """Return the line that is printed when a run is done."""
+    title = f"{run.variant}, seed {run.seed}"
     if run.failure is not None:
-        return f"{run.variant}, seed {run.seed}: FAILED: {run.failure}"
+        return f"{title}: FAILED: {run.failure}"
     names = dict.fromkeys(("train_loss", selection.metric, selection.test_metric))
-    values = {name: run.result.get(name) for name in names}
-    shown = [
-        f"{n.replace('_', ' ')} {value:.3f}" for n, value in values.items() if value is not None
-    ]
-    seconds = f"{run.result['train_seconds']:.0f} s"
-    return f"{run.variant}, seed {run.seed}: {'  '.join(shown)}  {seconds}"
+    values = {name.replace("_", " "): run.result.get(name) for name in names}
+    shown = [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
+    return f"{title}: {'  '.join(shown)}  {run.result['train_seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""The table of `compare`: its columns, as text, Markdown and CSV."""
+"""The tables of `compare`: columns, cells, and formatting as Markdown and CSV."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ def _interval(row: Row, digits: int) -> str:
 
 
 def _compared(row: Row, digits: int) -> str:
-    """Return a signed difference, or a ratio as `1.50 times`, with its interval."""
+    """Return a difference with its sign, or a ratio such as `1.50 times`, and its interval."""
     if row.compared is None:
         return ""
     is_ratio = row.compared_by == "ratio"
@@ -37,43 +37,45 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}z,.{digits}f}"
 
 
-# Each column: its head, and a row's cell as text, with so many decimals of a mean.
+# The header of each column, and a function that formats the cell of a row. Its second argument is
+# the number of decimals of a mean.
 COLUMNS: dict[str, Callable[[Row, int], str]] = {
     "{metric}": lambda row, digits: row.variant,
     "n": _runs,
     "mean ± sd": _mean,
     "95% interval": _interval,
-    "to {reference} (95%)": _compared,
+    "vs {baseline} (95%)": _compared,
     "d": lambda row, digits: _number(row.effect_size, 1, "+"),
 }
 
 
-def heads(metric: str, references: Collection[str]) -> list[str]:
-    """Return the heads of `COLUMNS`.
+def header(metric: str, baselines: Collection[str]) -> list[str]:
+    """Return the header of the table of a metric.
 
-    Where there are several references, they share their first word, the norm.
+    Several baselines have the same norm, which is the first word of their names. The header then
+    shows only the norm.
     """
-    reference = min(references)
-    if len(references) > 1:
-        reference = reference.split()[0]
-    return [head.format(metric=metric, reference=reference) for head in COLUMNS]
+    baseline = min(baselines)
+    if len(baselines) > 1:
+        baseline = baseline.split()[0]
+    return [column.format(metric=metric, baseline=baseline) for column in COLUMNS]
 
 
 def cells(row: Row, digits: int) -> list[str]:
-    """Return the cells of a row, one for each of `COLUMNS`."""
+    """Return the cells of a row, one per column."""
     return [cell(row, digits) for cell in COLUMNS.values()]
 
 
-def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
-    head = [heads, ["---"] * len(heads)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
+    separator = ["---"] * len(header)
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, separator, *rows])
 
 
-def as_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """Return CSV with the keys of the first line as its header. Numbers are not rounded."""
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV. The keys of the first row are the header. Numbers are not rounded."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(rows)
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""The objective of a sweep: one trial, trained, reported to its pruner, and measured."""
+"""The objective of a sweep: train one trial, report it to the pruner, return its metric."""
 
 import socket
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from bn_lightning.studies.statistics import Selection
 
 
 class Objective:
-    """Trains with the settings of a trial, and returns the selected metric."""
+    """Trains with the settings of a trial, and returns the metric that the task selects by."""
 
     def __init__(
         self,
@@ -33,40 +33,43 @@ class Objective:
         self.selection, self.pool, self.progress = selection, pool, progress
 
     def __call__(self, trial: Trial) -> float:
-        """Run the trial.
+        """Train the trial, and return its validation metric.
 
         Raises:
-            TrialPruned: the trial was ended early, or its metric is not finite.
-            RunFailed: the run has failed for a reason that says nothing about its settings.
+            TrialPruned: the trial was ended early, or its loss or metric is not finite.
+            RunFailed: the run failed for a reason other than its settings.
         """
         params = spaces.suggest(trial, self.space)
-        frozen = self.search.trials_of()[trial.number]
+        frozen = self.search.get_trials()[trial.number]
         first = retry.retried_trial_number(frozen)
         number = trial.number if first is None else first
-        again = "" if first is None else f" ({first} again)"
-        parent = self.search.place / f"trial-{number}"
+        retried = "" if first is None else f" (retry of trial {first})"
+        parent = self.search.folder / f"trial-{number}"
         trial.set_user_attr("folder", str(parent))
         trial.set_user_attr("host", socket.gethostname())
         pruning = _Pruning(trial, self.progress, "ends_early" in frozen.user_attrs)
         name = f"{self.search.study.study_name}/{parent.name}"
         arguments = [*self.common, *spaces.flags(params), "--ckpt_path", "last", "--name", name]
-        line = f"trial {trial.number}{again}: {_text(params)}"
+        line = f"trial {trial.number}{retried}: {_text(params)}"
         try:
             folder = self.pool.fit(arguments, parent / "log.txt", pruning)
         except RunFailed as error:
             failed = study.failed_run(parent)
             reason = failed[1] if failed else str(error).splitlines()[0]
             self._end_failed(trial, line, reason)
-            if failed:  # a result of the settings, from which the sampler learns
+            if failed:
+                # The settings caused the failure. The sampler learns from a pruned trial.
                 raise optuna.TrialPruned from None
             raise
         trial.set_user_attr("folder", str(folder))
         return self._value(trial, line, result.read_result(folder), pruning.ends_early)
 
     def _value(self, trial: Trial, line: str, found: dict[str, Any], ended_early: bool) -> float:
+        """Return the metric from result.json, and print it."""
         metric, label = self.selection.metric, self.selection.label
         value = found[f"{metric}_final" if ended_early else metric]
-        if value is None:  # JSON has no word for NaN and infinity
+        # result.json has null for NaN and infinity.
+        if value is None:
             self._end_failed(trial, line, f"non-finite {label}")
             raise optuna.TrialPruned
         if ended_early:
@@ -81,15 +84,15 @@ class Objective:
 
 
 class _Pruning:
-    """Reports the validations of a run to its trial, and ends the run if the pruner says so.
+    """Reports the validations of a run to its trial, and ends the run if the pruner decides so.
 
     Attributes:
-        ends_early: whether the pruner has ended the run, perhaps before it was resumed.
+        ends_early: whether the pruner has ended the run, now or before the run was resumed.
     """
 
     def __init__(self, trial: Trial, progress: StudyProgress, ends_early: bool) -> None:
         self.trial, self.progress, self.ends_early = trial, progress, ends_early
-        # Validations before the run was resumed are new to a trial that is repeated.
+        # A retried trial is a new trial: it has none of the validations from before the resume.
         self.reported = 0
 
     def __call__(self, at: workers.Progress) -> bool:
@@ -105,7 +108,7 @@ class _Pruning:
 
 def _text(params: dict[str, Any]) -> str:
     """Return the settings of a trial as text, such as `lr 0.1, batch_size 64`."""
-    names = study.short(params)
+    names = study.short_names(params)
     return ", ".join(f"{names[name]} {_number(value)}" for name, value in params.items())
 
 

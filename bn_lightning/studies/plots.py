@@ -1,4 +1,4 @@
-"""Plots of many runs: learning curves with bands, and the test metric against a setting."""
+"""Plots of `compare`: learning curves with bands, and the test metric against a setting."""
 
 import math
 import statistics
@@ -16,14 +16,14 @@ from bn_lightning.studies.statistics import (
 )
 from bn_lightning.studies.variants import Variant
 
-# For each line of a plot: values of a setting, and the runs with this value.
+# The points of one line in a plot: values of a setting, each with the runs that have this value.
 Points = list[tuple[float, list[Run]]]
 
 
 def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> None:
-    """Plot the training loss by epoch and the validation metric by step.
+    """Plot the training loss against the epoch, and the validation metric against the step.
 
-    Lines are means over seeds; bands reach from the lowest to the highest value.
+    Lines are means over seeds. Bands extend from the minimum to the maximum.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -42,8 +42,8 @@ def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> No
     on_test_set = validated_on_test_set(runs)
     left.set(xlabel="epoch", ylabel="train loss")
     right.set(xlabel="step", ylabel=selection.test_label if on_test_set else selection.label)
-    place = "lower right" if selection.mode == "max" else "upper right"
-    right.legend(title="mean over seeds, lowest to highest", loc=place)
+    location = "lower right" if selection.mode == "max" else "upper right"
+    right.legend(title="mean over seeds (band: min to max)", loc=location)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -52,20 +52,25 @@ def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> No
 def _band(
     axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], label: str, color: int
 ) -> None:
-    at = [x for x, _ in max(curves, key=len, default=[])]
-    values = [[curve[i][1] for curve in curves if i < len(curve)] for i in range(len(at))]
-    hue = f"C{color % 10}"
-    axes.plot(at, [statistics.fmean(v) for v in values], label=label, color=hue)
+    positions = [x for x, _ in max(curves, key=len, default=[])]
+    # The values of all curves at each position. Curves may have different lengths.
+    values = [[curve[i][1] for curve in curves if i < len(curve)] for i in range(len(positions))]
+    means = list(map(statistics.fmean, values))
     lows, highs = list(map(min, values)), list(map(max, values))
-    axes.fill_between(at, lows, highs, color=hue, alpha=0.15, linewidth=0)
+    hue = f"C{color % 10}"
+    # A line through a single point would be invisible.
+    marker = "o" if len(positions) == 1 else None
+    axes.plot(positions, means, label=label, color=hue, marker=marker)
+    axes.fill_between(positions, lows, highs, color=hue, alpha=0.15, linewidth=0)
 
 
 def numeric_settings(
     runs: Iterable[Run], variants: Sequence[Variant]
 ) -> dict[str, dict[str, Points]]:
-    """Return, for each setting with several values that are numbers, the lines of its plot.
+    """Return the lines of a plot for each setting with several numeric values.
 
-    A line has one point for each value. Its label are the other settings of these variants.
+    There is one line per combination of the other settings, which are its label. A line has one
+    point per value of the setting.
     """
     found: dict[str, dict[str, Points]] = {}
     for name in dict.fromkeys(key for variant in variants for key, _ in variant.settings):
@@ -91,10 +96,12 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def against(setting: str, lines: Mapping[str, Points], selection: Selection, path: Path) -> None:
+def metric_by_setting(
+    setting: str, lines: Mapping[str, Points], selection: Selection, path: Path
+) -> None:
     """Plot the test metric against a numeric setting.
 
-    Points are runs, lines join their means, and crosses are runs that a non-finite loss has ended.
+    Dots are runs, and lines connect their means. Crosses are failed runs.
     """
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -111,13 +118,13 @@ def against(setting: str, lines: Mapping[str, Points], selection: Selection, pat
             failures += [(x, hue) for run in runs if run.failure is not None]
         line = [x for x, _ in means], [mean for _, mean in means]
         axes.plot(*line, color=hue, label=label or None)
-    bottom = _failure_level(lines, selection)
+    level = _failure_level(lines, selection)
     for x, hue in failures:
-        axes.plot(x, bottom, "x", color=hue)
+        axes.plot(x, level, "x", color=hue)
     positions = [x for points in lines.values() for x, _ in points]
     if min(positions) > 0 and max(positions) / min(positions) >= 10:
         axes.set_xscale("log")
-    note = " (x: non-finite loss)" if failures else ""
+    note = " (x: failed run)" if failures else ""
     axes.set(xlabel=setting, ylabel=selection.test_label + note)
     if any(lines):
         axes.legend()
@@ -131,7 +138,7 @@ def _test_values(runs: Iterable[Run], selection: Selection) -> list[float]:
 
 
 def _failure_level(lines: Mapping[str, Points], selection: Selection) -> float:
-    """Return where failed runs are drawn: at 0, or at the worst value of a minimized metric."""
+    """Return the y position of failed runs: 0, or the worst value of a minimized metric."""
     if selection.mode == "max":
         return 0.0
     runs = [run for points in lines.values() for _, runs in points for run in runs]

@@ -10,18 +10,20 @@ from tqdm import tqdm
 
 
 class StudyProgress:
-    """Shows the progress of all runs: a bar at a terminal, otherwise a line for each ended run.
+    """Shows progress over all runs: a bar on a terminal, otherwise one line per completed run.
 
     Args:
-        total: number of runs of the study.
-        done: how many of them had ended before.
+        total: number of runs in the study.
+        done: number of runs that were done before this command started.
     """
 
     def __init__(self, total: int, done: int) -> None:
-        self._total, self._before = total, done
+        self._total, self._done_before = total, done
         self._fractions: dict[Any, float] = {}
-        self._lock = threading.RLock()  # runs are reported by several threads
-        self._began = time.monotonic()
+        self._ended: set[Any] = set()
+        # Several threads report runs.
+        self._lock = threading.RLock()
+        self._start = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -39,27 +41,28 @@ class StudyProgress:
         self._bar.close()
 
     def advance(self, key: Any, fraction: float) -> None:
-        """Note which fraction of the run `key` is done."""
+        """Set the completed fraction of the run `key`. The fraction never decreases."""
         with self._lock:
             self._fractions[key] = max(fraction, self._fractions.get(key, 0.0))
-            self._bar.n = self._before + sum(self._fractions.values())
+            self._bar.n = self._done_before + sum(self._fractions.values())
             self._bar.refresh()
 
     def end(self, key: Any, line: str) -> None:
-        """Note that the run `key` has ended, and print the line."""
+        """Mark the run `key` as done, and print the line."""
         with self._lock:
             self.advance(key, 1.0)
-            ended = self._before + sum(fraction == 1 for fraction in self._fractions.values())
-            line = f"[{ended}/{self._total}] {line}{self._remaining()}"
+            self._ended.add(key)
+            done = self._done_before + len(self._ended)
+            line = f"[{done}/{self._total}] {line}{self._time_left()}"
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def _remaining(self) -> str:
-        """Return the estimated time that is left, where no bar shows it."""
+    def _time_left(self) -> str:
+        """Return the estimated remaining time, or "" if the bar shows it."""
         done = sum(self._fractions.values())
-        left = self._total - self._before - done
-        if not self._bar.disable or left <= 0:
+        remaining = self._total - self._done_before - done
+        if not self._bar.disable or remaining <= 0:
             return ""
-        seconds = (time.monotonic() - self._began) / done * left
+        seconds = (time.monotonic() - self._start) / done * remaining
         text = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        return f"; about {text} to go"
+        return f" (about {text} left)"

@@ -1,4 +1,4 @@
-"""The search of a sweep: its storage, its trials, and taking over those of processes that died."""
+"""The search of a sweep: storage, trials, and retries of trials whose process died."""
 
 import argparse
 import json
@@ -22,26 +22,26 @@ from bn_lightning.studies import study, workers
 from bn_lightning.training import checkpoints
 
 SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-    # Running trials count as bad ones, so that no two processes try nearly the same.
+    # Running trials count as bad ones, so that processes do not try nearly the same settings.
     "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
     "random": optuna.samplers.RandomSampler,
 }
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    # Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning": the best third of
-    # each rung continues.
+    # Only the best third of each rung continues. Li et al. 2020, "A System for Massively Parallel
+    # Hyperparameter Tuning", https://arxiv.org/abs/1810.05934.
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     "none": optuna.pruners.NopPruner,
 }
 
-# Seconds between two signs of life of a process, and the silence after which another process takes
-# over its trials.
-HEARTBEAT, SILENCE = 2, 15
+# In seconds. A process whose last heartbeat is older than the grace period is considered dead, and
+# another process retries its trials.
+HEARTBEAT_INTERVAL, GRACE_PERIOD = 2, 15
 
 Direction = Literal["minimize", "maximize"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
-# Taking over trials has been experimental since 2021.
+# Optuna marks heartbeats and retries as experimental.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 retry = RetryHeartbeatStaleTrialCallback()
 
@@ -50,26 +50,26 @@ class Search:
     """The trials of one study, in a storage that several processes may share.
 
     Args:
-        place: the folder of the study.
-        options: of `sweep`.
-        direction: `minimize` or `maximize`.
-        settings: what must not change when the study is resumed.
-        defaults: what settings had before they existed.
+        folder: folder of the study.
+        options: command-line options of `sweep`.
+        direction: "minimize" or "maximize".
+        settings: settings that must be the same when the study is resumed.
+        defaults: defaults of the settings, for those that did not exist when the study started.
 
     Raises:
-        UserError: a storage that cannot be used, or a study with other settings.
+        UserError: the storage cannot be used, or the study has other settings.
     """
 
     def __init__(
         self,
-        place: Path,
+        folder: Path,
         options: argparse.Namespace,
         direction: Direction,
         settings: Mapping[str, Any],
         defaults: Mapping[str, Any],
     ) -> None:
-        self.place, self.trials = place, options.trials
-        self.study, is_new = _open_study(place, options, direction)
+        self.folder, self.trials = folder, options.trials
+        self.study, is_new = _open_study(folder, options, direction)
         now = json.loads(result.to_json(dict(settings)))
         if is_new:
             self.study.set_user_attr("id", uuid.uuid4().hex)
@@ -78,24 +78,31 @@ class Search:
             before = self.study.user_attrs["settings"]
             study.refuse_changes(repr(options.name), before, now, defaults)
         self._refuse_runs_of_another_study()
-        # A trial that one thread begins must be seen by the others.
-        self._begins = threading.Lock()
-        self._mine = threading.local()
-        self._requeue_lost()
+        # Only one thread at a time decides whether to start a trial, and starts it. Otherwise two
+        # threads could both start the last trial.
+        self._start_lock = threading.Lock()
+        # The trial of each thread.
+        self._local = threading.local()
+        self._requeue_lost_trials()
 
     def _refuse_runs_of_another_study(self) -> None:
-        """Refuse a folder with trials of another storage: their numbers are the same."""
-        mine, file = self.study.user_attrs["id"], self.place / "study-id"
-        if not file.exists() and not any(self.place.glob("trial-*")):
-            checkpoints.write_whole(file, mine.encode())
-        if not file.exists() or file.read_text() != mine:
+        """Refuse a folder with the runs of another storage, whose trials have the same numbers."""
+        own_id, file = self.study.user_attrs["id"], self.folder / "study-id"
+        if not file.exists() and not any(self.folder.glob("trial-*")):
+            checkpoints.write_atomically(file, own_id.encode())
+        if not file.exists() or file.read_text() != own_id:
             raise UserError(
-                f"{str(self.place)!r} has the runs of another study, from another storage.\n"
-                "Use its storage, or begin another study: --name NAME"
+                f"The folder {str(self.folder)!r} contains the runs of another study, whose trials "
+                "are in another storage.\n"
+                "Use that storage (--storage URL), or start another study: --name NAME"
             )
 
-    def _requeue_lost(self) -> None:
-        """Queue trials that failed with their process, if it died before it could queue them."""
+    def _requeue_lost_trials(self) -> None:
+        """Queue a retry of each trial that failed with its process and has no retry yet.
+
+        The process that marked the trial as failed normally queues the retry, but it may have died
+        in between.
+        """
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in retry.retry_history(trial)}
         for trial in trials:
@@ -103,90 +110,95 @@ class Search:
             if is_lost and trial.number not in retried:
                 completed = trial.datetime_complete
                 age = time.time() - completed.timestamp() if completed else 0
-                # A younger one may be queued by another process at this moment.
-                if age > SILENCE:
+                # Another process may still queue the retry of a trial that failed recently.
+                if age > GRACE_PERIOD:
                     retry(self.study, trial)
 
-    def trials_of(self, *states: TrialState) -> list[FrozenTrial]:
-        """Return the trials with these states, or all."""
+    def get_trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials with these states, or all trials."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def done(self) -> list[FrozenTrial]:
-        """Return the trials that ended, also with a failure of their run.
+        """Return the trials that are finished, pruned, or failed with their run.
 
-        Those whose process has died are not among them: they are repeated.
+        Trials whose process died are not included, because they are retried.
         """
-        failed = [t for t in self.trials_of(TrialState.FAIL) if "failure" in t.user_attrs]
-        return [*self.trials_of(*FINISHED), *failed]
+        failed = [t for t in self.get_trials(TrialState.FAIL) if "failure" in t.user_attrs]
+        return [*self.get_trials(*FINISHED), *failed]
 
-    def work(self, objective: Callable[[Trial], float], stopped: threading.Event) -> None:
-        """Run trials until there are enough and none is running. For several threads."""
+    def run_trials(self, objective: Callable[[Trial], float], stopped: threading.Event) -> None:
+        """Run trials until there are enough and none is running. Several threads may call this."""
         while not stopped.is_set():
-            self._begins.acquire()
-            self._mine.begins, self._mine.trial, self._mine.fault = True, None, None
+            self._start_lock.acquire()
+            self._local.holds_lock, self._local.trial, self._local.error = True, None, None
 
-            def begun(trial: Trial) -> float:
-                self._mine.trial = trial.number
-                self._has_begun()
+            def run_trial(trial: Trial) -> float:
+                self._local.trial = trial.number
+                self._release_start_lock()
                 try:
                     return objective(trial)
                 except Exception as error:
-                    self._mine.fault = error
+                    self._local.error = error
                     raise
 
             try:
-                if self._is_one_missing():
-                    self.study.optimize(begun, n_trials=1, catch=RunFailed)
+                if self._is_trial_due():
+                    self.study.optimize(run_trial, n_trials=1, catch=RunFailed)
                     continue
             except workers.Interrupted:
-                retry(self.study, self.study.get_trials()[self._mine.trial])
+                retry(self.study, self.study.get_trials()[self._local.trial])
                 raise
-            except (ValueError, UpdateFinishedTrialError):  # of a trial that has ended already
-                if not self._is_taken_over():
+            except (ValueError, UpdateFinishedTrialError):
+                # Optuna raises these errors for a trial that is already marked as failed.
+                if not self._was_taken_over():
                     raise
                 print(
-                    f"trial {self._mine.trial} was silent, and another process has taken it over",
+                    f"trial {self._local.trial}: no heartbeat for {GRACE_PERIOD} s; "
+                    "another process retries it",
                     flush=True,
                 )
                 continue
             finally:
-                self._has_begun()
-            if not self.trials_of(TrialState.RUNNING):
+                self._release_start_lock()
+            if not self.get_trials(TrialState.RUNNING):
                 return
-            stopped.wait(1)  # if the process of a running trial dies, the trial is taken over
+            # A running trial needs a retry if its process dies.
+            stopped.wait(1)
 
-    def _has_begun(self) -> None:
-        if self._mine.begins:
-            self._mine.begins = False
-            self._begins.release()
+    def _release_start_lock(self) -> None:
+        if self._local.holds_lock:
+            self._local.holds_lock = False
+            self._start_lock.release()
 
-    def _is_one_missing(self) -> bool:
+    def _is_trial_due(self) -> bool:
+        """Return whether another trial has to be started."""
         fail_stale_trials(self.study)
-        running = len(self.trials_of(TrialState.RUNNING))
-        waiting = self.trials_of(TrialState.WAITING)
+        running = len(self.get_trials(TrialState.RUNNING))
+        waiting = self.get_trials(TrialState.WAITING)
         return bool(waiting) or len(self.done()) + running < self.trials
 
-    def _is_taken_over(self) -> bool:
-        number, fault = self._mine.trial, self._mine.fault
-        of_the_run = optuna.TrialPruned | RunFailed | UpdateFinishedTrialError | None
-        if number is None or not isinstance(fault, of_the_run):
+    def _was_taken_over(self) -> bool:
+        """Return whether another process has marked this thread's trial as failed."""
+        number, error = self._local.trial, self._local.error
+        expected = optuna.TrialPruned | RunFailed | UpdateFinishedTrialError | None
+        if number is None or not isinstance(error, expected):
             return False
-        return bool(self.trials_of()[number].state == TrialState.FAIL)
+        return bool(self.get_trials()[number].state == TrialState.FAIL)
 
 
 def _open_study(
-    place: Path, options: argparse.Namespace, direction: Direction
+    folder: Path, options: argparse.Namespace, direction: Direction
 ) -> tuple[optuna.Study, bool]:
     """Create or load the study, and return whether it is new."""
-    url = options.storage or f"sqlite:///{(place / 'study.db').as_posix()}"
+    url = options.storage or f"sqlite:///{(folder / 'study.db').as_posix()}"
     if url.startswith(("postgresql://", "postgres://")):
-        # The driver of the extra `study`.
+        # psycopg is the driver in the extra `study`.
         url = f"postgresql+psycopg://{url.partition('://')[2]}"
     try:
         try:
             storage = _open_storage(url)
         except sqlalchemy.exc.DatabaseError:
-            # If two processes create the tables at once, one of them fails.
+            # If two processes create the tables at the same time, one of them fails.
             time.sleep(1)
             storage = _open_storage(url)
         arguments = {
@@ -199,28 +211,28 @@ def _open_study(
             return optuna.create_study(**arguments, direction=direction), True
         except optuna.exceptions.DuplicatedStudyError:
             found = optuna.load_study(**arguments)
-            return found, not _is_described(found)
+            return found, not _has_settings(found)
     except (*STORAGE_ERRORS, ImportError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The storage of the study cannot be used: {str(error).splitlines()[0]}\n"
-            "It is a file by default; a server: "
-            "--storage postgresql://USER:PASSWORD@HOST/DATABASE"
+            "Give a server as --storage postgresql://USER:PASSWORD@HOST/DATABASE, or remove "
+            "--storage to use a file."
         ) from error
 
 
 def _open_storage(url: str) -> RDBStorage:
     return RDBStorage(
         url,
-        heartbeat_interval=HEARTBEAT,
-        grace_period=SILENCE,
+        heartbeat_interval=HEARTBEAT_INTERVAL,
+        grace_period=GRACE_PERIOD,
         heartbeat_stale_trial_callback=retry,
     )
 
 
-def _is_described(found: optuna.Study) -> bool:
+def _has_settings(found: optuna.Study) -> bool:
     """Return whether the process that created the study has stored its settings.
 
-    Waits for that, but not longer than a living process would take.
+    Wait up to 5 seconds for them. A process that takes longer has died.
     """
     for _ in range(5):
         if "settings" in found.user_attrs:

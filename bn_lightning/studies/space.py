@@ -1,4 +1,4 @@
-"""The search space of a sweep: from what a config says to Optuna's distributions and flags."""
+"""The search space of a sweep: read from a config, sampled by Optuna, passed on as flags."""
 
 import json
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from optuna.trial import Trial
 
 from bn_lightning.errors import UserError
 
-# A distribution for each setting that is searched.
+# The distribution of each searched setting.
 Space = dict[str, BaseDistribution]
 
 
 def read(section: Mapping[str, Any]) -> Space:
-    """Return the space that a config describes.
+    """Return the search space of a config.
 
     Raises:
-        UserError: a setting with neither a list of values nor a range.
+        UserError: the values of a setting are neither a list nor a range.
     """
     return {name: _distribution(name, values) for name, values in section.items()}
 
@@ -40,17 +40,18 @@ def _distribution(name: str, values: Any) -> BaseDistribution:
             return FloatDistribution(*ends, **options)
     except (ValueError, TypeError, KeyError) as caught:
         error = caught
-    reason = f": {error}" if error else ""
+    reason = f" ({error})" if error else ""
     raise UserError(
-        f"The space of {name} is {values}{reason}\n"
-        "It must be a list of values, or a range {low: 0.01, high: 1.0}, optionally with log: true "
-        "or step: 0.1. A range with two integers has integers only.\n"
-        "YAML reads 1e-3 as text, and 1.0e-3 as a number."
+        f"The space of {name} is invalid: {values}{reason}\n"
+        "Give a list of values, or a range such as {low: 0.01, high: 1.0}.\n"
+        "A range may also have `log: true` or `step: 0.1`. "
+        "If both ends are integers, only integers are tried.\n"
+        "YAML reads 1e-3 as text; write 1.0e-3."
     ) from error
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """Return a value for each setting of the space, chosen by the trial's sampler."""
+    """Return a value for each setting, chosen by the sampler of the trial."""
     return {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
 
 
@@ -64,8 +65,8 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     return trial.suggest_float(name, low, high, step=distribution.step, log=log)
 
 
-def extremes(space: Space) -> list[dict[str, Any]]:
-    """Return settings that show whether a space is valid: each value of a list, ends of a range."""
+def settings_to_check(space: Space) -> list[dict[str, Any]]:
+    """Return the settings to validate: each value of a list, and both ends of a range."""
     found: list[dict[str, Any]] = []
     for name, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):
@@ -77,7 +78,7 @@ def extremes(space: Space) -> list[dict[str, Any]]:
 
 
 def flags(params: Mapping[str, Any]) -> list[str]:
-    """Return settings as flags of `fit`."""
+    """Return settings as command-line flags of `fit`."""
     found = []
     for name, value in params.items():
         found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]

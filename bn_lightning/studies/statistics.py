@@ -1,4 +1,4 @@
-"""Statistics over many runs: means with intervals, and differences paired by seed."""
+"""Statistics over runs: means with intervals, and differences paired by seed."""
 
 import math
 import statistics
@@ -9,25 +9,33 @@ from typing import Any, Literal
 
 from scipy import stats
 
-# Names in table.csv and table.json that differ from those of `Row`.
-KEYS = {"metric": "figure", "variant": "choice", "compared_by": "held_by"}
+# Column names in the CSV and JSON files that differ from the names of the fields here.
+KEYS = {
+    "metric": "figure",
+    "variant": "choice",
+    "baseline": "reference",
+    "compared_by": "held_by",
+}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The validation metric by which runs are compared, and its better direction."""
+    """The validation metric that selects checkpoints, and whether lower or higher is better.
+
+    Runs are compared by the same metric.
+    """
 
     metric: str
     mode: Literal["min", "max"]
 
     @property
     def label(self) -> str:
-        """The metric's name in tables and plots: `val loss` for `val_loss`."""
+        """The name of the metric in tables and plots: `val loss` for `val_loss`."""
         return self.metric.replace("_", " ")
 
     @property
     def test_metric(self) -> str:
-        """The same metric of the test set: `test_loss` for `val_loss`."""
+        """The same metric on the test set: `test_loss` for `val_loss`."""
         return f"test_{self.metric.removeprefix('val_')}"
 
     @property
@@ -36,7 +44,7 @@ class Selection:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """The direction as Optuna names it."""
+        """The direction in Optuna's terms."""
         return "maximize" if self.mode == "max" else "minimize"
 
     def has_reached(self, value: float, threshold: float) -> bool:
@@ -58,11 +66,12 @@ class Run:
     """One run of a comparison.
 
     Attributes:
-        variant, seed: what was trained.
-        folder: the run's folder.
-        failure: why the run has no result; None if it has one.
-        result: its result.json.
-        epochs: the training metrics of each epoch.
+        variant: name of the variant.
+        seed: seed of the run.
+        folder: folder of the run.
+        failure: why the run has no result, or None if it has one.
+        result: content of result.json.
+        epochs: training metrics of each epoch.
         validations: step and metrics of each validation.
     """
 
@@ -75,7 +84,7 @@ class Run:
     validations: list[dict[str, float]] = field(default_factory=list)
 
     def steps_to(self, threshold: float, selection: Selection) -> int | None:
-        """Return the step of the first validation that has reached the threshold, if any."""
+        """Return the step of the first validation that reached the threshold, or None."""
         for metrics in self.validations:
             if selection.has_reached(metrics[selection.metric], threshold):
                 return int(metrics["step"])
@@ -87,9 +96,10 @@ class ReportedMetric:
     """A metric in the table of a comparison.
 
     Attributes:
-        value_of: returns the metric of a run, None if it has none.
-        compared_by: whether two runs are compared by their difference or by their ratio.
-        digits: number of decimals that are shown.
+        name: header of the metric's table.
+        value_of: returns the metric of a run, or None if the run does not have it.
+        compared_by: whether runs are compared by their difference or by their ratio.
+        digits: number of decimals in the table.
     """
 
     name: str
@@ -103,16 +113,21 @@ class Row:
     """One metric over all runs of one variant.
 
     Intervals are 95% intervals of the mean over seeds, by Student's t. A ratio is the geometric
-    mean of the ratios of all pairs; its interval is that of the mean of their logarithms. The
-    effect size is Cohen's d of the pairs: the mean of their differences (or of the logarithms of
-    their ratios) divided by its standard deviation.
+    mean of the ratios of all pairs. Its interval is computed from their logarithms. The effect size
+    is Cohen's d of the pairs: the mean of their differences divided by the standard deviation. For
+    ratios, it is computed from their logarithms too.
 
     Attributes:
-        runs: number of runs of this variant; n: those with this metric; failed: those without a
-            result.
-        reference: the variant that this one is compared with.
+        runs: number of runs of this variant.
+        n: number of runs with this metric.
+        failed: number of runs without a result.
+        mean, sd: mean and standard deviation over seeds.
+        low, high: ends of the interval of the mean.
+        compared_by: "difference" or "ratio".
+        baseline: the variant that this one is compared with.
         pairs: number of seeds for which both variants have the metric.
-        compared: the mean difference from the reference, or the mean ratio to it.
+        compared: mean difference from the baseline, or mean ratio to it.
+        compared_low, compared_high: ends of its interval.
     """
 
     metric: str
@@ -125,7 +140,7 @@ class Row:
     low: float | None
     high: float | None
     compared_by: str
-    reference: str
+    baseline: str
     pairs: int
     compared: float | None
     compared_low: float | None
@@ -133,18 +148,21 @@ class Row:
     effect_size: float | None
 
     def as_data(self) -> dict[str, Any]:
-        """Return the row under the column names of table.csv and table.json."""
+        """Return the row with the column names of table.csv and table.json."""
         return {KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
 
 
 def validated_on_test_set(runs: Iterable[Run]) -> bool:
+    """Return whether any run used the test set for validation."""
     return any(run.result.get("val_images_from") == "test set" for run in runs)
 
 
-def reached_by_all(runs: Iterable[Run], selection: Selection) -> float | None:
-    """Return a threshold that the mean of each variant has reached at the end of training.
+def default_threshold(runs: Iterable[Run], selection: Selection) -> float | None:
+    """Return a threshold that every variant reaches, on average over its seeds.
 
-    It is the final value of the worst variant, rounded to the side that it has reached.
+    It is the final value of the worst variant, rounded so that this variant still reaches it. A
+    metric such as accuracy, for which higher is better, is rounded down to a multiple of 0.005.
+    Other metrics are rounded up to two significant digits. Return None without such a threshold.
     """
     finals: dict[str, list[float]] = {}
     for run in runs:
@@ -156,7 +174,7 @@ def reached_by_all(runs: Iterable[Run], selection: Selection) -> float | None:
     worst = selection.worst(means)
     if selection.mode == "max":
         return math.floor(worst * 200) / 200 or None
-    # A minimized metric may have any scale.
+    # Accuracy is at most 1, but a loss or an error may have any scale.
     two_digits = Context(prec=2, rounding=ROUND_CEILING)
     return float(two_digits.create_decimal(repr(worst)))
 
@@ -164,15 +182,15 @@ def reached_by_all(runs: Iterable[Run], selection: Selection) -> float | None:
 def reported_metrics(
     runs: Iterable[Run], selection: Selection, threshold: float | None
 ) -> list[ReportedMetric]:
-    """Return the metrics of the table: training, selection, test, steps to a threshold, speed."""
+    """Return the reported metrics: train loss, validation, test, steps to a threshold, speed."""
     names = {
         "train_loss": "train loss",
         selection.metric: selection.label,
         selection.test_metric: selection.test_label,
     }
     if validated_on_test_set(runs):
-        # Validation and test metric are the same, and nothing was selected: the last epoch is one
-        # among others.
+        # Validation and test metric are the same, and no checkpoint was selected. The metric of
+        # the last epoch is noisy, so the best epoch and a mean are reported too.
         del names[selection.metric]
         names |= {
             f"{selection.metric}_best": f"{selection.test_label}, best epoch",
@@ -197,27 +215,27 @@ def _from_result(name: str) -> Callable[[Run], float | None]:
 
 
 def _short(value: float) -> str:
-    """Return a number with three decimals, or with six digits where it is small or large."""
+    """Return a number with three decimals, or with six digits if it is very small or large."""
     return f"{value:.3f}" if 0.01 <= abs(value) < 1_000 or value == 0 else f"{value:g}"
 
 
 def rows(
-    runs: Sequence[Run], metrics: Iterable[ReportedMetric], references: Mapping[str, str]
+    runs: Sequence[Run], metrics: Iterable[ReportedMetric], baselines: Mapping[str, str]
 ) -> list[Row]:
     """Return a row for each metric and variant.
 
     Args:
-        references: for each variant, the one that it is compared with.
+        baselines: the name of each variant, and of the variant that it is compared with.
     """
-    return [_row(runs, metric, *pair) for metric in metrics for pair in references.items()]
+    return [_row(runs, metric, *pair) for metric in metrics for pair in baselines.items()]
 
 
-def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, reference: str) -> Row:
+def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, baseline: str) -> Row:
     own_runs = [run for run in runs if run.variant == variant]
     own = _by_seed(own_runs, metric)
     others: dict[int, float] = {}
-    if variant != reference:
-        others = _by_seed([run for run in runs if run.variant == reference], metric)
+    if variant != baseline:
+        others = _by_seed([run for run in runs if run.variant == baseline], metric)
     pairs = [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
     compared, compared_low, compared_high, effect_size = _compare(pairs, metric.compared_by)
     mean, sd, low, high = mean_and_interval(list(own.values()))
@@ -232,7 +250,7 @@ def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, reference: s
         low=low,
         high=high,
         compared_by=metric.compared_by,
-        reference=reference,
+        baseline=baseline,
         pairs=len(pairs),
         compared=compared,
         compared_low=compared_low,
@@ -249,7 +267,7 @@ def _by_seed(runs: Iterable[Run], metric: ReportedMetric) -> dict[int, float]:
 def _compare(
     pairs: Iterable[tuple[float, float]], by: Literal["difference", "ratio"]
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Return the mean difference or ratio of pairs, the ends of its interval, the effect size."""
+    """Return mean difference or ratio of pairs, lower and upper end of its interval, Cohen's d."""
     if by == "difference":
         mean, sd, *ends = mean_and_interval([a - b for a, b in pairs])
         found = [mean, *ends]
@@ -263,7 +281,10 @@ def _compare(
 def mean_and_interval(
     values: Sequence[float],
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Return mean, standard deviation and 95% interval of the mean; of one value only itself."""
+    """Return mean, standard deviation, and lower and upper end of the 95% interval of the mean.
+
+    With fewer than two values, the last three are None.
+    """
     if len(values) < 2:
         return (values[0] if values else None), None, None, None
     mean, sd = statistics.mean(values), statistics.stdev(values)

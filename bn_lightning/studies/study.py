@@ -1,4 +1,4 @@
-"""A study: the settings that its runs share, the folder of each run, and what may be resumed."""
+"""A study: the settings of its runs, its folder, and what may be resumed."""
 
 import json
 import signal
@@ -17,11 +17,11 @@ from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.losses import FAILURE
 
-# Weaker than what is typed: monitors are for looking at single runs, and --jobs is for several runs
-# at once.
+# Flags on the command line override these. Monitors are useful for single runs only. Several runs
+# use the hardware better by --jobs than by --trainer.devices.
 DEFAULTS = ("--monitor", "false", "--trainer.devices", "1")
 
-# Among the settings of a study: the selected metric and its direction.
+# The key under which a study stores the metric that the task selects by, and its direction.
 SELECTS = "task.selects"
 
 HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
@@ -30,13 +30,13 @@ HELP_NAME = "Name of the study; its runs are stored in runs/NAME"
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study, as they will be trained.
+    """The settings of the runs of a study.
 
     Attributes:
-        root: the folder in which all studies and runs are stored.
-        settings: the settings of each run by their names, such as `trainer.max_epochs`.
-        defaults: the settings of `fit` where nothing is set.
-        holds_out: whether every run is validated, and on held-out samples.
+        root: the folder of all studies and runs.
+        settings: the settings of each run, by names such as `trainer.max_epochs`.
+        defaults: the default settings of `fit`.
+        holds_out: whether every run validates on held-out samples.
     """
 
     root: Path
@@ -45,21 +45,23 @@ class Plan:
     holds_out: bool
 
 
-def rehearse(reference: str, *runs: Sequence[str]) -> Plan:
-    """Validate the settings of each run by constructing what `fit` would construct, and the data.
+def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
+    """Validate the settings of each run, and prepare the data.
+
+    Everything that `fit` would construct is constructed, but nothing is trained.
 
     Args:
-        reference: of the experiment.
-        runs: for each run, the arguments of `fit`.
+        reference: import path of the experiment.
+        runs: the arguments of `fit` for each run.
 
     Raises:
-        UserError: whatever is wrong with the settings or the data.
+        UserError: the settings or the data are invalid.
     """
     settings: list[dict[str, Any]] = []
     defaults: dict[str, Any] = {}
     roots, modules, holds_out = set(), [], True
     for arguments in runs:
-        # Only its data module is kept: networks may be large, and runs many.
+        # Keep only the data module. Many networks would take a lot of memory.
         cli = run.command_line(["fit", *arguments], reference, run.Rehearsal)
         _refuse_settings(cli)
         settings.append(_named(cli, cli.config.fit))
@@ -69,15 +71,15 @@ def rehearse(reference: str, *runs: Sequence[str]) -> Plan:
         defaults = defaults or _named(cli, cli.defaults())
     if len(roots) > 1:
         raise UserError(
-            "All runs of a study are stored in one place: give all of them the same "
-            "--trainer.default_root_dir."
+            "All runs of a study are stored in the same folder, but --trainer.default_root_dir "
+            "differs between them.\nSet it once, for all runs."
         )
     _prepare(modules)
     return Plan(roots.pop(), settings, defaults, holds_out)
 
 
 def _prepare(modules: Sequence[DataModule]) -> None:
-    """Prepare the data of all runs; modules that read the same data read them once."""
+    """Prepare the data of all runs. The same data is read only once."""
     for number, module in enumerate(modules):
         for earlier in modules[:number]:
             module.reuse(earlier)
@@ -85,52 +87,59 @@ def _prepare(modules: Sequence[DataModule]) -> None:
 
 
 def _refuse_settings(cli: run.CLI) -> None:
+    """Raise a UserError for settings of `fit` that a study does not support."""
     settings = cli.config.fit
     for name in ("ckpt_path", "resume"):
         if settings[name] is not None:
             raise UserError(
-                f"--{name} cannot be used in a study: each of its runs starts from new weights.\n"
+                f"--{name} cannot be used in a study: each run starts from new weights.\n"
                 "Remove the flag."
             )
     if settings.trainer.fast_dev_run or settings.trainer.enable_checkpointing is False:
         raise UserError(
             "--trainer.fast_dev_run and --trainer.enable_checkpointing false cannot be used in a "
-            "study: results are read from each run's folder.\nRemove the flag."
+            "study: results are read from each run's folder, and these flags write none.\n"
+            "Remove the flag."
         )
     if cli.trainer.world_size > 1:
         raise UserError(
-            "Each run of a study has one process: --trainer.devices 1. To train several runs in "
-            "parallel: --jobs 2"
+            "Each run of a study uses one process, but the settings request "
+            f"{cli.trainer.world_size}.\n"
+            "Use --trainer.devices 1. To train several runs in parallel, add --jobs 2."
         )
 
 
 def _named(cli: run.CLI, settings: Any) -> dict[str, Any]:
-    """Return settings by their names, without those that do not change what is computed."""
+    """Return settings by name, without those that do not affect the result of a run."""
     found = folder.flat(cli.as_plain_data(settings))
     return {name: value for name, value in found.items() if name not in folder.NOT_RECORDED}
 
 
 def _holds_out(cli: run.CLI) -> bool:
+    """Return whether a run validates on held-out samples."""
     return not cli.datamodule.validates_on_test_set and cli.trainer.limit_val_batches != 0
 
 
 @contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Lock the folder of a study against other processes.
+def locked(path: Path) -> Iterator[None]:
+    """Create the folder of a study, and lock it against other processes.
 
     Raises:
-        UserError: another process has locked it, or it cannot be made.
+        UserError: another process has locked the folder, or it cannot be created.
     """
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"The study in {str(path)!r} is under way in another process.") from None
+        raise UserError(
+            f"The study in {str(path)!r} is running in another process.\n"
+            "Wait until that process ends, or start another study: --name NAME"
+        ) from None
     except OSError as error:
         raise UserError(
-            f"No folder for the study can be made in {str(path)!r}: {error.strerror}.\n"
-            "Another place: --trainer.default_root_dir FOLDER"
+            f"The folder {str(path)!r} cannot be created: {error.strerror}.\n"
+            "Choose another place for all studies with --trainer.default_root_dir FOLDER"
         ) from error
     try:
         yield
@@ -139,36 +148,35 @@ def alone_in(path: Path) -> Iterator[None]:
 
 
 def refuse_changes(
-    study: str, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Refuse to resume a study with settings other than those that it began with.
+    """Refuse to resume a study with other settings than those it was started with.
 
-    A setting that did not exist when the study began had its default.
+    A setting that did not exist when the study was started had its default value.
 
     Raises:
-        UserError: settings have changed; the message names them.
+        UserError: settings have changed. The message lists them.
     """
-    before = {**{name: defaults[name] for name in now if name in defaults}, **before}
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    before = {**{key: defaults[key] for key in now if key in defaults}, **before}
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         lines = [
-            f"    --{name} was {before.get(name)} and is now {now.get(name)}"
-            for name in changed[:10]
+            f"    --{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:10]
         ]
         raise UserError(
-            "\n".join([f"The study {study} began with other settings:", *lines])
-            + "\nResume it with the same command, or begin another study: --name NAME"
+            "\n".join([f"The study {name} was started with other settings:", *lines])
+            + "\nUse the original settings to resume it, or start another study: --name NAME"
         )
 
 
 def finished_run(parent: Path) -> Path | None:
-    """Return the last of the runs `parent/N` that is finished."""
+    """Return the folder of the last finished run in `parent/N`."""
     finished = [path for path in _runs(parent) if result.read_result(path).get("finished")]
     return finished[-1] if finished else None
 
 
 def failed_run(parent: Path) -> tuple[Path, str] | None:
-    """Return the last of the runs `parent/N` that a non-finite loss has ended, and a message.
+    """Return the folder of the last run in `parent/N` with a non-finite loss, and a message.
 
     Such a run cannot be resumed with the same settings.
     """
@@ -187,36 +195,36 @@ def _runs(parent: Path) -> list[Path]:
 
 
 @contextmanager
-def running(
+def start_workers(
     reference: str, jobs: int, total: int, done: int
 ) -> Iterator[tuple[workers.Workers, StudyProgress]]:
-    """Start workers for the runs that are left. Within the context, SIGTERM acts as Ctrl-C.
+    """Start workers for the remaining runs. Within the context, SIGTERM acts like Ctrl-C.
 
     Args:
-        reference: of the experiment.
-        jobs: number of runs at once.
-        total: number of runs of the study.
-        done: how many of them have ended before.
+        reference: import path of the experiment.
+        jobs: number of runs in parallel.
+        total: number of runs in the study.
+        done: number of runs that are already done.
 
     Raises:
-        KeyboardInterrupt: the study was stopped. A message says how to resume it.
+        KeyboardInterrupt: the study was stopped. A message about resuming it has been printed.
     """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    left = max(1, total - done)
+    remaining = max(1, total - done)
     try:
         with (
-            workers.Workers(reference, jobs, left) as pool,
+            workers.Workers(reference, jobs, remaining) as pool,
             StudyProgress(total, done) as progress,
         ):
             try:
                 yield pool, progress
             except (KeyboardInterrupt, workers.Interrupted):
                 print(
-                    "\nstopped; finished work is kept, and the same command resumes the study",
+                    "\nStopped. Finished work is saved; the same command resumes the study.",
                     flush=True,
                 )
                 raise KeyboardInterrupt from None
@@ -224,8 +232,11 @@ def running(
         signal.signal(signal.SIGTERM, before)
 
 
-def short(names: Iterable[str]) -> dict[str, str]:
-    """Return the last word of each setting, or all of it where two of them end alike."""
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a short name for each setting.
+
+    It is the part after the last dot, or the whole name if several settings share that part.
+    """
     ends = {name: name.rpartition(".")[2] for name in names}
     return {
         name: end if list(ends.values()).count(end) == 1 else name for name, end in ends.items()

@@ -1,6 +1,6 @@
-"""`sweep`: search the settings with the best validation metric, with Optuna.
+"""`sweep`: search for the settings with the best validation metric, with Optuna.
 
-Each trial is a `fit` in a folder of its own, `runs/NAME/trial-N/M`.
+Each trial is a `fit` in its own folder, `runs/NAME/trial-N/M`.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from bn_lightning.studies.statistics import Selection
 DEFAULTS = (*study.DEFAULTS, "--trainer.limit_test_batches", "0")
 
 DESCRIPTION = """\
-Search the settings with the best validation metric, with Optuna.
+Search for the settings with the best validation metric, with Optuna.
 
-Each trial is a `fit` in a folder of its own, `runs/NAME/trial-N/M`. The test set is never used.
-Trials are stored in a database, by default a file in the folder of the study. With a PostgreSQL
-server any number of machines share one study.
+Each trial is a `fit` in its own folder, `runs/NAME/trial-N/M`. The test set is never used.
+Trials are stored in a database, by default in a file in the folder of the study. With a
+PostgreSQL server, several machines can work on the same study.
 """
 
 EPILOG = """\
-A config has, beside the settings of fit:
+A config with a `sweep` section (all other settings are those of fit):
 
     sweep:
         trials: 30
@@ -45,7 +45,7 @@ A config has, beside the settings of fit:
             model.lr: {low: 0.01, high: 1.0, log: true}
             data.batch_size: [64, 128, 256]
 
-The same command resumes a study; --trials may be increased.
+The same command resumes a study. --trials may be increased.
 """
 
 
@@ -53,25 +53,26 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Space, list[str
     """Return the options of `sweep`, the search space, and the settings that all runs share.
 
     Raises:
-        UserError: a mistake in the options or in a config.
+        UserError: the options or a config are invalid.
     """
     parser = _parser()
     try:
         options, common = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}\nAll options: {parser.prog} --help") from error
+        raise UserError(f"{error}\nFor all options, see: {parser.prog} --help") from error
     section: dict[str, Any] = {}
     configs = []
     for file in options.config:
         content, own_section = _read_config(file)
         section |= own_section
         configs += ["--config", json.dumps(content)]
-    _complete(options, section)
+    _merge(options, section)
+    _check(options)
     space = section.get("space")
     if not isinstance(space, dict) or not space:
         raise UserError(
-            "There is no space to search in: a --config needs a section `sweep` with a `space`.\n"
-            f"For an example: {parser.prog} --help"
+            "No search space is given: add a `sweep` section with a `space` to a --config file.\n"
+            f"For an example, see: {parser.prog} --help"
         )
     return options, spaces.read(space), [*DEFAULTS, *configs, *common]
 
@@ -97,63 +98,77 @@ def _parser() -> argparse.ArgumentParser:
         "--trials",
         type=int,
         metavar="N",
-        help="Number of trials in all, on all machines (default: 30).",
+        help="Total number of trials over all machines (default: 30).",
     )
     parser.add_argument(
-        "--sampler", choices=SAMPLERS, help="How to choose the next settings (default: tpe)."
+        "--sampler",
+        choices=SAMPLERS,
+        help="Method that chooses the settings of each trial (default: tpe).",
     )
     parser.add_argument(
-        "--pruner", choices=PRUNERS, help="How to choose trials to end early (default: asha)."
+        "--pruner", choices=PRUNERS, help="Method that ends poor trials early (default: asha)."
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=study.HELP_JOBS)
     parser.add_argument("--name", default="sweep", help=f"{study.HELP_NAME} (default: sweep).")
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="postgresql://USER:PASSWORD@HOST/DATABASE (default: a file in the study's folder).",
+        help="Database, postgresql://USER:PASSWORD@HOST/DATABASE (default: a file in runs/NAME).",
     )
     return parser
 
 
 def _read_config(file: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of `fit` in a config, and its section `sweep`."""
+    """Return the settings of `fit` in a config, and its `sweep` section."""
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
         return content, {**content.pop("sweep", {})}
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"{file!r} is not a config: {error}") from error
+    except OSError as error:
+        raise UserError(f"The config {file!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise UserError(f"{file!r} is not a valid config: {error}") from error
 
 
-def _complete(options: argparse.Namespace, section: dict[str, Any]) -> None:
-    """Take options that were not typed from the section of a config, and check all of them."""
+def _merge(options: argparse.Namespace, section: dict[str, Any]) -> None:
+    """Set options that are not on the command line to those of the `sweep` section."""
     allowed = ("trials", "sampler", "pruner", "space")
     if unknown := section.keys() - set(allowed):
         raise UserError(
-            f"The section sweep has {', '.join(sorted(unknown))}; it may have {', '.join(allowed)}."
+            f"Unknown settings in the `sweep` section: {', '.join(sorted(unknown))}.\n"
+            f"Use {', '.join(allowed)}."
         )
     for name, default in (("trials", 30), ("sampler", "tpe"), ("pruner", "asha")):
         if getattr(options, name) is None:
             setattr(options, name, section.get(name, default))
+
+
+def _check(options: argparse.Namespace) -> None:
     for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         value = getattr(options, name)
         if value not in known:
-            raise UserError(f"The {name} is {value!r}; it must be one of {', '.join(known)}.")
+            raise UserError(f"Unknown {name} {value!r}: use {' or '.join(known)}.")
     for name in ("trials", "jobs"):
         value = getattr(options, name)
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value}; it must be a whole number, at least 1.")
+            raise UserError(f"{name} is {value!r}, but must be an integer of at least 1.")
 
 
 def main(arguments: list[str], reference: str) -> None:
-    """Run the search; `arguments` begins with the command."""
+    """Run `sweep`. The first of the arguments is the command.
+
+    Raises:
+        UserError: the options or settings are invalid.
+        RunFailed: the storage of the study became unavailable.
+    """
     options, space, common = parse(arguments[1:])
     process.set_up()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    found = experiment.load(reference)
-    selection = Selection(*found.task.selects)
+    loaded = experiment.load(reference)
+    selection = Selection(*loaded.task.selects)
     plan = _plan(reference, space, common, selection)
-    # Settings of the machine and the source of the data may differ between the machines of a study.
-    local = {f"data.{name}" for name in (*found.data.machine_settings, *found.data.source_settings)}
+    # These settings may differ between the machines that work on a study.
+    names = (*loaded.data.machine_settings, *loaded.data.source_settings)
+    local = {f"data.{name}" for name in names}
     settings = {name: value for name, value in plan.settings[0].items() if name not in local}
     fixed = {
         **settings,
@@ -161,27 +176,27 @@ def main(arguments: list[str], reference: str) -> None:
         study.SELECTS: [selection.metric, selection.mode],
     }
     defaults = plan.defaults | {study.SELECTS: fixed[study.SELECTS]}
-    place = plan.root / options.name
-    with contextlib.nullcontext() if options.storage else study.alone_in(place):
-        place.mkdir(parents=True, exist_ok=True)
-        search = Search(place, options, selection.direction, fixed, defaults)
-        is_open = search.trials_of(TrialState.WAITING, TrialState.RUNNING)
-        if len(search.done()) < options.trials or is_open:
+    folder = plan.root / options.name
+    with contextlib.nullcontext() if options.storage else study.locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        search = Search(folder, options, selection.direction, fixed, defaults)
+        unfinished = search.get_trials(TrialState.WAITING, TrialState.RUNNING)
+        if unfinished or len(search.done()) < options.trials:
             _run_trials(search, options, space, common, selection, reference)
-        sweep_report.write(search, options.name, selection, _changed(settings, plan.defaults))
+        sweep_report.write(search, options.name, selection, _non_defaults(settings, plan.defaults))
 
 
 def _plan(reference: str, space: Space, common: Sequence[str], selection: Selection) -> study.Plan:
-    """Rehearse the common settings, and each end of the space.
+    """Validate the common settings, and the settings in the search space.
 
     Raises:
-        UserError: a mistake in the settings, or no held-out samples to select by.
+        UserError: the settings are invalid, or no validation samples are held out.
     """
-    ends = [[*common, *spaces.flags(params)] for params in spaces.extremes(space)]
-    plan = study.rehearse(reference, common, *ends)
+    searched = [[*common, *spaces.flags(params)] for params in spaces.settings_to_check(space)]
+    plan = study.plan_runs(reference, common, *searched)
     if not plan.holds_out:
         raise UserError(
-            f"No validation samples are held out: a sweep selects by {selection.metric}, which "
+            f"No validation samples are held out. A sweep selects by {selection.metric}, which "
             "must not be measured on the test set.\n"
             "Hold out samples with a --data setting (see fit --help), and remove "
             "--trainer.limit_val_batches 0."
@@ -189,8 +204,8 @@ def _plan(reference: str, space: Space, common: Sequence[str], selection: Select
     return plan
 
 
-def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from those of `fit`, without the `DEFAULTS` of a sweep."""
+def _non_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that differ from the defaults of `fit` and from `DEFAULTS`."""
     own = dict(zip(DEFAULTS[::2], DEFAULTS[1::2], strict=True))
     return {
         name: value
@@ -207,19 +222,20 @@ def _run_trials(
     selection: Selection,
     reference: str,
 ) -> None:
-    """Run trials in parallel until there are as many as wanted."""
+    """Run trials in parallel until the requested number is done."""
     done = len(search.done())
     total = max(options.trials, done)
-    with study.running(reference, options.jobs, total, done) as (pool, progress):
+    with study.start_workers(reference, options.jobs, total, done) as (pool, progress):
         objective = Objective(search, space, common, selection, pool, progress)
         try:
             threads = [
-                pool.threads.submit(search.work, objective, pool.stopped) for _ in range(pool.count)
+                pool.threads.submit(search.run_trials, objective, pool.stopped)
+                for _ in range(pool.count)
             ]
             for future in as_completed(threads):
                 future.result()
         except STORAGE_ERRORS as error:
             raise RunFailed(
-                f"The storage of the study is gone: {str(error).splitlines()[0]}\n"
-                "When it is back, the same command resumes the study."
+                f"The storage of the study became unavailable: {str(error).splitlines()[0]}\n"
+                "When it is available again, the same command resumes the study."
             ) from error

@@ -1,4 +1,4 @@
-"""What a sweep leaves: its trials, the config of the winner, and plots."""
+"""The output files of `sweep`: the list of trials, the config of the best one, and plots."""
 
 import collections
 import shlex
@@ -25,44 +25,50 @@ def write(
     selection: Selection,
     settings: Mapping[str, Any],
 ) -> None:
-    """Print the best trials; write all of them, the winner's config and plots.
+    """Print the best trials; write all trials, the config of the best one, and plots.
 
     Args:
-        name: of the study.
-        settings: those that all trials share, where they are not the defaults of `fit`.
+        name: name of the study.
+        settings: settings that all trials share and that are not the defaults of `fit`.
     """
     trials = ranked(search.done(), selection)
-    lines = [_data(trial, selection) for trial in trials]
-    checkpoints.write_whole(search.place / "trials.csv", compare_table.as_csv(lines).encode())
-    shown = [column for column in lines[0] if column not in ("host", "failure")]
-    rows = [[_cell(line.get(column)) for column in shown] for line in lines[:10]]
-    heads = [column.rpartition(".")[2] for column in shown]
-    terminal.print_table(heads, rows, folds=len(shown) - 1)
+    rows = [_row(trial, selection) for trial in trials]
+    file = search.folder / "trials.csv"
+    checkpoints.write_atomically(file, compare_table.as_csv(rows).encode())
+    _print_best(rows)
     states = collections.Counter(map(_state, trials))
     counts = ", ".join(
         f"{states[state]} {state}" for state in ("finished", "ended early", "failed")
     )
-    print(f"\n{len(trials)} trials: {counts}; all in {search.place / 'trials.csv'}")
+    print(f"\n{len(trials)} trials: {counts}. All trials are in {file}")
     best = trials[0]
     if best.state != TrialState.COMPLETE:
-        print("No trial is finished, so there is no winner.", flush=True)
+        print("No trial has finished, so there is no best trial.", flush=True)
         return
-    winner = search.place / "winner.yaml"
+    winner = search.folder / "winner.yaml"
     comment = (
-        f"# The best of {len(trials)} trials of the sweep {name}: trial {best.number}, "
+        f"# The best of {len(trials)} trials in the sweep {name!r}: trial {best.number}, "
         f"{selection.label} {best.value:.4f}.\n#\n"
         f"#     {terminal.program()} fit --config {winner.as_posix()}\n"
     )
     content = folder.nested({"name": f"{name}-winner", **settings, **best.params})
     text = comment + yaml.safe_dump(content, sort_keys=False)
-    checkpoints.write_whole(winner, text.encode())
-    _plot(search.study, search.place)
-    command = shlex.join(["fit", "--config", str(winner)])
-    print(f"the winner, trial {best.number}: {command}", flush=True)
+    checkpoints.write_atomically(winner, text.encode())
+    _plot(search.study, selection, search.folder)
+    command = f"{terminal.program()} fit --config {shlex.quote(str(winner))}"
+    print(f"Best trial: {best.number}. Train with its settings:\n    {command}", flush=True)
+
+
+def _print_best(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the first ten rows."""
+    columns = [column for column in rows[0] if column not in ("host", "failure")]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows[:10]]
+    header = [column.rpartition(".")[2] for column in columns]
+    terminal.print_table(header, cells, folds=len(columns) - 1)
 
 
 def ranked(trials: Sequence[FrozenTrial], selection: Selection) -> list[FrozenTrial]:
-    """Return finished trials from best to worst, then the others."""
+    """Return the finished trials from best to worst, then all others."""
 
     def key(trial: FrozenTrial) -> tuple[bool, float]:
         return trial.state != TrialState.COMPLETE, selection.rank(trial.value)
@@ -76,8 +82,8 @@ def _state(trial: FrozenTrial) -> str:
     return "finished" if trial.state == TrialState.COMPLETE else "ended early"
 
 
-def _data(trial: FrozenTrial, selection: Selection) -> dict[str, Any]:
-    """Return the line of a trial in trials.csv."""
+def _row(trial: FrozenTrial, selection: Selection) -> dict[str, Any]:
+    """Return the row of a trial in trials.csv."""
     return {
         "trial": trial.number,
         "state": _state(trial),
@@ -94,15 +100,16 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plot(study: optuna.Study, place: Path) -> None:
+def _plot(study: optuna.Study, selection: Selection, folder: Path) -> None:
     matplotlib.use("Agg")
-    plots: dict[str, Callable[[optuna.Study], Any]] = {
+    plots: dict[str, Callable[..., Any]] = {
         "history": optuna.visualization.matplotlib.plot_optimization_history,
         "importance": optuna.visualization.matplotlib.plot_param_importances,
     }
     for name, plot in plots.items():
         try:
-            figure = plot(study).figure
-            figure.savefig(place / f"{name}.png", dpi=120, bbox_inches="tight")
-        except (ValueError, RuntimeError) as error:  # one trial, or trials that are all alike
-            print(f"no picture of {name}: {error}")
+            figure = plot(study, target_name=selection.label).figure
+            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        except (ValueError, RuntimeError) as error:
+            # Optuna needs at least two trials with different settings and values.
+            print(f"{name}.png cannot be drawn: {error}")

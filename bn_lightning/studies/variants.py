@@ -1,4 +1,4 @@
-"""The variants of a comparison, and the options of `compare` that define them."""
+"""The variants of a comparison, defined by the options of `compare`."""
 
 import argparse
 import itertools
@@ -11,38 +11,44 @@ from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.studies import study
 
-DESCRIPTION = (
-    "Train norms or settings with several seeds, and compare them in one table and a figure."
-)
+DESCRIPTION = "Train norms or settings with several seeds, and compare them in tables and plots."
 EPILOG = """\
-Every setting of fit is also a setting of compare and holds for all runs: --config configs/X.yaml
---trainer.max_epochs 3. Unfinished runs are resumed, and finished ones are not repeated.
+All settings of fit can be set too, and apply to all runs. For example: --config configs/X.yaml
+--trainer.max_epochs 3. The same command resumes a comparison: it resumes unfinished runs, and
+skips finished ones.
 """
 
 NORM = "model.norm"
 
-# A value of each varied setting: names and values.
+# The name and value of each varied setting.
 Point = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained with each seed: settings, and the variant that it is compared with."""
+    """Settings that are trained with each seed.
+
+    Attributes:
+        name: name in tables and plots.
+        baseline: name of the variant that this one is compared with.
+        configs: config files that only this variant uses.
+        settings: varied settings and their values.
+    """
 
     name: str
-    reference: str
+    baseline: str
     configs: tuple[str, ...]
     settings: Point
 
     @property
     def folder(self) -> str:
-        """The name of the folder of its runs."""
+        """The name of the folder that contains the runs."""
         return re.sub(r"[^\w.,=+-]+", ",", self.name)
 
     def arguments(self, common: Sequence[str]) -> list[str]:
-        """Return the arguments of `fit`, from weak to strong.
+        """Return the arguments of `fit`. Later arguments override earlier ones.
 
-        A config of the variant is weaker than the common arguments, and its settings are stronger.
+        Common arguments override the configs of the variant, and its settings override both.
         """
         configs = [text for config in self.configs for text in ("--config", config)]
         settings = [text for name, value in self.settings for text in (f"--{name}", value)]
@@ -53,7 +59,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Variant], 
     """Return the options of `compare`, the variants, and the settings that all runs share.
 
     Raises:
-        UserError: a mistake in the options.
+        UserError: the options are invalid.
     """
     parser = _parser()
     flags = [text.partition("=")[0] for text in arguments]
@@ -64,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Variant], 
     try:
         options, common = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}\nAll options: {parser.prog} --help") from error
+        raise UserError(f"{error}\nFor all options, see: {parser.prog} --help") from error
     _check(options, varied, common)
     grid: dict[str, list[str]] = {NORM: options.norm} if options.norm else {}
     ablated: dict[str, list[str]] = {}
@@ -77,14 +83,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Variant], 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"{terminal.program()} compare",
-        usage="%(prog)s [--norm NAME ...] [--vary.SETTING VALUE ...] [--ablate.SETTING VALUE ...] "
-        "[--seeds N] [settings of fit]",
+        usage="%(prog)s [--norm NAME ...] [--vary.SETTING VALUE ...]\n"
+        "           [--ablate.SETTING VALUE ...] [--seeds N] [options] [settings of fit]",
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--norm", nargs="+", metavar="NAME", help="Norms: names or import paths.")
+    parser.add_argument(
+        "--norm",
+        nargs="+",
+        metavar="NAME",
+        help="Norms to compare, by name or import path; the first one is the baseline.",
+    )
     parser.add_argument(
         "--vary.SETTING",
         nargs="+",
@@ -95,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ablate.SETTING",
         nargs="+",
         metavar="VALUE",
-        help="Values for one setting; each is tried with the first point of the grid.",
+        help="Values for one setting; each is combined only with the first variant of the grid.",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="Seeds 0 to N-1 (default: 3)."
+        "--seeds", type=int, default=3, metavar="N", help="Train with seeds 0 to N-1 (default: 3)."
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=study.HELP_JOBS)
     parser.add_argument("--name", default="compare", help=f"{study.HELP_NAME} (default: compare).")
@@ -106,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         "--steps_to",
         type=float,
         metavar="VALUE",
-        help="Count the steps until the validation metric that selects checkpoints has reached "
-        "this value (default: one that every variant has reached at its end).",
+        help="Report the number of steps until the validation metric reaches this value "
+        "(default: the final value of the worst variant).",
     )
     return parser
 
@@ -115,34 +126,40 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace, varied: Iterable[str], common: Sequence[str]) -> None:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1.")
+            raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1.")
     names = [flag.partition(".")[2] for flag in varied]
     for name in ("seed_everything", "name", "ckpt_path", "trainer.default_root_dir"):
         if name in names:
             raise UserError(
-                f"{name} cannot be varied. For seeds use --seeds N, for another study --name NAME."
+                f"{name} cannot be varied.\n"
+                "Use --seeds N for the number of seeds, and --name NAME for the study."
             )
     if options.norm and NORM in names:
-        raise UserError("Norms are given twice: use --norm NAME ... alone.")
-    typed = {text.partition("=")[0] for text in common}
-    if "--seed_everything" in typed or (f"--{NORM}" in typed and options.norm):
         raise UserError(
-            "What is compared is given by --norm NAME ... and --seeds N, not by --model.norm and "
-            "--seed_everything."
+            f"Norms are given twice, by --norm and by --vary.{NORM} or --ablate.{NORM}.\n"
+            "Use only --norm NAME ..."
         )
+    flags = {text.partition("=")[0] for text in common}
+    if "--seed_everything" in flags:
+        raise UserError(
+            "--seed_everything cannot be used with compare, which trains with seeds 0 to N-1.\n"
+            "Use --seeds N instead."
+        )
+    if f"--{NORM}" in flags and options.norm:
+        raise UserError(f"--{NORM} cannot be used together with --norm.\nUse only --norm NAME ...")
 
 
 def variants(
     grid: Mapping[str, Sequence[str]], ablated: Mapping[str, Sequence[str]]
 ) -> list[Variant]:
-    """Return a variant for each point of the grid, then for each ablated value.
+    """Return the variants of the grid, then those of the ablation.
 
-    Each point is compared with the first norm with the same other settings, or with the first point
-    where there is one norm only. An ablated value is tried with the first point, and compared with
-    it.
+    The baseline of a variant of the grid has the first norm, and the same other settings. If there
+    is only one norm, the baseline is the first variant. A variant of the ablation is the first
+    variant with one setting added or changed. Its baseline is the first variant.
 
     Raises:
-        UserError: the runs of two variants would be stored in the same folder.
+        UserError: two variants have the same name.
     """
     points: list[Point] = [
         tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
@@ -152,17 +169,17 @@ def variants(
     pairs = [(point, _with_norm(point, norms[0]) if len(norms) > 1 else first) for point in points]
     for name, values in ablated.items():
         pairs += [((*first, (name, value)), first) for value in values]
-    short = study.short({**grid, **ablated})
+    short = study.short_names({**grid, **ablated})
     found: dict[str, Variant] = {}
-    for point, reference in pairs:
+    for point, baseline in pairs:
         configs = tuple(value for name, value in point if name == "config")
         settings = tuple(pair for pair in point if pair[0] != "config")
-        variant = Variant(_name(point, short), _name(reference, short), configs, settings)
-        # Some file systems do not distinguish upper and lower case.
+        variant = Variant(_name(point, short), _name(baseline, short), configs, settings)
+        # Some file systems are case-insensitive.
         if variant.folder.casefold() in found:
             raise UserError(
-                f"Two variants are called {variant.name!r}; their runs would be stored in the "
-                "same folder."
+                f"Two variants have the name {variant.name!r}, so their runs would be stored in "
+                "the same folder.\nRemove one of them, or rename its config file."
             )
         found[variant.folder.casefold()] = variant
     return list(found.values())

@@ -1,6 +1,7 @@
-"""Warm worker processes: each has imported everything once, and runs one `fit` after the other.
+"""Worker processes: each imports everything once, and runs one `fit` after the other.
 
-The parent tells a worker what to run, and is told its progress. A run's result is in its folder.
+The parent sends the arguments of `fit` to a worker, and receives its progress. The result of a run
+is in its folder.
 """
 
 import math
@@ -33,83 +34,90 @@ from bn_lightning.training.task import Task
 
 Connection: TypeAlias = "connection.Connection[Any, Any]"
 
-# Returns whether the run is to continue.
+# Called with the progress of a run. False ends the run.
 OnProgress = Callable[["Progress"], bool]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The fraction of a run that is done, and the selected metric of each validation."""
+    """The progress of a run.
+
+    Attributes:
+        fraction: fraction of the steps that are done.
+        selected: the metric that the task selects by, of each validation so far.
+    """
 
     fraction: float
     selected: list[float]
 
 
 class Interrupted(Exception):
-    """A run was stopped from outside. Its work is saved, and it can be resumed."""
+    """A run was stopped by a signal. Its work is saved, and it can be resumed."""
 
 
 class Workers:
-    """Processes that train runs in parallel, with the cores divided among them.
-
-    A context manager.
+    """A context manager for processes that train runs in parallel.
 
     Args:
-        reference: of the experiment.
-        jobs: number of processes among which the cores are divided.
-        runs: number of runs; no more processes than that are started.
+        reference: import path of the experiment.
+        jobs: number of processes; CPU cores are divided among them.
+        runs: number of runs, the maximum number of processes that are started.
 
     Attributes:
-        threads: as many threads of this process as there are workers, each to wait for a run.
-        stopped: set when the runs are to end.
+        count: number of processes.
+        threads: a pool with one thread per worker. Each thread waits for a run.
+        stopped: set when all runs have to stop.
     """
 
     def __init__(self, reference: str, jobs: int, runs: int) -> None:
         self.reference, self.jobs, self.count = reference, jobs, min(jobs, runs)
         self.threads = ThreadPoolExecutor(self.count)
         self.stopped = threading.Event()
-        self._free: queue.Queue[_Worker] = queue.Queue()
-        self._all: list[_Worker] = []
+        self._idle: queue.Queue[_Worker] = queue.Queue()
+        # Includes workers that have died.
+        self._workers: list[_Worker] = []
 
     def __enter__(self) -> "Workers":
-        if self.jobs > 1:  # read once, when a worker imports torch
+        if self.jobs > 1:
+            # OpenMP reads this when torch is imported, in the worker or its fork server.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
         for _ in range(self.count):
-            self._free.put(self._start())
+            self._idle.put(self._start())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None:
-        """End all workers. A run that is under way finishes its step, and saves its work."""
+        """End all workers. Each running `fit` finishes its current step and saves its work."""
         self.stopped.set()
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._all:
+        for worker in self._workers:
             worker.interrupt()
         self.threads.shutdown()
-        for worker in self._all:
+        for worker in self._workers:
             worker.end()
 
     def _start(self) -> "_Worker":
         worker = _Worker(self.reference)
-        self._all.append(worker)
+        self._workers.append(worker)
         return worker
 
     def fit(self, arguments: Sequence[str], log: Path, on_progress: OnProgress) -> Path:
-        """Run `fit` in a free worker, and return the folder of the run. For any thread.
+        """Run `fit` in an idle worker, and return the folder of the run. Thread-safe.
 
         Args:
-            arguments: of `fit`.
+            arguments: the arguments of `fit`.
             log: the file to which the output of the run is appended.
-            on_progress: called at the end of each epoch and of each validation; False ends the run
-                there, as if it were done. An exception in it ends the process of the run.
+            on_progress: called after each epoch and each validation. If it returns False, the run
+                ends there with a result. If it raises an exception, the worker process is killed.
 
         Raises:
-            RunFailed: the run has failed, or its process has died.
-            Interrupted: the run was stopped.
+            RunFailed: the run failed, or its process died.
+            Interrupted: the run was stopped by a signal.
         """
-        worker = self._free.get()
-        worker.is_busy = True  # from here on it is told to stop
+        worker = self._idle.get()
+        # From here on, `__exit__` interrupts the worker.
+        worker.is_busy = True
         try:
             if self.stopped.is_set():
                 raise Interrupted
@@ -117,48 +125,64 @@ class Workers:
         except EOFError:
             worker.process.join()
             code = worker.process.exitcode or 0
-            if self.stopped.is_set() or code == 130:  # Ctrl-C goes to all processes of a terminal
+            # A terminal sends Ctrl-C to all its processes, which exit with code 130.
+            if self.stopped.is_set() or code == 130:
                 raise Interrupted from None
-            died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise RunFailed(f"Its process has died ({died}). Its output: {log}") from None
+            raise RunFailed(
+                f"The worker process {_describe_exit(code)}. Its output is in {log}."
+            ) from None
         finally:
             worker.is_busy = False
             if not self.stopped.is_set() and not worker.process.is_alive():
                 worker = self._start()
-            self._free.put(worker)
+            self._idle.put(worker)
+
+
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        return f"was killed ({signal.Signals(-code).name})"
+    return f"died (exit code {code})"
 
 
 def _cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class _Worker:
-    """One process, as its parent sees it."""
+    """The parent's end of one worker process."""
 
     def __init__(self, reference: str) -> None:
         context = _context()
-        self._connection, theirs = context.Pipe()
-        told = (theirs, reference, terminal.program())
-        self.process = context.Process(target=_work, args=told)
-        # The process ignores Ctrl-C until it has imported everything.
+        self._connection, child_connection = context.Pipe()
+        arguments = (child_connection, reference, terminal.program())
+        self.process = context.Process(target=_work, args=arguments)
+        # The child inherits the ignored SIGINT: it ignores Ctrl-C until its imports are done.
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         self.process.start()
         if is_main:
             signal.signal(signal.SIGINT, before)
-        theirs.close()  # so that its end is seen here
+        # With this copy open, `recv` would not raise EOFError when the child dies.
+        child_connection.close()
         self.is_busy = False
 
     def fit(self, arguments: Sequence[str], log: Path, on_progress: OnProgress) -> Path:
+        """Run `fit`, as `Workers.fit` does.
+
+        Raises:
+            EOFError: the process died.
+        """
         try:
             self._connection.send((list(arguments), log))
             while isinstance(answer := self._connection.recv(), Progress):
                 try:
                     self._connection.send(on_progress(answer))
                 except Exception:
-                    self.process.kill()  # it waits for an answer
+                    # The process is waiting for an answer that it will not get.
+                    self.process.kill()
                     self.process.join()
                     raise
         except OSError as error:
@@ -168,20 +192,22 @@ class _Worker:
         return Path(answer)
 
     def interrupt(self) -> None:
-        """Make the run that is under way stop after its step."""
+        """Make the current run stop after its current step."""
         if self.is_busy and self.process.is_alive():
             os.kill(self.process.pid or 0, signal.SIGTERM)
 
     def end(self) -> None:
+        """Let the process exit, and wait for it."""
         self._connection.close()
         self.process.join()
 
 
 def _context() -> Any:
-    """Return how worker processes are started.
+    """Return the multiprocessing context that starts the worker processes.
 
-    On Linux they are forked from a server, which imports PyTorch and Lightning once for all of
-    them. The server has no threads, unlike this process, so a fork of it inherits no locked locks.
+    On Linux, they are forked from a server process that imports PyTorch and Lightning once for all
+    of them. This process has threads, and a fork of it could inherit a lock that a thread holds.
+    The server has no threads.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -190,7 +216,7 @@ def _context() -> Any:
     return context
 
 
-# In the worker's process
+# The functions and classes below run in the worker process.
 
 
 def _work(parent: Connection, reference: str, program: str) -> None:
@@ -211,7 +237,7 @@ def _work(parent: Connection, reference: str, program: str) -> None:
             redirect_stdout(file),
             redirect_stderr(file),
         ):
-            # Also for output that does not go through Python.
+            # Redirect the file descriptors too, for output from C code.
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             answer = _fit(arguments, reference, parent)
@@ -221,6 +247,7 @@ def _work(parent: Connection, reference: str, program: str) -> None:
 
 
 def _exit_with_parent() -> None:
+    """Wait until the parent process ends, then exit."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -228,7 +255,7 @@ def _exit_with_parent() -> None:
 
 
 def _fit(arguments: list[str], reference: str, parent: Connection) -> Path | Exception:
-    """Return the folder of the run, or why it has no result."""
+    """Run `fit`. Return the folder of the run, or the exception for the parent to raise."""
     try:
         reporter = _Reporter(parent)
         done = run.command_line(["fit", *arguments], reference, _WarmCLI, [reporter])
@@ -242,11 +269,11 @@ def _fit(arguments: list[str], reference: str, parent: Connection) -> Path | Exc
         traceback.print_exc()
         return RunFailed(f"{type(error).__name__}: {error}")
     finally:
-        _WarmCLI.forget_trainers()
+        _WarmCLI.release_trainers()
 
 
 class _WarmCLI(run.CLI):
-    """A run that takes over what earlier runs of this process have read."""
+    """A run that reuses the data that earlier runs of this process have read."""
 
     _earlier: ClassVar[deque[DataModule]] = deque(maxlen=4)
 
@@ -257,19 +284,20 @@ class _WarmCLI(run.CLI):
         self._earlier.append(self.datamodule)
 
     @classmethod
-    def forget_trainers(cls) -> None:
-        """Release the networks of earlier runs, which their data modules refer to."""
+    def release_trainers(cls) -> None:
+        """Drop the references from data modules to trainers, which keep the networks alive."""
         for module in cls._earlier:
             module.trainer = None
 
 
 class _Reporter(pl.Callback):
-    """Reports progress to the parent, and ends the run if the parent says so."""
+    """Reports progress to the parent, and ends the run if the parent answers False."""
 
     def __init__(self, parent: Connection) -> None:
         self.parent = parent
 
     def report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Send the progress, and wait for the answer."""
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, Task)
@@ -287,11 +315,11 @@ class _Reporter(pl.Callback):
 
 
 def _planned_steps(trainer: pl.Trainer) -> float:
-    """Return the number of steps of the whole run; infinite if it is unknown."""
+    """Return the total number of steps of a run, or infinity if it is unknown."""
     if trainer.max_steps >= 0:
         return trainer.max_steps
     batches, epochs = trainer.num_training_batches, trainer.max_epochs or 1
     if epochs < 0 or math.isinf(batches):
         return math.inf
-    # Rounded up: the last step of an epoch may accumulate fewer batches.
+    # Round up, because the last step of an epoch may accumulate fewer batches.
     return epochs * -(-batches // trainer.accumulate_grad_batches)

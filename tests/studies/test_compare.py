@@ -1,4 +1,4 @@
-"""Many runs, one table: what is run, what is not run again, and what stands in the table."""
+"""`compare` end to end: which runs it trains, and what its tables contain."""
 
 import csv
 import json
@@ -21,83 +21,67 @@ import torch
 from torch import nn
 
 
-class Drawn(nn.BatchNorm2d):
+class Random(nn.BatchNorm2d):
     def __new__(cls, num_features, num_dims):
-        torch.rand(100)  # random numbers of its own
+        torch.rand(100)  # consumes random numbers
         return (nn.BatchNorm2d if num_dims == 4 else nn.BatchNorm1d)(num_features)
 """
-ARGUMENTS = (
-    "compare",
-    "--norm",
-    "builtin",
-    "none",
-    "drawn.Drawn",
-    "--seeds",
-    "2",
-    "--jobs",
-    "2",
-    *QUICK,
-)
+NORMS = ("builtin", "none", "random_norm.Random")
+ARGUMENTS = ("compare", "--norm", *NORMS, "--seeds", "2", "--jobs", "2", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The folder of a comparison on the sample, and its output. No test may change it."""
     cwd = tmp_path_factory.mktemp("compared")
-    (cwd / "drawn.py").write_text(NORM)
+    (cwd / "random_norm.py").write_text(NORM)
     return cwd, run_here(*ARGUMENTS, cwd=cwd).stdout
 
 
 def table_of(text):
-    """The printed lines, without those of single runs."""
+    """Return the output without the lines of single runs."""
     return [line for line in text.splitlines() if not line.startswith("[")]
 
 
-def test_each_number_is_that_of_the_run_it_names(compared):
-    place = compared[0] / "runs/compare"
-    lines = list(csv.DictReader((place / "runs.csv").open()))
+def test_tables_contain_the_results_of_the_runs(compared):
+    folder = compared[0] / "runs/compare"
+    lines = list(csv.DictReader((folder / "runs.csv").open()))
     assert [(line["choice"], line["seed"]) for line in lines] == [
-        (norm, str(seed)) for seed in (0, 1) for norm in ("builtin", "none", "drawn.Drawn")
+        (norm, str(seed)) for seed in (0, 1) for norm in NORMS
     ]
     for line in lines:
         result = json.loads((compared[0] / line["folder"] / "result.json").read_text())
-        assert (
-            result["finished"]
-            and result["seed"] == int(line["seed"])
-            and result["norm"] == line["choice"]
-        )
+        assert result["finished"]
+        assert (result["norm"], result["seed"]) == (line["choice"], int(line["seed"]))
         for name in ("train loss", "val acc", "test acc"):
             assert float(line[name]) == result[name.replace(" ", "_")], name
         assert float(line["samples per second"]) == result["images_per_second"]
         settings = yaml.safe_load((compared[0] / line["folder"] / "config.yaml").read_text())
         assert settings["monitor"] is False
-    rows = json.loads((place / "table.json").read_text())["rows"]
+    rows = json.loads((folder / "table.json").read_text())["rows"]
     [mean] = [row["mean"] for row in rows if (row["figure"], row["choice"]) == ("test acc", "none")]
-    assert mean == pytest.approx(
-        sum(float(line["test acc"]) for line in lines if line["choice"] == "none") / 2
-    )
-    assert (place / "table.txt").read_text() in compared[1]
-    assert (
-        "| test acc | n | mean ± sd | 95% interval | to builtin (95%) | d |"
-        in (place / "table.md").read_text()
-    )
-    with Image.open(place / "curves.png") as picture:
+    accuracies = [float(line["test acc"]) for line in lines if line["choice"] == "none"]
+    assert mean == pytest.approx(sum(accuracies) / 2)
+    assert (folder / "table.txt").read_text() in compared[1]
+    header = "| test acc | n | mean ± sd | 95% interval | vs builtin (95%) | d |"
+    assert header in (folder / "table.md").read_text()
+    with Image.open(folder / "curves.png") as picture:
         assert len(picture.convert("L").getcolors(256)) > 50
 
 
-def test_with_a_seed_all_variants_begin_with_the_same_weights(compared, monkeypatch):
+def test_variants_with_the_same_seed_start_from_the_same_weights(compared, monkeypatch):
     monkeypatch.syspath_prepend(compared[0])
     from bn_lightning import LeNet
 
     networks = []
-    for norm in ("custom", "none", "drawn.Drawn"):
+    for norm in ("custom", "none", "random_norm.Random"):
         torch.manual_seed(0)
         networks.append(dict(LeNet(norm).named_parameters()))
     for name, value in networks[1].items():
         assert all(torch.equal(network[name], value) for network in networks), name
 
 
-def test_a_comparison_that_is_done_does_nothing_and_says_the_same(compared):
+def test_a_finished_comparison_trains_nothing_and_prints_the_same_tables(compared):
     files = [path for path in compared[0].rglob("*") if path.parent.name == "checkpoints"]
     before = {path: path.stat().st_mtime_ns for path in files}
     again = run_here(*ARGUMENTS, cwd=compared[0]).stdout
@@ -110,70 +94,50 @@ def test_other_settings_under_the_same_name_are_refused(compared):
     assert done.returncode == 2 and "--model.lr was 1.0 and is now 0.5" in done.stderr
 
 
-def test_more_seeds_and_variants_are_added_to_it(main, tmp_path):
-    few = (
-        "compare",
-        "--name",
-        "some/thing",
-        "--norm",
-        "none",
-        *QUICK,
-        "--trainer.limit_train_batches",
-        "5",
-        "--model.activation",
-        "relu",
-    )
+def test_seeds_and_variants_can_be_added(main, tmp_path):
+    few = ("compare", "--name", "some/thing", "--norm", "none", "--model.activation", "relu")
+    few += (*QUICK, "--trainer.limit_train_batches", "5")
     assert main(*few, "--vary.model.lr", "0.1", "--seeds", "1")[0] == 0
     more = (*few, "--vary.model.lr", "0.1", "1e30", "--seeds", "2")
     code, out, err = main(*more)
     assert code == 0, err
-    assert (
-        "[1/4]" not in out and "[2/4] none lr=1e30, seed 0: FAILED: non-finite loss in step" in out
-    )
+    assert "[1/4]" not in out
+    assert "[2/4] none lr=1e30, seed 0: FAILED: non-finite loss in step" in out
     assert "0 of 2" in out and "4 runs, 2 failed" in out
     assert (tmp_path / "runs/some/thing/model.lr.png").is_file()
     code, again, _ = main(*more)
     assert code == 0 and table_of(again) == table_of(out)
 
 
-DEADLY = """\
+KILLED = """\
 import multiprocessing, os, signal
 from torch import nn
 
 
 def norm(num_features, num_dims):
-    if os.path.exists("deadly") and multiprocessing.parent_process():
+    if os.path.exists("kill") and multiprocessing.parent_process():
         os.kill(os.getpid(), signal.SIGKILL)
     return nn.Identity()
 """
 
 
-def test_a_run_whose_process_is_killed_is_counted_and_run_again_the_next_time(tmp_path):
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    arguments = ("compare", "--norm", "none", "deadly.norm", "--seeds", "1", *QUICK)
-    (tmp_path / "deadly").touch()
+def test_a_killed_run_counts_as_failed_and_is_repeated_by_the_next_command(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    arguments = ("compare", "--norm", "none", "killed.norm", "--seeds", "1", *QUICK)
+    (tmp_path / "kill").touch()
     out = run_here(*arguments, cwd=tmp_path).stdout
-    assert "deadly.norm, seed 0: FAILED: Its process has died (SIGKILL)" in out
+    assert "killed.norm, seed 0: FAILED: The worker process was killed (SIGKILL)" in out
     assert "2 runs, 1 failed" in out
-    (tmp_path / "deadly").unlink()
+    (tmp_path / "kill").unlink()
     out = run_here(*arguments, cwd=tmp_path).stdout
-    assert "[2/2] deadly.norm" in out and "2 runs, 0 failed" in out
+    assert "[2/2] killed.norm" in out and "2 runs, 0 failed" in out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_comparison_that_is_stopped_is_resumed(tmp_path, number):
-    arguments = [
-        sys.executable,
-        "-m",
-        "bn_lightning",
-        "compare",
-        "--norm",
-        "none",
-        "--seeds",
-        "2",
-        *QUICK,
-    ]
+def test_a_stopped_comparison_is_resumed(tmp_path, number):
+    arguments = [sys.executable, "-m", "bn_lightning", "compare", "--norm", "none"]
+    arguments += ["--seeds", "2", *QUICK]
     arguments += ["--trainer.max_epochs", "8", "--data.batch_size", "32"]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -183,20 +147,19 @@ def test_a_comparison_that_is_stopped_is_resumed(tmp_path, number):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.5)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
-        number
-    )  # the terminal's way
+    # A terminal sends Ctrl-C to the whole process group.
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
     assert number == signal.SIGKILL or "the same command resumes the study" in out
     end = time.monotonic() + 5
-    while (
-        subprocess.run(
-            ["pgrep", "-g", str(process.pid), "-r", "R,S,D,T"], stdout=subprocess.DEVNULL
-        ).returncode
-        == 0
-    ):
-        assert time.monotonic() < end, "a worker has outlived its parent"
+    # Processes of the group that have not exited.
+    pgrep = ["pgrep", "-g", str(process.pid), "-r", "R,S,D,T"]
+    while subprocess.run(pgrep, stdout=subprocess.DEVNULL).returncode == 0:
+        assert time.monotonic() < end, "a worker still runs after its parent has exited"
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "[2/2]" in done.stdout, done.stderr
     result = json.loads((checkpoint.parent.parent / "result.json").read_text())
@@ -204,23 +167,26 @@ def test_a_comparison_that_is_stopped_is_resumed(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--norm", "layer"), "Unknown norm 'layer'"),
         (("--vary.model.rate", "1"), "Did you mean"),
-        (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
+        (("--seeds", "0"), "--seeds is 0, but must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),
-        (("--model.norm=custom", "--norm", "none"), "What is compared is given by --norm"),
+        (
+            ("--model.norm=custom", "--norm", "none"),
+            "--model.norm cannot be used together with --norm",
+        ),
         (("--vary.seed_everything", "1", "2"), "seed_everything cannot be varied"),
-        (("--trainer.devices", "2"), "Each run of a study has one process"),
-        (("--vary.config", "a/x.yaml", "b/x.yaml"), "Two variants are called 'x'"),
+        (("--trainer.devices", "2"), "Each run of a study uses one process"),
+        (("--vary.config", "a/x.yaml", "b/x.yaml"), "Two variants have the name 'x'"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--ckpt_path", "last"), "--ckpt_path cannot be used in a study"),
         (("--trainer.fast_dev_run", "true"), "--trainer.fast_dev_run and"),
         (("--data.source", "elsewhere"), "elsewhere"),
     ],
 )
-def test_mistakes_are_reported_before_anything_is_run(main, tmp_path, arguments, said):
+def test_mistakes_are_reported_before_any_run(main, tmp_path, arguments, message):
     code, _, err = main("compare", *QUICK, *arguments)
-    assert code == 2 and said in err and len(err.splitlines()) < 25, err
+    assert code == 2 and message in err and len(err.splitlines()) < 25, err
     assert not (tmp_path / "runs").exists()

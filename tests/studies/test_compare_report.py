@@ -1,4 +1,4 @@
-"""What a comparison leaves, from its runs alone."""
+"""The output files of `compare`, written from given runs."""
 
 import csv
 import json
@@ -23,48 +23,48 @@ def run(variant, seed, error):
 
 @pytest.fixture
 def written(tmp_path, capsys):
-    """The folder of a report, and what was printed."""
+    """The folder of a report, and the printed text."""
     runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
     runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss in step 3, epoch 1"))
     compare_report.write(tmp_path, runs, VARIANTS, MIN, None)
     return tmp_path, capsys.readouterr().out
 
 
-def test_the_table_is_printed_and_written(written):
-    place, out = written
-    text = (place / "table.txt").read_text()
+def test_tables_are_printed_and_written(written):
+    folder, out = written
+    text = (folder / "table.txt").read_text()
     assert out.startswith(text)
     heads = [line.split("  ")[0] for line in text.splitlines()]
     shown = ("train loss", "val rmse", "test rmse", "steps to 2.300", "samples per second")
     assert [head for head in heads if head in shown] == list(shown)
     failure = "lr=2, seed 1: non-finite loss in step 3, epoch 1 (lr=2/1)"
     assert f"failed: {failure}\n" in text
-    assert f"- failed: {failure}" in (place / "table.md").read_text()
-    head = "| test rmse | n | mean ± sd | 95% interval | to lr=1 (95%) | d |"
-    assert head in (place / "table.md").read_text()
-    assert f"4 runs, 1 failed; table, runs and pictures are in {place}" in out
+    assert f"- failed: {failure}" in (folder / "table.md").read_text()
+    head = "| test rmse | n | mean ± sd | 95% interval | vs lr=1 (95%) | d |"
+    assert head in (folder / "table.md").read_text()
+    assert f"4 runs, 1 failed. Tables and plots are in {folder}" in out
 
 
-def test_data_files_keep_their_columns(written):
-    place, _ = written
-    rows = list(csv.DictReader((place / "table.csv").open()))
+def test_the_columns_of_csv_and_json_files(written):
+    folder, _ = written
+    rows = list(csv.DictReader((folder / "table.csv").open()))
     assert list(rows[0])[:3] == ["figure", "choice", "runs"] and rows[0]["held_by"] == "difference"
-    runs = list(csv.DictReader((place / "runs.csv").open()))
+    runs = list(csv.DictReader((folder / "runs.csv").open()))
     assert list(runs[0])[:5] == ["choice", "seed", "folder", "failure", "train loss"]
     assert [line["steps to 2.300"] for line in runs] == ["40", "20", "", ""]
-    data = json.loads((place / "table.json").read_text())
+    data = json.loads((folder / "table.json").read_text())
     assert [line["choice"] for line in data["runs"]] == ["lr=1", "lr=2", "lr=1", "lr=2"]
     [row] = [r for r in data["rows"] if (r["figure"], r["choice"]) == ("test rmse", "lr=2")]
     assert (row["mean"], row["compared"], row["failed"]) == (2.0, -2.0, 1)
 
 
-def test_a_threshold_that_was_given_is_used(tmp_path):
+def test_a_given_threshold_is_used(tmp_path):
     compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5)
     [line] = csv.DictReader((tmp_path / "runs.csv").open())
     assert line["steps to 4.500"] == "20"
 
 
-def test_plots_are_drawn(written):
+def test_plots_are_written(written):
     for name in ("curves", "model.lr"):
         with Image.open(written[0] / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors(256)) > 20

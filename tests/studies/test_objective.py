@@ -1,4 +1,4 @@
-"""One trial of a sweep: its value, its pruning, its failures. Nothing is trained here."""
+"""One trial of a sweep: its value, pruning and failures. Nothing is trained here."""
 
 import json
 import math
@@ -28,21 +28,21 @@ class Pruner(optuna.pruners.BasePruner):
 
 
 class Pool:
-    """Workers whose runs have these values at their validations."""
+    """Stands in for `Workers`. A run has the given values at its validations."""
 
-    def __init__(self, folder, metric, values, fault=None):
-        self.folder, self.metric, self.values, self.fault = folder, metric, values, fault
+    def __init__(self, folder, metric, values, failure=None):
+        self.folder, self.metric, self.values, self.failure = folder, metric, values, failure
         self.validated = 0
 
     def fit(self, arguments, log, on_progress):
         self.arguments, self.log = arguments, log
         folder = log.parent / "0"
         folder.mkdir(parents=True)
-        if self.fault:
-            if self.fault == "loss":
-                failure = {"step": 7, "epoch": 0, "batch": 7}
-                (folder / "failure.json").write_text(json.dumps(failure))
-            raise RunFailed("The process has died\nand more")
+        if self.failure:
+            if self.failure == "loss":
+                content = {"step": 7, "epoch": 0, "batch": 7}
+                (folder / "failure.json").write_text(json.dumps(content))
+            raise RunFailed("The worker process died.\nand more")
         for number in range(1, len(self.values) + 1):
             self.validated = number
             progress = Progress(number / len(self.values), self.values[:number])
@@ -55,12 +55,12 @@ class Pool:
 
 @pytest.fixture
 def run(tmp_path):
-    """Run one trial: `run(values)` gives the trial, the line that is printed, and the pool."""
+    """A function that runs one trial, and returns the trial, its printed line and the pool."""
 
-    def run(values, selection=MAX, fault=None):
+    def run(values, selection=MAX, failure=None):
         study = optuna.create_study(study_name="s", pruner=Pruner(), direction=selection.direction)
-        search = SimpleNamespace(place=tmp_path, study=study, trials_of=study.get_trials)
-        pool = Pool(tmp_path, selection.metric, values, fault)
+        search = SimpleNamespace(folder=tmp_path, study=study, get_trials=study.get_trials)
+        pool = Pool(tmp_path, selection.metric, values, failure)
         lines = []
         progress = SimpleNamespace(
             advance=lambda key, fraction: None, end=lambda key, line: lines.append(line)
@@ -74,7 +74,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_finished_trial_has_the_selected_metric(run, tmp_path):
+def test_the_value_of_a_finished_trial_is_the_selected_metric(run, tmp_path):
     trial, line, pool = run([0.5, 0.75])
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.75)
     assert trial.intermediate_values == {1: 0.5, 2: 0.75}
@@ -88,34 +88,34 @@ def test_a_finished_trial_has_the_selected_metric(run, tmp_path):
 
 
 @pytest.mark.parametrize("selection", [MAX, MIN])
-def test_a_trial_is_ended_early_by_the_pruner(run, selection):
+def test_the_pruner_ends_a_trial_early(run, selection):
     trial, line, pool = run([3.0, 9.0, 1.0], selection)
     assert (trial.state, trial.value, pool.validated) == (TrialState.PRUNED, 9.0, 2)
     assert line == f"trial 0: lr 0.1, norm none: ended early, {selection.label} 9.0000"
     assert trial.user_attrs["ends_early"] and "failure" not in trial.user_attrs
 
 
-def test_a_trial_that_is_done_is_not_ended_early(run):
+def test_a_finished_trial_is_not_ended_early(run):
     trial, _, _ = run([3.0, 9.0])
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 9.0)
 
 
-def test_a_non_finite_loss_is_a_result_that_the_sampler_learns_from(run):
-    trial, line, _ = run([], fault="loss")
+def test_a_non_finite_loss_prunes_the_trial(run):
+    trial, line, _ = run([], failure="loss")
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["failure"] == "non-finite loss in step 7, epoch 1"
     assert line.endswith("FAILED: non-finite loss in step 7, epoch 1")
 
 
-def test_another_failure_says_nothing_about_the_settings(run):
-    trial, line, _ = run([], fault="process")
+def test_any_other_failure_fails_the_trial(run):
+    trial, line, _ = run([], failure="process")
     assert trial.state == TrialState.FAIL
-    assert trial.user_attrs["failure"] == "The process has died"
-    assert line.endswith("FAILED: The process has died")
+    assert trial.user_attrs["failure"] == "The worker process died."
+    assert line.endswith("FAILED: The worker process died.")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_metric_that_is_not_finite_is_a_failure(run, value):
+def test_a_non_finite_metric_prunes_the_trial(run, value):
     trial, line, _ = run([value], MIN)
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["failure"] == "non-finite val rmse"

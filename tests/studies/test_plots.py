@@ -1,4 +1,4 @@
-"""The plots of many runs."""
+"""Plots of `compare`."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ MAX, MIN = Selection("val_acc", "max"), Selection("val_rmse", "min")
 
 @pytest.fixture
 def axes(monkeypatch):
-    """The axes of all figures that are saved."""
+    """The axes of all saved figures."""
     found = []
     save = Figure.savefig
 
@@ -33,16 +33,16 @@ def run(variant, seed, selection, value, test_set=False):
     return Run(variant, seed, "", None, result, epochs, validations)
 
 
-def is_drawn(path):
+def is_not_blank(path):
     with Image.open(path) as picture:
         return len(picture.convert("L").getcolors(256)) > 20
 
 
-def test_learning_curves_are_means_with_bands(axes, tmp_path):
+def test_learning_curves_are_means_over_seeds(axes, tmp_path):
     runs = [run("a", 0, MAX, 0.1), run("a", 1, MAX, 0.3), run("b", 0, MAX, 0.2)]
     runs.append(Run("b", 1, "", "failed"))
     plots.learning_curves(runs, MAX, tmp_path / "curves.png")
-    assert is_drawn(tmp_path / "curves.png")
+    assert is_not_blank(tmp_path / "curves.png")
     left, right = axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("train loss", "val acc")
     line = right.get_lines()[0]
@@ -52,7 +52,7 @@ def test_learning_curves_are_means_with_bands(axes, tmp_path):
 
 
 @pytest.mark.parametrize("selection", [MAX, MIN])
-def test_learning_curves_name_the_metric_and_the_set(axes, tmp_path, selection):
+def test_axis_labels_name_the_metric_and_the_data_set(axes, tmp_path, selection):
     for test_set in (False, True):
         runs = [run("a", 0, selection, 0.1, test_set)]
         plots.learning_curves(runs, selection, tmp_path / "curves.png")
@@ -60,7 +60,7 @@ def test_learning_curves_name_the_metric_and_the_set(axes, tmp_path, selection):
     assert axes[3].get_ylabel() == selection.test_label
 
 
-def test_settings_with_several_numbers_have_a_line_for_each_combination_of_the_others():
+def test_numeric_settings_have_one_line_per_combination_of_other_settings():
     settings = [(norm, lr) for norm in ("a", "b") for lr in ("1", "0.1")]
     variants = [
         Variant(f"{norm} lr={lr}", "", (), (("model.norm", norm), ("model.lr", lr)))
@@ -73,31 +73,31 @@ def test_settings_with_several_numbers_have_a_line_for_each_combination_of_the_o
     points = found["model.lr"]["a"]
     assert [x for x, _ in points] == [0.1, 1.0]
     assert [runs[0].variant for _, runs in points] == ["a lr=0.1", "a lr=1"]
-    # One value is no line, and `inf` cannot be drawn.
+    # A line needs two values, and `inf` cannot be drawn.
     assert plots.numeric_settings(runs, variants[:1]) == {}
     infinite = [Variant(lr, "", (), (("model.lr", lr),)) for lr in ("1", "inf")]
     assert plots.numeric_settings([], infinite) == {}
 
 
 @pytest.mark.parametrize(("selection", "level"), [(MAX, 0.0), (MIN, 0.6)])
-def test_a_metric_against_a_setting(axes, tmp_path, selection, level):
+def test_metric_by_setting(axes, tmp_path, selection, level):
     points = [
         (0.1, [run("lr=0.1", 0, selection, 0.4), run("lr=0.1", 1, selection, 0.6)]),
         (1.0, [run("lr=1", 0, selection, 0.3), Run("lr=1", 1, "", "non-finite loss")]),
     ]
-    plots.against("model.lr", {"": points}, selection, tmp_path / "lr.png")
-    assert is_drawn(tmp_path / "lr.png")
+    plots.metric_by_setting("model.lr", {"": points}, selection, tmp_path / "lr.png")
+    assert is_not_blank(tmp_path / "lr.png")
     [drawn] = axes
-    assert drawn.get_ylabel() == f"{selection.test_label} (x: non-finite loss)"
+    assert drawn.get_ylabel() == f"{selection.test_label} (x: failed run)"
     assert (drawn.get_xlabel(), drawn.get_xscale()) == ("model.lr", "log")
     *_, mean, failed = drawn.get_lines()
     assert list(mean.get_ydata()) == pytest.approx([0.5, 0.3])
-    # A failed run is never drawn as the best one.
+    # A failed run must not look like the best one.
     assert (list(failed.get_xdata()), list(failed.get_ydata())) == ([1.0], [level])
 
 
-def test_without_failures_the_label_says_nothing_of_them(axes, tmp_path):
+def test_the_axis_label_mentions_no_failures_if_there_are_none(axes, tmp_path):
     points = [(x, [run("a", 0, MAX, 0.4)]) for x in (1.0, 2.0)]
-    plots.against("data.shift", {"a": points, "b": points}, MAX, tmp_path / "shift.png")
+    plots.metric_by_setting("data.shift", {"a": points, "b": points}, MAX, tmp_path / "shift.png")
     assert (axes[0].get_ylabel(), axes[0].get_xscale()) == ("test acc", "linear")
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""The lines that tell how far a study is."""
+"""Progress of a study, as a bar or as lines."""
 
 import io
 import sys
@@ -11,32 +11,33 @@ from bn_lightning.studies.progress import StudyProgress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time in seconds, `clock[0]`."""
+    """A list whose only element is the current time in seconds."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_line_for_each_ended_run_with_the_time_that_is_left(clock, capsys):
+def test_each_completed_run_has_a_line_with_the_remaining_time(clock, capsys):
     with StudyProgress(total=5, done=1) as shown:
         clock[0] = 10.0
         shown.end("a", "first")
         clock[0] = 400.0
         shown.advance("b", 0.5)
-        shown.advance("b", 0.25)  # a run that was repeated: what was done is not taken back
+        # A repeated run starts again, but its progress does not decrease.
+        shown.advance("b", 0.25)
         shown.advance("c", 0.5)
         shown.end("b", "second")
         shown.end("c", "third")
         shown.end("d", "last")
     assert capsys.readouterr().out.splitlines() == [
-        "[2/5] first; about 30 s to go",
-        "[3/5] second; about 4 min to go",
-        "[4/5] third; about 2 min to go",
+        "[2/5] first (about 30 s left)",
+        "[3/5] second (about 4 min left)",
+        "[4/5] third (about 2 min left)",
         "[5/5] last",
     ]
 
 
-def test_a_terminal_has_a_bar(monkeypatch):
+def test_a_terminal_shows_a_bar(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -47,4 +48,4 @@ def test_a_terminal_has_a_bar(monkeypatch):
         shown.advance("a", 0.5)
         assert "0.5/2 runs" in screen.getvalue()
         shown.end("a", "first")
-    assert "[1/2] first\n" in screen.getvalue() and "to go" not in screen.getvalue()
+    assert "[1/2] first\n" in screen.getvalue() and "left" not in screen.getvalue()

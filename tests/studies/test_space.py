@@ -1,4 +1,4 @@
-"""The search space of a sweep, from a config to flags."""
+"""The search space of a sweep: reading, sampling and flags."""
 
 import json
 
@@ -17,37 +17,37 @@ SECTION = {
 }
 
 
-def test_lists_and_ranges():
+def test_lists_and_ranges_become_distributions():
     assert spaces.read(SECTION) == {
         "model.lr": FloatDistribution(0.05, 1.0, log=True),
         "model.optimizer_args.momentum": CategoricalDistribution([0.5, 0.9]),
         "data.batch_size": IntDistribution(64, 256, step=64),
         "model.activation": CategoricalDistribution(["relu", "gelu"]),
     }
-    # One integer end makes no range of integers.
+    # A range of integers needs two integer ends.
     assert spaces.read({"x": {"low": 0, "high": 1.0}}) == {"x": FloatDistribution(0.0, 1.0)}
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        ({"low": 2.0, "high": 1.0}, "The space of model.lr is"),
-        ([], "The space of model.lr is"),
+        ({"low": 2.0, "high": 1.0}, "The space of model.lr is invalid"),
+        ([], "The space of model.lr is invalid"),
         ({"low": "1e-3", "high": 1.0}, "1e-3 as text"),
-        ({"low": 0.0, "high": 1.0, "log": True}, "The space of model.lr is"),
-        ({"low": 0.1}, "The space of model.lr is"),
+        ({"low": 0.0, "high": 1.0, "log": True}, "The space of model.lr is invalid"),
+        ({"low": 0.1}, "The space of model.lr is invalid"),
         ({"low": 0.1, "high": 1.0, "steps": 3}, "steps"),
-        (0.5, "The space of model.lr is 0.5"),
+        (0.5, "The space of model.lr is invalid: 0.5"),
     ],
 )
-def test_mistakes(values, said):
+def test_invalid_spaces_are_refused(values, message):
     with pytest.raises(UserError) as caught:
         spaces.read({"model.lr": values})
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_extremes_show_each_value_of_a_list_and_the_ends_of_a_range():
-    assert spaces.extremes(spaces.read(SECTION)) == [
+def test_settings_to_check_are_all_values_of_lists_and_the_ends_of_ranges():
+    assert spaces.settings_to_check(spaces.read(SECTION)) == [
         {"model.lr": 0.05},
         {"model.lr": 1.0},
         {"model.optimizer_args.momentum": 0.5},
@@ -59,7 +59,7 @@ def test_extremes_show_each_value_of_a_list_and_the_ends_of_a_range():
     ]
 
 
-def test_flags_are_read_as_the_values_they_were():
+def test_flags_parse_to_the_original_values():
     params = {"model.lr": 1e-05, "data.flip": True, "model.norm": "none", "model.scheduler": None}
     flags = spaces.flags(params)
     assert flags[::2] == [f"--{name}" for name in params]

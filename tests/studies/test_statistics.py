@@ -1,4 +1,4 @@
-"""The statistics of a comparison, verified with closed forms and SciPy's own tests."""
+"""Statistics of `compare`, verified with closed forms and SciPy."""
 
 import math
 
@@ -8,8 +8,8 @@ from scipy import stats
 from bn_lightning.studies.statistics import (
     Run,
     Selection,
+    default_threshold,
     mean_and_interval,
-    reached_by_all,
     reported_metrics,
     rows,
 )
@@ -54,39 +54,39 @@ def curve(metric, *values):
     return [{"step": 10 * number, metric: value} for number, value in enumerate(values, 1)]
 
 
-def test_mean_and_interval_are_those_of_scipy():
+def test_mean_and_interval_are_equal_to_scipy():
     mean, sd, low, high = mean_and_interval(LOSS["a"])
     reference = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(LOSS["a"]))
     assert (low, high) == pytest.approx(reference)
     assert (mean, sd) == pytest.approx((0.265, stats.tstd(LOSS["a"])))
-    # With two values the half width is 12.706 times the standard error: t's 97.5th percentile with
-    # one degree of freedom.
+    # With two values, the half width is 12.706 times the standard error. This is the 97.5th
+    # percentile of Student's t with one degree of freedom.
     assert mean_and_interval([0.0, 2.0])[3] == pytest.approx(1 + 12.7062, abs=1e-4)
 
 
 @pytest.mark.parametrize(("values", "known"), [([], (None,) * 4), ([0.5], (0.5, None, None, None))])
-def test_too_few_values_have_no_interval(values, known):
+def test_fewer_than_two_values_have_no_interval(values, known):
     assert mean_and_interval(values) == known
 
 
-def test_differences_are_of_pairs():
+def test_differences_are_paired_by_seed():
     row = of(table(runs()), "train loss", "b")
     reference = stats.ttest_rel(LOSS["b"], LOSS["a"])
     ends = tuple(reference.confidence_interval(0.95))
     assert (row.compared_low, row.compared_high) == pytest.approx(ends)
-    # t = d sqrt(n) for pairs
+    # For pairs, t = d * sqrt(n).
     assert row.effect_size == pytest.approx(reference.statistic / math.sqrt(4))
     assert row.pairs == 4
     assert of(table(runs()), "train loss", "a").compared is None
 
 
-def test_a_ratio_is_the_geometric_mean_of_those_of_pairs():
+def test_a_ratio_is_the_geometric_mean_over_pairs():
     row = of(table(runs()), "samples per second", "b")
     assert (row.compared_by, row.compared) == ("ratio", pytest.approx(1.5))
     assert (row.compared_low, row.compared_high) == pytest.approx((1.5, 1.5))
 
 
-def test_a_failed_run_is_counted_and_its_pair_left_out():
+def test_a_failed_run_is_counted_and_its_pair_is_excluded():
     failed = Run("b", 2, "runs/b/2", "NaN")
     some = [run if (run.variant, run.seed) != ("b", 2) else failed for run in runs()]
     row = of(table(some), "train loss", "b")
@@ -96,7 +96,7 @@ def test_a_failed_run_is_counted_and_its_pair_left_out():
     assert row.compared_low == pytest.approx(reference.confidence_interval(0.95).low)
 
 
-def test_steps_to_a_value_are_those_of_the_first_validation_that_has_reached_it():
+def test_steps_to_a_threshold_end_at_the_first_validation_that_reaches_it():
     values = curve("val_acc", 0.5, 0.8, 0.7)
     reached = Run("a", 0, "", None, {}, [], values)
     found = [reached.steps_to(threshold, MAX) for threshold in (0.4, 0.6, 0.8, 0.81)]
@@ -106,7 +106,7 @@ def test_steps_to_a_value_are_those_of_the_first_validation_that_has_reached_it(
     assert (row.n, row.failed, row.mean) == (1, 0, 20)
 
 
-def test_a_minimized_metric_has_reached_what_it_does_not_exceed():
+def test_a_minimized_metric_reaches_thresholds_that_it_does_not_exceed():
     reached = Run("a", 0, "", None, {}, [], curve("val_rmse", 3.0, 1.5, 2.0))
     found = [reached.steps_to(threshold, MIN) for threshold in (4.0, 3.0, 2.0, 1.5, 1.4)]
     assert found == [10, 10, 20, 20, None]
@@ -114,17 +114,17 @@ def test_a_minimized_metric_has_reached_what_it_does_not_exceed():
     assert (row.n, row.mean) == (1, 20)
 
 
-def test_the_default_threshold_is_one_that_the_mean_of_every_variant_has_reached():
+def test_the_mean_of_every_variant_reaches_the_default_threshold():
     finals = {"a": [0.91, 0.92], "b": [0.836, 0.84]}
     done = [
         Run(variant, seed, "", None, {}, [], curve("val_acc", 0.99, final))
         for variant, values in finals.items()
         for seed, final in enumerate(values)
     ]
-    assert reached_by_all(done, MAX) == 0.835  # of 0.838, down to a multiple of 1/200
-    assert reached_by_all([Run("a", 0, "", "failed")], MAX) is None
+    assert default_threshold(done, MAX) == 0.835  # 0.838, rounded down
+    assert default_threshold([Run("a", 0, "", "failed")], MAX) is None
     nothing = Run("a", 0, "", None, {}, [], curve("val_acc", 0.004))
-    assert reached_by_all([nothing], MAX) is None
+    assert default_threshold([nothing], MAX) is None
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_the_default_threshold_is_one_that_the_mean_of_every_variant_has_reached
 def test_the_default_threshold_of_a_minimized_metric_has_two_digits(final, threshold):
     better = Run("a", 0, "", None, {}, [], curve("val_rmse", final - 1))
     worse = Run("b", 0, "", None, {}, [], curve("val_rmse", 0.0, final))
-    assert reached_by_all([worse, better], MIN) == threshold
+    assert default_threshold([worse, better], MIN) == threshold
     if threshold is not None:
         assert worse.steps_to(threshold, MIN) and better.steps_to(threshold, MIN)
 
@@ -153,24 +153,24 @@ def test_the_default_threshold_of_a_minimized_metric_has_two_digits(final, thres
     ("threshold", "name"),
     [(0.8, "0.800"), (2.8, "2.800"), (0.00013, "0.00013"), (13_000, "13000"), (0, "0.000")],
 )
-def test_the_name_of_a_threshold_shows_its_digits(threshold, name):
+def test_small_and_large_thresholds_are_shown_with_their_digits(threshold, name):
     assert f"steps to {name}" in names({}, MIN, threshold)
 
 
-def test_a_comparison_shows_the_metric_that_the_task_selects_by():
+def test_the_metric_that_the_task_selects_by_is_reported():
     result = {"train_loss": 1.0, "val_loss": 1.0, "test_loss": 1.0}
     found = names(result | {"val_rmse": 2.0, "test_rmse": 2.0}, MIN)
     assert found == ["train loss", "val rmse", "test rmse", "samples per second"]
-    # If it is the loss, no metric is shown twice.
+    # The loss is not reported twice.
     found = names(result, Selection("val_loss", "min"))
     assert found == ["train loss", "val loss", "test loss", "samples per second"]
-    # A run that was not tested.
+    # This run was not tested.
     found = names({"train_loss": 1.0, "val_acc": 0.5, "test_acc": None}, MAX)
     assert found == ["train loss", "val acc", "samples per second"]
 
 
 @pytest.mark.parametrize(("selection", "shown"), [(MAX, "acc"), (MIN, "rmse")])
-def test_on_the_test_set_the_last_validation_is_one_among_others(selection, shown):
+def test_best_epoch_and_mean_are_reported_if_validation_uses_the_test_set(selection, shown):
     metrics = ("train_loss", f"val_{shown}", f"test_{shown}")
     means = (f"val_{shown}_best", f"val_{shown}_mean_of_last_3")
     result = {"val_images_from": "test set"} | dict.fromkeys((*metrics, *means), 1.0)
@@ -191,7 +191,7 @@ def test_values_are_ranked_from_best_to_worst():
     assert (MAX.direction, MIN.direction) == ("maximize", "minimize")
 
 
-def test_columns_of_the_data_files_keep_their_names():
+def test_column_names_of_csv_and_json_files():
     assert list(table(runs())[0].as_data()) == [
         "figure",
         "choice",

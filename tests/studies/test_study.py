@@ -1,4 +1,4 @@
-"""What the runs of a study share, and what may be resumed."""
+"""Planning, locking and resuming a study."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ SAMPLE = ("--data.source", "sample", "--trainer.accelerator", "cpu")
 
 @pytest.fixture
 def read(monkeypatch, tmp_path):
-    """The places from which images are read."""
+    """The sources and folders from which images have been read."""
     monkeypatch.chdir(tmp_path)
     process.set_up()
     found = []
@@ -32,19 +32,19 @@ def read(monkeypatch, tmp_path):
     return found
 
 
-def test_a_rehearsal_reads_the_same_data_once_and_trains_nothing(read, tmp_path):
+def test_planning_reads_the_same_data_once_and_trains_nothing(read, tmp_path):
     one, two = (*SAMPLE, "--model.lr", "0.5"), (*SAMPLE, "--data.root", "elsewhere")
-    plan = study.rehearse(EXPERIMENT, SAMPLE, one, two, SAMPLE)
+    plan = study.plan_runs(EXPERIMENT, SAMPLE, one, two, SAMPLE)
     assert read == [("sample", "data"), ("sample", "elsewhere")]
     assert [settings["model.lr"] for settings in plan.settings] == [1.0, 0.5, 1.0, 1.0]
     assert plan.root.as_posix() == "runs" and not list(tmp_path.iterdir())
     assert plan.holds_out
-    # Where runs are stored says nothing of what they compute.
+    # Where runs are stored does not affect their results.
     assert not {"name", "trainer.default_root_dir", "ckpt_path"} & plan.settings[0].keys()
 
 
-def test_defaults_are_those_of_fit_where_nothing_is_set(read):
-    plan = study.rehearse(EXPERIMENT, (*study.DEFAULTS, *SAMPLE, "--model.lr", "0.5"))
+def test_defaults_of_a_plan_are_the_defaults_of_fit(read):
+    plan = study.plan_runs(EXPERIMENT, (*study.DEFAULTS, *SAMPLE, "--model.lr", "0.5"))
     [settings] = plan.settings
     differ = {name for name in settings if settings[name] != plan.defaults[name]}
     given = {"monitor", "trainer.devices", "data.source", "trainer.accelerator", "model.lr"}
@@ -55,41 +55,41 @@ def test_defaults_are_those_of_fit_where_nothing_is_set(read):
 @pytest.mark.parametrize(
     "arguments", [("--data.val_images", "0"), ("--trainer.limit_val_batches", "0")]
 )
-def test_a_run_without_held_out_samples_is_noticed(read, arguments):
-    assert not study.rehearse(EXPERIMENT, SAMPLE, (*SAMPLE, *arguments)).holds_out
+def test_a_plan_without_held_out_samples_reports_it(read, arguments):
+    assert not study.plan_runs(EXPERIMENT, SAMPLE, (*SAMPLE, *arguments)).holds_out
 
 
-def test_any_experiment_can_be_rehearsed(monkeypatch):
+def test_other_experiments_can_be_planned(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(PROJECTS), *sys.path])
-    plan = study.rehearse("friedman.experiment:EXPERIMENT", ("--model.width", "8"))
+    plan = study.plan_runs("friedman.experiment:EXPERIMENT", ("--model.width", "8"))
     assert plan.settings[0]["model.width"] == 8 and plan.holds_out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--ckpt_path", "last"), "--ckpt_path cannot be used in a study"),
         (("--trainer.fast_dev_run", "true"), "--trainer.fast_dev_run and"),
         (("--trainer.enable_checkpointing", "false"), "results are read from each run's folder"),
-        (("--trainer.devices", "2"), "Each run of a study has one process"),
-        (("--trainer.default_root_dir", "there"), "stored in one place"),
+        (("--trainer.devices", "2"), "Each run of a study uses one process"),
+        (("--trainer.default_root_dir", "there"), "stored in the same folder"),
         (("--data.source", "elsewhere"), "elsewhere"),
         (("--model.rate", "1"), "Did you mean"),
     ],
 )
-def test_what_a_study_cannot_do_is_refused(read, arguments, said):
+def test_invalid_settings_are_refused(read, arguments, message):
     with pytest.raises(UserError) as caught:
-        study.rehearse(EXPERIMENT, SAMPLE, (*SAMPLE, *arguments))
-    assert said in str(caught.value)
+        study.plan_runs(EXPERIMENT, SAMPLE, (*SAMPLE, *arguments))
+    assert message in str(caught.value)
 
 
-def test_changed_settings_are_refused_and_named():
+def test_changed_settings_are_refused_and_listed():
     before = {"model.lr": 1.0, "gone": 1, "same": [1]}
     now = {"model.lr": 0.5, "same": [1], "new": "auto", "other": 3}
     with pytest.raises(UserError) as caught:
         study.refuse_changes("s", before, now, {"new": "auto", "other": 2, "gone": 1})
     lines = str(caught.value).splitlines()
-    assert lines[0] == "The study s began with other settings:"
+    assert lines[0] == "The study s was started with other settings:"
     assert lines[1:-1] == [
         "    --other was 2 and is now 3",
         "    --model.lr was 1.0 and is now 0.5",
@@ -98,27 +98,27 @@ def test_changed_settings_are_refused_and_named():
     assert "--name NAME" in lines[-1]
 
 
-def test_a_setting_that_did_not_exist_had_its_default():
+def test_a_new_setting_had_its_default_before():
     defaults = {"new": "auto", "data.root": "data"}
-    # A default is of no concern to a study that does not keep the setting.
+    # Defaults of settings that the study does not store are ignored.
     study.refuse_changes("s", {"a": 1}, {"a": 1, "new": "auto"}, defaults)
     with pytest.raises(UserError, match="--new was auto and is now x"):
         study.refuse_changes("s", {"a": 1}, {"a": 1, "new": "x"}, defaults)
 
 
-def test_a_study_is_locked(tmp_path):
+def test_a_study_cannot_run_twice_at_the_same_time(tmp_path):
     with (
-        study.alone_in(tmp_path / "s"),
-        pytest.raises(UserError, match="under way in another process"),
-        study.alone_in(tmp_path / "s"),
+        study.locked(tmp_path / "s"),
+        pytest.raises(UserError, match="is running in another process"),
+        study.locked(tmp_path / "s"),
     ):
         pass
-    with study.alone_in(tmp_path / "s"):
+    with study.locked(tmp_path / "s"):
         pass
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"--trainer\.default_root_dir FOLDER"),
-        study.alone_in(tmp_path / "file"),
+        study.locked(tmp_path / "file"),
     ):
         pass
 
@@ -138,8 +138,8 @@ def test_finished_and_failed_runs(tmp_path):
     assert (folder.name, message) == ("10", "non-finite loss in step 1,010, epoch 2")
 
 
-def test_names_of_settings_are_shortened_where_that_is_clear():
-    assert study.short(["model.lr", "a.size", "b.size", "seed"]) == {
+def test_short_names_are_unique():
+    assert study.short_names(["model.lr", "a.size", "b.size", "seed"]) == {
         "model.lr": "lr",
         "a.size": "a.size",
         "b.size": "b.size",
@@ -147,7 +147,7 @@ def test_names_of_settings_are_shortened_where_that_is_clear():
     }
 
 
-def test_sigterm_stops_a_study_as_ctrl_c_does(capsys, monkeypatch):
+def test_sigterm_stops_a_study_like_ctrl_c(capsys, monkeypatch):
     class NoWorkers:
         def __init__(self, *args):
             self.count = 0
@@ -160,7 +160,7 @@ def test_sigterm_stops_a_study_as_ctrl_c_does(capsys, monkeypatch):
 
     monkeypatch.setattr(study.workers, "Workers", NoWorkers)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), study.running(EXPERIMENT, 1, 2, 0):
+    with pytest.raises(KeyboardInterrupt), study.start_workers(EXPERIMENT, 1, 2, 0):
         signal.raise_signal(signal.SIGTERM)
     assert "the same command resumes the study" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before

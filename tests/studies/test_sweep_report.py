@@ -1,4 +1,4 @@
-"""What a sweep leaves, from its trials alone."""
+"""The output files of `sweep`, written from given trials."""
 
 import csv
 from types import SimpleNamespace
@@ -32,14 +32,14 @@ def trial(state, value, rate=0.1, **attributes):
     )
 
 
-def search(place, selection, trials):
+def search(folder, selection, trials):
     study = optuna.create_study(direction=selection.direction)
     study.add_trials(trials)
-    return SimpleNamespace(place=place, study=study, done=study.get_trials)
+    return SimpleNamespace(folder=folder, study=study, done=study.get_trials)
 
 
 @pytest.mark.parametrize(("selection", "order"), [(MAX, [2, 0, 1]), (MIN, [1, 0, 2])])
-def test_finished_trials_come_first_and_the_best_of_them_first(tmp_path, selection, order):
+def test_finished_trials_are_ranked_before_all_others(tmp_path, selection, order):
     values = [0.5, 0.25, 1.0]
     complete = [trial(TrialState.COMPLETE, value) for value in values]
     pruned = [trial(TrialState.PRUNED, value) for value in (None, *values)]
@@ -50,7 +50,9 @@ def test_finished_trials_come_first_and_the_best_of_them_first(tmp_path, selecti
 
 
 @pytest.mark.parametrize(("selection", "best"), [(MAX, 3), (MIN, 1)])
-def test_all_trials_and_the_best_as_a_config(tmp_path, monkeypatch, capsys, selection, best):
+def test_all_trials_are_listed_and_the_best_is_a_config(
+    tmp_path, monkeypatch, capsys, selection, best
+):
     monkeypatch.setattr(terminal, "_program", "python -m shoes")
     trials = [
         trial(TrialState.PRUNED, None, failure="non-finite loss"),
@@ -62,7 +64,8 @@ def test_all_trials_and_the_best_as_a_config(tmp_path, monkeypatch, capsys, sele
     out = capsys.readouterr().out
     assert "5 trials: 3 finished, 1 ended early, 1 failed" in out
     winner = tmp_path / "winner.yaml"
-    assert f"the winner, trial {best}: fit --config {winner}" in out
+    assert f"Best trial: {best}." in out
+    assert f"    python -m shoes fit --config {winner}\n" in out
 
     lines = list(csv.DictReader((tmp_path / "trials.csv").open()))
     columns = ["trial", "state", selection.metric, "validations", "model.lr"]
@@ -73,7 +76,7 @@ def test_all_trials_and_the_best_as_a_config(tmp_path, monkeypatch, capsys, sele
 
     rate = RATES[best - 1]
     assert winner.read_text().splitlines()[:3] == [
-        f"# The best of 5 trials of the sweep s: trial {best}, {selection.label} {rate:.4f}.",
+        f"# The best of 5 trials in the sweep 's': trial {best}, {selection.label} {rate:.4f}.",
         "#",
         f"#     python -m shoes fit --config {winner.as_posix()}",
     ]
@@ -87,9 +90,11 @@ def test_all_trials_and_the_best_as_a_config(tmp_path, monkeypatch, capsys, sele
             assert len(picture.convert("L").getcolors(256)) > 20
 
 
-def test_without_a_finished_trial_there_is_no_winner(tmp_path, capsys):
+def test_without_a_finished_trial_there_is_no_best_config(tmp_path, capsys):
     found = search(tmp_path, MAX, [trial(TrialState.PRUNED, None, failure="non-finite loss")])
     sweep_report.write(found, "s", MAX, {})
     out = capsys.readouterr().out
-    assert "1 trials: 0 finished, 0 ended early, 1 failed" in out and "there is no winner" in out
+    assert (
+        "1 trials: 0 finished, 0 ended early, 1 failed" in out and "there is no best trial" in out
+    )
     assert not (tmp_path / "winner.yaml").exists()

@@ -1,4 +1,4 @@
-"""From the options of `compare` to the variants that are trained."""
+"""The variants that the options of `compare` define."""
 
 import pytest
 
@@ -11,11 +11,11 @@ def names(*arguments):
     return [variant.name for variant in variants.parse(list(arguments))[1]]
 
 
-def references(*arguments):
-    return [variant.reference for variant in variants.parse(list(arguments))[1]]
+def baselines(*arguments):
+    return [variant.baseline for variant in variants.parse(list(arguments))[1]]
 
 
-def test_the_variants_of_a_grid_and_of_an_ablation():
+def test_grids_and_ablations_define_variants():
     grid = ("--norm", "a", "b", "--vary.model.lr", "1", "2")
     assert names(*grid) == ["a lr=1", "a lr=2", "b lr=1", "b lr=2"]
     assert names("--vary.model.lr=1") == ["lr=1"]
@@ -25,56 +25,59 @@ def test_the_variants_of_a_grid_and_of_an_ablation():
     assert names(*ablation) == ["base", "flip=false", "lr=1", "lr=2"]
 
 
-def test_each_variant_is_compared_with_the_first_norm_or_the_first_point():
+def test_the_baseline_has_the_first_norm_or_is_the_first_variant():
     grid = ("--norm", "a", "b", "--vary.model.lr", "1", "2", "--ablate.data.flip", "true")
-    assert references(*grid) == ["a lr=1", "a lr=2", "a lr=1", "a lr=2", "a lr=1"]
+    assert baselines(*grid) == ["a lr=1", "a lr=2", "a lr=1", "a lr=2", "a lr=1"]
     grid = ("--vary.model.lr", "1", "2", "--vary.model.norm", "a", "b")
-    assert references(*grid) == ["lr=1 a", "lr=1 a", "lr=2 a", "lr=2 a"]
-    assert references("--vary.model.lr", "1", "2") == ["lr=1", "lr=1"]
+    assert baselines(*grid) == ["lr=1 a", "lr=1 a", "lr=2 a", "lr=2 a"]
+    assert baselines("--vary.model.lr", "1", "2") == ["lr=1", "lr=1"]
 
 
-def test_settings_whose_last_words_are_the_same_have_their_whole_names():
+def test_settings_with_the_same_last_part_keep_their_full_names():
     found = names("--vary.model.args.size", "1", "--vary.data.args.size", "2")
     assert found == ["model.args.size=1 data.args.size=2"]
 
 
-def test_settings_of_a_variant_are_stronger_than_common_ones_and_configs_weaker():
+def test_settings_of_a_variant_override_common_ones_which_override_its_configs():
     arguments = ["--ablate.model.lr", "2", "--model.lr", "1", "--config", "x.yaml"]
     _, [_, other], common = variants.parse(arguments)
     assert other.arguments(common) == ["--model.lr", "1", "--config", "x.yaml", "--model.lr", "2"]
     variant = Variant("y lr=2", "y lr=2", ("y.yaml",), (("model.lr", "2"),))
-    weak, strong = ["--config", "y.yaml"], ["--model.lr", "2"]
-    assert variant.arguments(["--model.lr", "1"]) == [*weak, "--model.lr", "1", *strong]
+    config, settings = ["--config", "y.yaml"], ["--model.lr", "2"]
+    assert variant.arguments(["--model.lr", "1"]) == [*config, "--model.lr", "1", *settings]
 
 
-def test_the_folder_of_a_variant_is_a_file_name():
+def test_the_folder_name_of_a_variant_has_no_special_characters():
     assert Variant("my.Norm lr=1e-3", "", (), ()).folder == "my.Norm,lr=1e-3"
     assert Variant("callbacks=[a/b: c]", "", (), ()).folder == "callbacks=,a,b,c,"
 
 
-def test_options():
+def test_options_are_separated_from_settings_of_fit():
     options, _, common = variants.parse(["--seeds", "5", "--steps_to", "0.8", "--model.lr=1"])
     assert (options.seeds, options.jobs, options.name, options.steps_to) == (5, 1, "compare", 0.8)
     assert common == ["--model.lr=1"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (("--seed_everything", "3"), "and --seeds N, not"),
-        (("--model.norm=custom", "--norm", "none"), "What is compared is given by --norm"),
+        (("--seed_everything", "3"), "Use --seeds N instead"),
+        (
+            ("--model.norm=custom", "--norm", "none"),
+            "--model.norm cannot be used together with --norm",
+        ),
         (("--norm", "a", "--vary.model.norm", "b"), "Norms are given twice"),
-        (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
-        (("--jobs", "0"), "--jobs is 0; it must be at least 1"),
+        (("--seeds", "0"), "--seeds is 0, but must be at least 1"),
+        (("--jobs", "0"), "--jobs is 0, but must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),
         (("--steps_to", "high"), "argument --steps_to: invalid float value: 'high'"),
         (("--vary.seed_everything", "1", "2"), "seed_everything cannot be varied"),
         (("--ablate.name", "x"), "name cannot be varied"),
-        (("--vary.config", "a/x.yaml", "b/x.yaml"), "Two variants are called 'x'"),
-        (("--vary.model.norm", "A", "a"), "Two variants are called 'a'"),
+        (("--vary.config", "a/x.yaml", "b/x.yaml"), "Two variants have the name 'x'"),
+        (("--vary.model.norm", "A", "a"), "Two variants have the name 'a'"),
     ],
 )
-def test_mistakes(arguments, said):
+def test_invalid_options_are_refused(arguments, message):
     with pytest.raises(UserError) as caught:
         names(*arguments)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

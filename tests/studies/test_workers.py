@@ -1,4 +1,4 @@
-"""Worker processes: a run in one is the run alone, and failures leave a worker for the next."""
+"""Worker processes: same results as single runs, progress, failures and data reuse."""
 
 import json
 
@@ -19,7 +19,7 @@ QUICK = (*ALONE, "--monitor", "false")
 
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
-    """The current folder of this module's tests and of their worker."""
+    """The current folder of the tests in this module, and of their worker."""
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -29,25 +29,25 @@ def cwd(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(cwd):
-    """One worker. What it has done before must not matter to a test."""
+    """One worker, shared by all tests. A test must not depend on earlier runs of the worker."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers.terminal, "_program", "python -m shoes")
         with Workers(EXPERIMENT, 1, 1) as started:
             yield started
 
 
-def go_on(progress):
+def keep_running(progress):
     return True
 
 
-def test_a_run_in_a_warm_worker_is_the_run_alone(pool, cwd, tmp_path):
+def test_a_run_in_a_worker_is_bit_identical_to_a_single_run(pool, cwd, tmp_path):
     settings = ("--model.norm", "none", "--seed_everything")
     log = cwd / "warm/log.txt"
-    pool.fit([*QUICK, *settings, "0", "--name", "warm"], log, go_on)
-    folder = pool.fit([*QUICK, *settings, "1", "--name", "warm"], log, go_on)
+    pool.fit([*QUICK, *settings, "0", "--name", "warm"], log, keep_running)
+    folder = pool.fit([*QUICK, *settings, "1", "--name", "warm"], log, keep_running)
     assert folder.as_posix() == "runs/warm/1"
     assert yaml.safe_load((folder / "config.yaml").read_text())["monitor"] is False
-    # The output of a run is in its log, also what it prints without Python.
+    # The log contains the output of both runs.
     assert log.read_text().count("results are in runs/warm/") == 2
 
     run_here("fit", *ALONE, *settings, "1", cwd=tmp_path)
@@ -56,7 +56,7 @@ def test_a_run_in_a_warm_worker_is_the_run_alone(pool, cwd, tmp_path):
         assert_same_weights(folder / "checkpoints" / name, alone)
 
 
-def test_progress_has_the_selected_metric_of_each_validation(pool, cwd):
+def test_progress_contains_the_selected_metric_of_each_validation(pool, cwd):
     seen = []
 
     def note(progress):
@@ -64,8 +64,8 @@ def test_progress_has_the_selected_metric_of_each_validation(pool, cwd):
         return True
 
     settings = (*QUICK, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "11")
-    folder = pool.fit([*settings, "--name", "told"], cwd / "log.txt", note)
-    # Two validations and the end of each epoch.
+    folder = pool.fit([*settings, "--name", "progress"], cwd / "log.txt", note)
+    # Each epoch reports two validations and its end.
     assert [progress.fraction for progress in seen] == [0.25, 0.5, 0.5, 0.75, 1.0, 1.0]
     assert [len(progress.selected) for progress in seen] == [1, 2, 2, 3, 4, 4]
     result = json.loads((folder / "result.json").read_text())
@@ -73,40 +73,40 @@ def test_progress_has_the_selected_metric_of_each_validation(pool, cwd):
     assert max(seen[-1].selected) == result["val_acc_best"]
 
 
-def test_a_run_can_be_ended_by_its_parent(pool, cwd):
+def test_the_parent_can_end_a_run(pool, cwd):
     settings = (*QUICK, "--trainer.max_epochs", "9", "--name", "ended")
     folder = pool.fit(settings, cwd / "log.txt", lambda progress: progress.fraction < 0.2)
     result = json.loads((folder / "result.json").read_text())
     assert result["finished"] and result["epochs"] == 2
 
 
-def test_a_failed_run_does_not_end_its_worker(pool, cwd):
-    worker = pool._all[-1]
+def test_a_worker_survives_a_failed_run(pool, cwd):
+    worker = pool._workers[-1]
     with pytest.raises(RunFailed, match="All settings: python -m shoes fit --help"):
-        pool.fit([*QUICK, "--model.rate", "1"], cwd / "log.txt", go_on)
+        pool.fit([*QUICK, "--model.rate", "1"], cwd / "log.txt", keep_running)
     with pytest.raises(RunFailed, match="cannot be imported"):
-        pool.fit([*QUICK, "--model.norm", "no.module"], cwd / "log.txt", go_on)
+        pool.fit([*QUICK, "--model.norm", "no.module"], cwd / "log.txt", keep_running)
     assert "error: The norm 'no.module'" in (cwd / "log.txt").read_text()
-    assert pool._all[-1] is worker and worker.process.is_alive()
+    assert pool._workers[-1] is worker and worker.process.is_alive()
 
 
-def test_a_process_that_dies_is_replaced(pool, cwd):
-    (cwd / "deadly.py").write_text("import os\n\ndef norm(**_):\n    os._exit(3)\n")
-    with pytest.raises(RunFailed, match=r"Its process has died \(exit code 3\)"):
-        pool.fit([*QUICK, "--model.norm", "deadly.norm"], cwd / "log.txt", go_on)
+def test_a_dead_worker_is_replaced(pool, cwd):
+    (cwd / "exiting.py").write_text("import os\n\ndef norm(**_):\n    os._exit(3)\n")
+    with pytest.raises(RunFailed, match=r"The worker process died \(exit code 3\)"):
+        pool.fit([*QUICK, "--model.norm", "exiting.norm"], cwd / "log.txt", keep_running)
 
-    def fault(progress):
+    def fail(progress):
         raise ZeroDivisionError
 
-    # What the parent raises ends the process of the run, too.
+    # An exception in the parent kills the worker too.
     with pytest.raises(ZeroDivisionError):
-        pool.fit([*QUICK, "--name", "fault"], cwd / "log.txt", fault)
-    assert len(pool._all) == 3
-    folder = pool.fit([*QUICK, "--name", "after"], cwd / "log.txt", go_on)
+        pool.fit([*QUICK, "--name", "failing"], cwd / "log.txt", fail)
+    assert len(pool._workers) == 3
+    folder = pool.fit([*QUICK, "--name", "after"], cwd / "log.txt", keep_running)
     assert json.loads((folder / "result.json").read_text())["finished"]
 
 
-def test_the_runs_of_a_process_read_the_same_data_once(monkeypatch, tmp_path):
+def test_runs_of_the_same_process_read_the_same_data_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     process.set_up()
     roots = []
@@ -122,7 +122,7 @@ def test_the_runs_of_a_process_read_the_same_data_once(monkeypatch, tmp_path):
     for root in ("a", "a", "b", "a"):
         arguments = ["fit", *QUICK, "--trainer.limit_train_batches", "2", "--data.root", root]
         modules.append(run.command_line(arguments, EXPERIMENT, workers._WarmCLI).datamodule)
-        workers._WarmCLI.forget_trainers()
+        workers._WarmCLI.release_trainers()
     assert roots == ["a", "b"]
     # The networks of earlier runs can be freed.
     assert all(module.trainer is None for module in modules)
@@ -137,7 +137,7 @@ def test_the_runs_of_a_process_read_the_same_data_once(monkeypatch, tmp_path):
         ({"max_epochs": 3, "num_training_batches": float("inf")}, float("inf")),
     ],
 )
-def test_the_length_of_a_run(settings, steps):
+def test_the_planned_number_of_steps(settings, steps):
     class Trainer:
         max_steps, num_training_batches, accumulate_grad_batches = -1, 10, 1
 
