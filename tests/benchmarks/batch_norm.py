@@ -1,20 +1,22 @@
-"""Time and memory of `BatchNorm` beside torch's own layer, in the whole network and layer by layer.
+"""Compare the time and memory of `BatchNorm` with PyTorch's layer, in LeNet and layer by layer.
 
     python tests/benchmarks/batch_norm.py [--threads 1 2] [--device cuda] [--compile] [--rounds 41]
 
-The sides are LeNet with `norm` builtin (torch's layer), custom (`BatchNorm`) and none, each in contiguous and in
-channels-last layout; --compile adds builtin and custom compiled. They take turns: in every round each side, in an
-order drawn anew, does one step to warm up and then some timed ones. A ratio is that of two sides in the same round,
-and is printed as median and 5th to 95th percentile over the rounds. "Best" is the layout with the lower median.
+The candidates are LeNet with norm `builtin` (PyTorch's layer), `custom` (`BatchNorm`) and `none`,
+each in contiguous and channels-last layout. --compile adds compiled versions of builtin and custom.
+In every round, the candidates run in a new random order. Each one runs a warm-up step, then the
+timed steps. Ratios compare two candidates within the same round. Printed are the median and the 5th
+to 95th percentile over all rounds. "Best layout" is the layout with the lower median.
 
-* training step:   zero_grad, forward, cross-entropy, backward and a step of SGD on 256 random images
-* evaluation:      the forward of the network in eval mode, in inference mode
-* layer by layer:  the layer alone at each place of LeNet, forward with backward and the forward in eval mode
-* memory:          the storages that a layer keeps for the backward pass, the input's own among them
+* training step:   zero_grad, forward, cross-entropy, backward, SGD step; 256 random images
+* evaluation:      forward in eval mode and inference mode
+* layer by layer:  each norm layer of LeNet alone, forward with backward, and forward in eval mode
+* memory:          bytes that a layer saves for the backward pass, including its input
 
-Each number of threads is measured in a process of its own; on a GPU there is one process, and the clock is read when
-the GPU has nothing left to do. As in `fit`, glibc keeps freed memory, on all sides: otherwise page faults, which say
-nothing of the layers, would take much of the time. --stock-allocator leaves that out.
+Each number of threads is measured in a separate process. On a GPU there is one process, and each
+measurement waits until the GPU is idle. As in `fit`, glibc keeps freed memory. Otherwise a large
+part of the time would be page faults, which do not depend on the layers. --stock-allocator keeps
+glibc's default.
 """
 
 import argparse
@@ -34,21 +36,26 @@ from bn_lightning import BatchNorm, LeNet
 from bn_lightning.runs.process import keep_freed_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SHAPES = ((256, 6, 24, 24), (256, 16, 8, 8), (256, 120), (256, 84))  # at norm1 to norm4 of LeNet
-Side = tuple[str, ...]  # the norm, and in a network the layout
+
+# Shapes of the inputs of norm1 to norm4 in LeNet.
+SHAPES = ((256, 6, 24, 24), (256, 16, 8, 8), (256, 120), (256, 84))
+
+# The norm, and in a network also the layout.
+Candidate = tuple[str, ...]
+
 Step = Callable[[], object]
-Times = dict[Side, np.ndarray]  # milliseconds of one step, a number for each round
+# Milliseconds per step, one value for each round.
+Times = dict[Candidate, np.ndarray]
 
 
-def measure(sides: dict[Side, Step], args: argparse.Namespace, steps: int) -> Times:
+def measure(candidates: dict[Candidate, Step], args: argparse.Namespace, steps: int) -> Times:
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    order, times = list(sides), {side: np.empty(args.rounds) for side in sides}
-    for number in range(
-        -2, args.rounds
-    ):  # the first two, in which compilers and caches settle, do not count
+    order, times = list(candidates), {candidate: np.empty(args.rounds) for candidate in candidates}
+    # The first two rounds do not count: they compile code and fill caches.
+    for number in range(-2, args.rounds):
         random.shuffle(order)
-        for side in order:
-            step = sides[side]
+        for candidate in order:
+            step = candidates[candidate]
             step()
             synchronize()
             start = time.perf_counter()
@@ -56,7 +63,7 @@ def measure(sides: dict[Side, Step], args: argparse.Namespace, steps: int) -> Ti
                 step()
             synchronize()
             if number >= 0:
-                times[side][number] = (time.perf_counter() - start) * 1e3 / steps
+                times[candidate][number] = (time.perf_counter() - start) * 1e3 / steps
     return times
 
 
@@ -66,27 +73,23 @@ def ratio(above: np.ndarray, below: np.ndarray) -> str:
 
 
 def report(title: str, times: Times) -> None:
-    def best(norm: str) -> Side:
-        return min(
-            ((norm, layout) for layout in LAYOUTS), key=lambda side: float(np.median(times[side]))
-        )
+    def best(norm: str) -> Candidate:
+        candidates = [(norm, layout) for layout in LAYOUTS]
+        return min(candidates, key=lambda candidate: float(np.median(times[candidate])))
 
     base = best("builtin")
     print(f"\n{title:33} {'ms':>7}   / {' '.join(base)}")
-    for side, values in times.items():
-        print(f"  {side[0]:16} {side[1]:13} {np.median(values):8.3f}  {ratio(values, times[base])}")
-    for above, below in (
-        ("custom", "builtin"),
-        ("none", "builtin"),
-        ("custom compiled", "builtin compiled"),
-    ):
+    for candidate, values in times.items():
+        name = f"{candidate[0]:16} {candidate[1]:13}"
+        print(f"  {name} {np.median(values):8.3f}  {ratio(values, times[base])}")
+    compiled = ("custom compiled", "builtin compiled")
+    for above, below in (("custom", "builtin"), ("none", "builtin"), compiled):
         if (above, "contiguous") in times:
             name = f"{above}, best layout / {below}, best layout:"
             print(f"  {name:63} {ratio(times[best(above)], times[best(below)])}")
             name = f"{above} channels_last / {below} channels_last:"
-            print(
-                f"  {name:63} {ratio(times[above, 'channels_last'], times[below, 'channels_last'])}"
-            )
+            both = times[above, "channels_last"], times[below, "channels_last"]
+            print(f"  {name:63} {ratio(*both)}")
 
 
 def networks(args: argparse.Namespace) -> None:
@@ -98,32 +101,28 @@ def networks(args: argparse.Namespace) -> None:
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
 
-    sides: dict[Side, nn.Module] = {}
-    for norm in (
-        "builtin",
-        "custom",
-        "none",
-        *(("builtin compiled", "custom compiled") if args.compile else ()),
-    ):
+    candidates: dict[Candidate, nn.Module] = {}
+    compiled = ("builtin compiled", "custom compiled") if args.compile else ()
+    for norm in ("builtin", "custom", "none", *compiled):
         for layout, memory_format in LAYOUTS.items():
             torch.manual_seed(0)
             network = LeNet(norm=norm.split()[0]).to(args.device, memory_format=memory_format)
             if norm.endswith("compiled"):
                 network.compile()
-            sides[norm, layout] = network
-    optimizers = {
-        side: torch.optim.SGD(network.parameters(), lr=0.1) for side, network in sides.items()
-    }
-    steps = {
-        side: partial(training_step, network, optimizers[side]) for side, network in sides.items()
-    }
+            candidates[norm, layout] = network
+    steps: dict[Candidate, Step] = {}
+    for candidate, network in candidates.items():
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        steps[candidate] = partial(training_step, network, optimizer)
     report("training step", measure(steps, args, args.steps))
     with torch.inference_mode():
-        forwards = {side: partial(network.eval(), images) for side, network in sides.items()}
+        forwards = {
+            candidate: partial(network.eval(), images) for candidate, network in candidates.items()
+        }
         report("evaluation", measure(forwards, args, 4 * args.steps))
 
 
-def make_layers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[Side, nn.Module]:
+def make_layers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[Candidate, nn.Module]:
     builtin = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
     return {
         ("builtin",): builtin(shape[1]).to(args.device),
@@ -134,58 +133,47 @@ def make_layers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[Side, 
 def layers(args: argparse.Namespace) -> None:
     def make_step(layer: nn.Module, x: torch.Tensor, training: bool) -> Step:
         layer.train(training)
-        wanted, grad = (x, *layer.parameters()), torch.randn_like(x)
-        return (
-            (lambda: torch.autograd.grad(layer(x), wanted, grad)) if training else partial(layer, x)
-        )
+        if not training:
+            return partial(layer, x)
+        inputs, grad = (x, *layer.parameters()), torch.randn_like(x)
+        return lambda: torch.autograd.grad(layer(x), inputs, grad)
 
     print(f"\n{'layer by layer':52} {'builtin ms':>10} {'custom ms':>10}    custom / builtin")
     for shape in SHAPES:
         for layout in LAYOUTS if len(shape) == 4 else ["contiguous"]:
-            x = (
-                torch.randn(shape, device=args.device)
-                .to(memory_format=LAYOUTS[layout])
-                .requires_grad_()
-            )
+            x = torch.randn(shape, device=args.device).to(memory_format=LAYOUTS[layout])
+            x.requires_grad_()
             for what, training in (("forward, backward", True), ("eval forward", False)):
-                sides = {
-                    side: make_step(layer, x, training)
-                    for side, layer in make_layers(shape, args).items()
+                candidates = {
+                    candidate: make_step(layer, x, training)
+                    for candidate, layer in make_layers(shape, args).items()
                 }
                 with torch.inference_mode(not training):
-                    times = measure(sides, args, 5 * args.steps)
+                    times = measure(candidates, args, 5 * args.steps)
                 columns = " ".join(f"{np.median(values):10.3f}" for values in times.values())
-                print(
-                    f"  {shape!s:17} {layout:14} {what:17} {columns}  {ratio(times['custom',], times['builtin',])}"
-                )
+                compared = ratio(times["custom",], times["builtin",])
+                print(f"  {shape!s:17} {layout:14} {what:17} {columns}  {compared}")
 
 
 def memory(args: argparse.Namespace) -> None:
-    def kept_bytes(layer: nn.Module, x: torch.Tensor) -> int:
-        kept: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            kept.append, lambda _: None
-        ):  # no backward follows
+    def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
+        saved: list[torch.Tensor] = []
+        # No backward pass follows, so nothing needs to be unpacked.
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
             layer(x)
-        return sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()
-        )
+        storages = [tensor.untyped_storage() for tensor in saved]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     shape = SHAPES[0]
-    print(
-        f"\n{f'bytes kept for backward, {shape}':52} {'builtin':>10} {'custom':>10}   the input alone"
-    )
+    title = f"bytes saved for backward, {shape}"
+    print(f"\n{title:52} {'builtin':>10} {'custom':>10}   input only")
     for dtype in (torch.float32, torch.bfloat16):
         for layout, memory_format in LAYOUTS.items():
-            x = (
-                torch.randn(shape, device=args.device, dtype=dtype)
-                .to(memory_format=memory_format)
-                .requires_grad_()
-            )
-            columns = " ".join(
-                f"{kept_bytes(layer, x):10,}" for layer in make_layers(shape, args).values()
-            )
-            print(f"  {dtype!s:17} {layout:32} {columns} {x.untyped_storage().nbytes():17,}")
+            x = torch.randn(shape, device=args.device, dtype=dtype)
+            x = x.to(memory_format=memory_format).requires_grad_()
+            layers = make_layers(shape, args).values()
+            columns = " ".join(f"{saved_bytes(layer, x):10,}" for layer in layers)
+            print(f"  {dtype!s:17} {layout:32} {columns} {x.untyped_storage().nbytes():12,}")
 
 
 def main() -> None:
@@ -197,21 +185,24 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1, 2],
-        help="on the CPU, a process for each number",
+        help="number of CPU threads; each value is measured in a separate process",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="measure compiled networks too")
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--compile", action="store_true", help="also measure compiled networks")
+    parser.add_argument("--rounds", type=int, default=41, help="number of rounds")
     parser.add_argument(
         "--steps",
         type=int,
         default=4,
-        help="in training; 4 times that in evaluation, 5 for a layer",
+        help="training steps per round; evaluation has 4 times as many, single layers 5 times",
     )
-    parser.add_argument("--stock-allocator", action="store_true", help="leave glibc as it is")
+    parser.add_argument(
+        "--stock-allocator", action="store_true", help="use the default settings of glibc"
+    )
     args = parser.parse_args()
     if args.device == "cpu" and len(args.threads) > 1:
-        for threads in args.threads:  # of a flag given twice the last counts
+        for threads in args.threads:
+            # The last value of a repeated flag is used.
             subprocess.run(
                 [sys.executable, "-u", __file__, *sys.argv[1:], "--threads", str(threads)],
                 check=True,
@@ -220,20 +211,16 @@ def main() -> None:
     if not args.stock_allocator:
         keep_freed_memory()
     if args.compile:
-        torch._dynamo.config.recompile_limit = (
-            64  # LeNet.forward is compiled once for each side and mode
-        )
+        # LeNet.forward is compiled once for each candidate and mode.
+        torch._dynamo.config.recompile_limit = 64
     torch.set_num_threads(args.threads[0])
-    where = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"cpu, threads: {args.threads[0]}"
-    )
-    allocator = "as it comes" if args.stock_allocator else "keeps freed memory"
-    print(
-        f"\n{where}; torch {torch.__version__}; allocator {allocator}; {args.rounds} rounds of {args.steps} steps"
-    )
-    print("ms: median. Ratios, by round: median (5th to 95th percentile)")
+    device = f"cpu, threads: {args.threads[0]}"
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
+    allocator = "default" if args.stock_allocator else "keeps freed memory"
+    rounds = f"{args.rounds} rounds of {args.steps} steps"
+    print(f"\n{device}; torch {torch.__version__}; allocator: {allocator}; {rounds}")
+    print("Times are medians in ms. Ratios are median (5th to 95th percentile) over rounds.")
     networks(args)
     layers(args)
     memory(args)

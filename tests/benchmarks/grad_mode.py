@@ -1,10 +1,11 @@
-"""What it does that the tutorial's layer tells training from prediction by `torch.is_grad_enabled()`.
+"""Measure the test accuracy of the norm `article` with and without gradients.
 
     python tests/benchmarks/grad_mode.py runs/article/article/seed-*/0
 
-Of each run, with the norm `article`, the test accuracy of its last weights: by torch.no_grad(), as everybody tests, and
-with gradients enabled, as for a saliency map or an adversarial example, where the layer normalizes by its batch, and
-changes its running statistics.
+The layer of the article calls `torch.is_grad_enabled()` to distinguish training from prediction.
+With gradients enabled, for example for a saliency map or an adversarial example, it normalizes with
+the statistics of the batch, and updates its running statistics. For the last checkpoint of each
+run, the test accuracy is computed under `torch.no_grad()` and with gradients enabled.
 """
 
 import copy
@@ -32,12 +33,13 @@ def main() -> None:
             for size in sizes:
                 network = copy.deepcopy(model)
                 with torch.set_grad_enabled(with_gradients):
-                    right = [
+                    correct = [
                         (network(x).argmax(1) == y)
                         for x, y in zip(images.split(size), labels.split(size), strict=True)
                     ]
-                name = f"{'gradients enabled' if with_gradients else 'no_grad'}, batches of {size}"
-                accuracies.setdefault(name, []).append(float(torch.cat(right).float().mean()))
+                mode = "gradients enabled" if with_gradients else "no_grad"
+                name = f"{mode}, batch size {size}"
+                accuracies.setdefault(name, []).append(float(torch.cat(correct).float().mean()))
     for name, values in accuracies.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
         print(f"{name:35} {statistics.mean(values):.3f} ({spread}), n={len(values)}")

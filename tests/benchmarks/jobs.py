@@ -1,11 +1,12 @@
-"""Runs per minute of `compare --jobs 2` and `--jobs 1`, and the overhead of a run.
+"""Measure runs per minute of `compare --jobs 2` and `--jobs 1`, and the overhead of a run.
 
     python tests/benchmarks/jobs.py [--rounds 5] [--runs 6] [--epochs 3]
 
-Both sides take turns. The cores are divided: on a machine with two, each of two workers has one
-thread, and one worker has both. The time is counted from the first end of a run to the last, so
-without the start of the workers, which happens once for each study. The overhead is the time of a
-run without its training epochs: settings, folder, validation, checkpoints, the test.
+Both commands take turns. CPU cores are divided among the workers: with two cores, each of two
+workers has one thread, and a single worker has two. Time is measured from the end of the first run
+to the end of the last one. It excludes the start of the workers, which happens once per study. The
+overhead is the time of a run minus its training epochs: settings, folder, validation, checkpoints
+and test.
 """
 
 import argparse
@@ -19,26 +20,11 @@ from pathlib import Path
 
 
 def study(jobs: int, runs: int, epochs: int) -> tuple[float, float]:
-    """Return runs per minute, and the median seconds of a run without its training."""
+    """Return runs per minute, and the seconds of a run without its training."""
     with tempfile.TemporaryDirectory() as root:
-        command = [
-            sys.executable,
-            "-m",
-            "bn_lightning",
-            "compare",
-            "--norm",
-            "custom",
-            "--seeds",
-            str(runs + jobs),
-        ]
-        command += [
-            "--trainer.max_epochs",
-            str(epochs),
-            "--jobs",
-            str(jobs),
-            "--trainer.default_root_dir",
-            root,
-        ]
+        command = [sys.executable, "-m", "bn_lightning", "compare", "--norm", "custom"]
+        command += ["--seeds", str(runs + jobs), "--jobs", str(jobs)]
+        command += ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", root]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         ends = [time.perf_counter() for line in process.stdout if line.startswith("[")]
@@ -47,7 +33,8 @@ def study(jobs: int, runs: int, epochs: int) -> tuple[float, float]:
             json.loads(path.read_text())["train_seconds"]
             for path in Path(root).rglob("result.json")
         ]
-    seconds = ends[-1] - ends[jobs - 1]  # each worker has ended one run
+    # The clock starts when each worker has finished its first run.
+    seconds = ends[-1] - ends[jobs - 1]
     return 60 * runs / seconds, jobs * seconds / runs - statistics.median(trained)
 
 
@@ -55,9 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--runs", type=int, default=6, help="measured runs per command")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per run")
     args = parser.parse_args()
     ratios, overheads = [], {1: [], 2: []}
     for number in range(args.rounds):
@@ -65,14 +52,15 @@ def main() -> None:
         ratios.append(two[0] / one[0])
         overheads[1].append(one[1])
         overheads[2].append(two[1])
-        print(f"round {number + 1}: {one[0]:.1f} and {two[0]:.1f} runs a minute", flush=True)
+        speeds = f"{one[0]:.1f} (--jobs 1), {two[0]:.1f} (--jobs 2)"
+        print(f"round {number + 1}: runs per minute: {speeds}", flush=True)
     low, high = min(ratios), max(ratios)
     median = statistics.median(ratios)
-    print(f"--jobs 2 / --jobs 1: median {median:.2f}, from {low:.2f} to {high:.2f}")
+    print(f"--jobs 2 / --jobs 1: median {median:.2f} ({low:.2f} to {high:.2f})")
     for jobs, seconds in overheads.items():
         low, high = min(seconds), max(seconds)
         median = statistics.median(seconds)
-        print(f"overhead of a run, --jobs {jobs}: median {median:.2f} s, {low:.2f} to {high:.2f}")
+        print(f"overhead of a run, --jobs {jobs}: median {median:.2f} s ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

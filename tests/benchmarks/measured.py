@@ -1,4 +1,4 @@
-"""What several of these benchmarks measure with; no command of its own."""
+"""Helpers that several benchmarks share. This module is not a command."""
 
 import json
 import subprocess
@@ -11,7 +11,10 @@ from typing import Any
 
 
 def result(*settings: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Of `fit` with these settings, on all 60,000 images, in a process of its own; it leaves no folder of a run."""
+    """Run `fit` on all 60,000 images in a new process, and return its result.json.
+
+    The folder of the run is deleted.
+    """
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "bn_lightning", "fit", "--data.val_images", "0", *settings]
         command += ["--trainer.default_root_dir", runs, "--name", "measured"]
@@ -21,18 +24,18 @@ def result(*settings: str, environment: dict[str, str] | None = None) -> dict[st
 
 
 def images_per_second(*settings: str, environment: dict[str, str] | None = None) -> float:
-    """The speed of that `fit`."""
+    """Run `fit` like `result`, and return its training speed."""
     return float(result(*settings, environment=environment)["images_per_second"])
 
 
 def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
-    """The function, which adds the seconds that each call takes to `spent[name]`."""
+    """Return a wrapper of the function that adds the seconds of each call to `spent[name]`."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            spent[name] += time.perf_counter() - begun
+            spent[name] += time.perf_counter() - start
 
     return call

@@ -1,10 +1,11 @@
-"""What looking on costs: `fit` with and without `--monitor`, on the 60,000 images.
+"""Measure the cost of monitoring: `fit` with and without `--monitor`, on 60,000 images.
 
     python tests/benchmarks/monitors.py [--rounds 5] [--epochs 4] [--norm custom]
 
-First the share of the time of the epochs that `NormMonitor` takes, by a clock around its hooks, in one process. Then
-images per second with it and without, sides in turn, each in a process of its own; the ratio of each round: median,
-lowest, highest. And the seconds that the pictures at the end take, which are no part of the epochs.
+The first measurement times the hooks of `NormMonitor` within one process, and prints their fraction
+of the training time. It also prints the seconds for the images that are drawn after training. The
+second measurement compares images per second with and without the monitor. Both commands take
+turns, each in a new process. Each value is printed as median, minimum and maximum over the rounds.
 """
 
 import argparse
@@ -23,9 +24,8 @@ from bn_lightning.monitoring.measurements import Measurements
 
 
 def shares(norm: str, epochs: int) -> tuple[float, float]:
-    """Of the time of the fit, what the monitor takes; and the seconds of the closing pictures."""
+    """Return the monitor's fraction of the training time, and the seconds for the final images."""
     spent = {"monitor": 0.0, "pictures": 0.0}
-
     monitor, pictures = NormMonitor(), ClosingPictures()
     hooks = (
         "on_train_batch_start",
@@ -42,53 +42,47 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
             clocked = timed(getattr(Measurements, hook), spent, "monitor")
             stack.enter_context(mock.patch.object(Measurements, hook, clocked))
         trainer = pl.Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger(folder), callbacks=[monitor, pictures],
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
-        )  # fmt: skip
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=TensorBoardLogger(folder),
+            callbacks=[monitor, pictures],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            limit_val_batches=0,
+        )
         model, data = Classifier(norm=norm), FashionMNIST(val_images=0)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         trainer.fit(model, data)
-        total = time.perf_counter() - begun
+        total = time.perf_counter() - start
         trainer.test(model, data, verbose=False)
     return spent["monitor"] / total, spent["pictures"]
+
+
+def show(what: str, values: list[float], unit: str) -> None:
+    spread = f"{min(values):.3f} to {max(values):.3f}"
+    print(f"{what}: {statistics.median(values):.3f}{unit} ({spread})", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--norm", default="custom")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs per run")
+    parser.add_argument("--norm", default="custom", help="norm of LeNet")
     args = parser.parse_args()
-
-    def say(what: str, values: list[float], unit: str) -> None:
-        print(
-            f"{what}: {statistics.median(values):.3f}{unit} ({min(values):.3f} to {max(values):.3f})",
-            flush=True,
-        )
-
     measured = [shares(args.norm, args.epochs) for _ in range(args.rounds)]
-    say("share of the epochs", [100 * share for share, _ in measured], "%")
-    say("pictures at the end", [seconds for _, seconds in measured], " s")
-    settings = (
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.limit_val_batches",
-        "0",
-        "--model.norm",
-        args.norm,
-    )
-    settings += ("--trainer.max_epochs", str(args.epochs))
+    show("fraction of the training time", [100 * share for share, _ in measured], "%")
+    show("images after training", [seconds for _, seconds in measured], " s")
+    settings = ("--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0")
+    settings += ("--model.norm", args.norm, "--trainer.max_epochs", str(args.epochs))
     ratios = []
     for _ in range(args.rounds):
-        speeds = {
-            monitor: images_per_second(*settings, "--monitor", monitor)
-            for monitor in ("true", "false")
-        }
-        print({monitor: f"{speed:,.0f} images/s" for monitor, speed in speeds.items()}, flush=True)
-        ratios.append(speeds["true"] / speeds["false"])
-    say("images per second with it, to those without", ratios, "")
+        speeds = [images_per_second(*settings, "--monitor", value) for value in ("true", "false")]
+        print("with monitor {:,.0f} images/s, without {:,.0f}".format(*speeds), flush=True)
+        ratios.append(speeds[0] / speeds[1])
+    show("images per second, with monitor / without", ratios, "")
 
 
 if __name__ == "__main__":

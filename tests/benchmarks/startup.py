@@ -1,8 +1,9 @@
-"""Seconds from start to end of `fit --help`, beside the bare import of LightningCLI, and of --help and --version.
+"""Measure the seconds of `fit --help`, `--help`, `--version`, and of importing LightningCLI.
 
     python tests/benchmarks/startup.py [--rounds 7]
 
-The sides take turns; prints medians, and the ratio of the first two in each round.
+The commands take turns. Printed are the median, minimum and maximum over the rounds, and the ratio
+of `fit --help` to the import.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 
-SIDES = {
+COMMANDS = {
     "fit --help": ["-m", "bn_lightning", "fit", "--help"],
     "import LightningCLI": ["-c", "from lightning.pytorch.cli import LightningCLI"],
     "--help": ["-m", "bn_lightning", "--help"],
@@ -19,30 +20,29 @@ SIDES = {
 }
 
 
+def spread(values: list[float], unit: str = "") -> str:
+    median, low, high = statistics.median(values), min(values), max(values)
+    return f"median {median:.3f}{unit} ({low:.3f} to {high:.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds")
     rounds = parser.parse_args().rounds
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {command: [] for command in COMMANDS}
     for number in range(rounds + 1):
-        for side, arguments in SIDES.items():
+        for command, arguments in COMMANDS.items():
             start = time.perf_counter()
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-            if number:  # the first round fills the file cache
-                seconds[side].append(time.perf_counter() - start)
-    for side, values in seconds.items():
-        print(
-            f"{side:20} median {statistics.median(values):.3f} s, from {min(values):.3f} to {max(values):.3f}"
-        )
-    ratios = [
-        a / b for a, b in zip(seconds["fit --help"], seconds["import LightningCLI"], strict=True)
-    ]
-    low, high = min(ratios), max(ratios)
-    print(
-        f"fit --help / import LightningCLI: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}"
-    )
+            # The first round fills the file cache and does not count.
+            if number:
+                seconds[command].append(time.perf_counter() - start)
+    for command, values in seconds.items():
+        print(f"{command:20} {spread(values, ' s')}")
+    pairs = zip(seconds["fit --help"], seconds["import LightningCLI"], strict=True)
+    print(f"fit --help / import LightningCLI: {spread([a / b for a, b in pairs])}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Images per second of `fit` with everything on, beside two loops without Lightning.
+"""Compare the images per second of `fit` with two training loops without Lightning.
 
     python tests/benchmarks/throughput.py [--rounds 5] [--epochs 2]
 
-Four sides take turns, each in a process of its own with the same network, batch and threads on the 60,000 images:
+Four programs take turns, each in a new process, with the same network, batch size, number of
+threads and 60,000 images:
 
-* bare:       a plain loop over float tensors in memory: forward, loss, backward, step, and nothing else
-* dataloader: a loop as the article's book writes it: torchvision, ToTensor, four workers, accuracy by an accumulator
+* bare:       loop over float tensors in memory: forward, loss, backward, optimizer step
+* dataloader: loop from the article's book: torchvision, ToTensor, four workers, accuracy
 * fit:        `fit --model.norm builtin` with metrics, TensorBoard, checkpoints and progress bar
-* custom:     the same with `--model.norm custom`
+* custom:     `fit --model.norm custom`, otherwise the same
 
-bare, dataloader and fit use torch's own norm. Prints each side's median, and the ratios of the sides in each round.
+The first three use PyTorch's norm layer. Printed are the median of each program, and ratios within
+the same round.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from measured import images_per_second
 from torch import nn
 from torch.nn import functional as F
 
-SIDES = ("dataloader", "bare", "fit", "custom")
+PROGRAMS = ("dataloader", "bare", "fit", "custom")
 BATCH_SIZE = 256
 
 
@@ -38,6 +40,7 @@ def make() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def bare(epochs: int) -> float:
+    """Return the images per second of the bare loop."""
     from bn_lightning.data import sources
 
     data = sources.load()
@@ -53,9 +56,10 @@ def bare(epochs: int) -> float:
 
 
 def article(epochs: int, tests: bool = True) -> tuple[float, float]:
-    """Seconds of training by a loop as the article's book writes it, and the accuracy of the last of its tests.
+    """Train with the loop from the article's book.
 
-    It tests after each epoch, which is not counted as training.
+    Return the seconds of training and the last test accuracy. The loop tests after each epoch. The
+    time of the tests is not included.
     """
     from torch.utils.data import DataLoader
     from torchvision.datasets import FashionMNIST
@@ -67,19 +71,19 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as root:
         raw = Path(root, "FashionMNIST", "raw")
         raw.mkdir(parents=True)
-        for file in files.WHOLE:  # torchvision wants them decompressed
-            content = files.read(files.locate(data.place, file), file)
+        # torchvision requires decompressed files.
+        for file in files.FULL:
+            content = files.read(files.locate(data.folder, file), file)
             header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + len(file.shape), *file.shape))
             (raw / file.name).write_bytes(header + content.tobytes())
-        train, test = (
-            FashionMNIST(root, train=is_train, transform=ToTensor()) for is_train in (True, False)
-        )
+        train = FashionMNIST(root, train=True, transform=ToTensor())
+        test = FashionMNIST(root, train=False, transform=ToTensor())
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, num_workers=4)
     test_loader = DataLoader(test, BATCH_SIZE, num_workers=4)
     network, optimizer = make()
     seconds = accuracy = 0.0
     for _ in range(epochs):
-        total_loss, total_right, total = 0.0, 0.0, 0
+        total_loss, total_correct, total = 0.0, 0.0, 0
         start = time.perf_counter()
         network.train()
         for images, labels in loader:
@@ -90,73 +94,68 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
             optimizer.step()
             with torch.no_grad():
                 total_loss += float(loss) * len(labels)
-                total_right += float((logits.argmax(1) == labels).sum())
+                total_correct += float((logits.argmax(1) == labels).sum())
                 total += len(labels)
         seconds += time.perf_counter() - start
         if tests:
             network.eval()
             with torch.no_grad():
-                right = sum(
+                correct = sum(
                     int((network(images).argmax(1) == labels).sum())
                     for images, labels in test_loader
                 )
-            accuracy = right / len(test)
+            accuracy = correct / len(test)
     return seconds, accuracy
 
 
 def dataloader(epochs: int) -> float:
+    """Return the images per second of the loop from the article's book."""
     return epochs * 60_000 / article(epochs, tests=False)[0]
 
 
 def fit(epochs: int, norm: str) -> float:
-    settings = (
-        "--model.norm",
-        norm,
-        "--trainer.max_epochs",
-        str(epochs),
-        "--trainer.enable_progress_bar",
-        "true",
-    )
-    return images_per_second(*settings)
+    """Return the images per second of `fit`."""
+    settings = ("--model.norm", norm, "--trainer.max_epochs", str(epochs))
+    return images_per_second(*settings, "--trainer.enable_progress_bar", "true")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per run")
     parser.add_argument(
-        "--side", choices=("bare", "dataloader"), help="measure this side once, in this process"
+        "--side",
+        choices=("bare", "dataloader"),
+        help="measure only this program, once, in this process",
     )
     args = parser.parse_args()
     if args.side:
         print({"bare": bare, "dataloader": dataloader}[args.side](args.epochs))
         return
 
-    speeds: dict[str, list[float]] = {side: [] for side in SIDES}
+    speeds: dict[str, list[float]] = {program: [] for program in PROGRAMS}
     for number in range(args.rounds):
-        for side in SIDES:
-            if side in ("bare", "dataloader"):
-                command = [sys.executable, __file__, "--side", side, "--epochs", str(args.epochs)]
-                speed = float(
-                    subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                )
+        for program in PROGRAMS:
+            if program in ("bare", "dataloader"):
+                command = [sys.executable, __file__, "--side", program]
+                command += ["--epochs", str(args.epochs)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                speed = float(done.stdout)
             else:
-                speed = fit(args.epochs, {"fit": "builtin"}.get(side, side))
-            speeds[side].append(speed)
-            print(f"round {number + 1}  {side:10} {speed:10,.0f} images/s", flush=True)
-    print(
-        f"\n{torch.get_num_threads()} threads, {args.epochs} epochs of 60,000 images, {args.rounds} rounds"
-    )
-    for side in SIDES:
-        print(f"{side:10} median {statistics.median(speeds[side]):8,.0f} images/s")
+                speed = fit(args.epochs, {"fit": "builtin"}.get(program, program))
+            speeds[program].append(speed)
+            print(f"round {number + 1}  {program:10} {speed:10,.0f} images/s", flush=True)
+    settings = f"{args.epochs} epochs of 60,000 images, {args.rounds} rounds"
+    print(f"\n{torch.get_num_threads()} threads, {settings}")
+    for program in PROGRAMS:
+        print(f"{program:10} median {statistics.median(speeds[program]):8,.0f} images/s")
     for above, below in (("fit", "bare"), ("fit", "dataloader"), ("custom", "bare")):
         ratios = [a / b for a, b in zip(speeds[above], speeds[below], strict=True)]
         low, high = min(ratios), max(ratios)
-        print(
-            f"{above} / {below}: median {statistics.median(ratios):.3f}, from {low:.3f} to {high:.3f}"
-        )
+        median = statistics.median(ratios)
+        print(f"{above} / {below}: median {median:.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

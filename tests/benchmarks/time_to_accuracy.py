@@ -1,10 +1,11 @@
-"""Time to the article's accuracy: a config of this project beside the article's own loop of ten epochs.
+"""Compare the time to the article's accuracy: a config of this project and the article's loop.
 
     python tests/benchmarks/time_to_accuracy.py [--rounds 5] [--config configs/speedrun.yaml]
 
-Both sides take turns, each in a process of its own, with all 60,000 images. The article's is a loop as its book writes
-it: torchvision's DataLoader with ToTensor and four workers, torch's own norm, a test after each epoch. Prints seconds
-of training, seconds from the start of the process to the tested model, accuracies, and the ratios of each round.
+Both programs take turns, each in a new process, with 60,000 images. The article's loop, from its
+book, trains for ten epochs: torchvision's DataLoader with ToTensor and four workers, PyTorch's norm
+layer, a test after each epoch. Printed are the seconds of training, the total seconds from the
+start of the process to the tested model, the test accuracy, and the ratios within each round.
 """
 
 import argparse
@@ -18,30 +19,31 @@ from throughput import article
 
 
 def config(file: str, seed: int) -> dict[str, float]:
+    """Train with a config, and return the seconds and the test accuracy."""
     start = time.perf_counter()
     done = result("--config", file, "--seed_everything", str(seed))
-    whole = time.perf_counter() - start
-    return {"training": done["train_seconds"], "whole": whole, "test acc": done["test_acc"]}
+    total = time.perf_counter() - start
+    return {"training": done["train_seconds"], "total": total, "test acc": done["test_acc"]}
 
 
 def loop() -> dict[str, float]:
+    """Train with the article's loop, and return the seconds and the test accuracy."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, __file__, "--loop"], capture_output=True, text=True, check=True
-    )
-    whole = time.perf_counter() - start
+    command = [sys.executable, __file__, "--loop"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    total = time.perf_counter() - start
     seconds, accuracy = map(float, done.stdout.split())
-    return {"training": seconds, "whole": whole, "test acc": accuracy}
+    return {"training": seconds, "total": total, "test acc": accuracy}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--config", default="configs/speedrun.yaml")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--config", default="configs/speedrun.yaml", help="config to measure")
     parser.add_argument(
-        "--loop", action="store_true", help="the article's loop once, in this process"
+        "--loop", action="store_true", help="run only the article's loop, once, in this process"
     )
     args = parser.parse_args()
     if args.loop:
@@ -50,17 +52,14 @@ def main() -> None:
     rounds = []
     for number in range(args.rounds):
         rounds.append((loop(), config(args.config, number)))
-        for side, figures in zip(("article", args.config), rounds[-1], strict=True):
-            print(
-                f"round {number + 1}  {side:22}",
-                "  ".join(f"{n} {v:.3f}" for n, v in figures.items()),
-                flush=True,
-            )
-    for name in ("training", "whole"):
+        for program, metrics in zip(("article", args.config), rounds[-1], strict=True):
+            text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            print(f"round {number + 1}  {program:22} {text}", flush=True)
+    for name in ("training", "total"):
         ratios = [a[name] / b[name] for a, b in rounds]
-        print(
-            f"{name}: {statistics.median(ratios):.1f} times less, from {min(ratios):.1f} to {max(ratios):.1f}"
-        )
+        spread = f"({min(ratios):.1f} to {max(ratios):.1f})"
+        median = statistics.median(ratios)
+        print(f"{name}: the config is {median:.1f} times as fast {spread}")
 
 
 if __name__ == "__main__":
