@@ -1,4 +1,4 @@
-"""The README and the guides: commands run or parse, code runs, links resolve, lists are complete."""
+"""The README and the guides: commands run or parse, code runs, links and lists are complete."""
 
 import ast
 import json
@@ -74,7 +74,9 @@ def folder(main, trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("line", FIT)
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=pytest.mark.slow if "ddp" in line else ()) for line in FIT]
+)
 def test_fit_commands_run(main, folder, line):
     resumes = "--resume" in line or "--ckpt_path" in line
     # The run that is resumed has 2 epochs.

@@ -6,6 +6,13 @@ Verified with lightning 2.6.6. If an upgrade breaks exact resume, start here.
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.logger import _flatten_dict
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def loggable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings as TensorBoardLogger logs them: flat, with names such as `a/b`."""
+    return TensorBoardLogger._sanitize_params(_flatten_dict(settings))
 
 
 def first_batch(trainer: pl.Trainer) -> int:

@@ -78,6 +78,7 @@ def test_a_named_source_has_no_fallback(tmp_path):
             sources.load(name, tmp_path / "root", ["http://127.0.0.1:9/"])
 
 
+@pytest.mark.slow
 def test_without_network_and_data_the_sample_is_used(tmp_path, monkeypatch):
     """Run in namespaces without a network and without the system's copy."""
     monkeypatch.undo()

@@ -68,7 +68,7 @@ def test_a_sample_contains_all_positions():
         (nn.Tanhshrink(), lambda x: x.tanh().square()),
         (nn.Softsign(), lambda x: 1 / (1 + x.abs()).square()),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, nn.Module) else "",
 )
 def test_slopes_equal_the_derivatives(activation, derivative):
     x = torch.linspace(-5, 5, 1_000)

@@ -61,7 +61,8 @@ class ForkedCommand:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         given = (module, list(arguments), str(cwd), dict(environment), self._out, self._err)
-        self._process = multiprocessing.get_context(START_METHOD).Process(target=run_command, args=given)
+        context = multiprocessing.get_context(START_METHOD)
+        self._process = context.Process(target=run_command, args=given)
         self._process.start()
         self.pid = self._process.pid
 

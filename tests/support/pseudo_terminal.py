@@ -21,9 +21,9 @@ def at_a_terminal(*arguments, cwd, **environment):
     env |= {"TERM": "xterm-256color"} | environment
     name = os.ttyname(terminal)
     processes.preload()
-    process = multiprocessing.get_context(processes.START_METHOD).Process(
-        target=processes.run_command, args=("bn_lightning", on_cpu(arguments), str(cwd), env, name, name)
-    )
+    given = ("bn_lightning", on_cpu(arguments), str(cwd), env, name, name)
+    context = multiprocessing.get_context(processes.START_METHOD)
+    process = context.Process(target=processes.run_command, args=given)
     process.start()
     output = b""
     while True:

@@ -209,6 +209,7 @@ class Fill(pl.Callback):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(tmp_path):
     """The disk has 4 MB, and something else fills it during the run."""
     (tmp_path / "runs").mkdir()
