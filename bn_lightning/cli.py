@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "compare": (
         "bn_lightning.studies.compare",
-        "train norms or settings with several seeds; print a table, draw a plot",
+        "compare norms or settings over several seeds: a table and a plot",
     ),
     "sweep": (
         "bn_lightning.studies.sweep",

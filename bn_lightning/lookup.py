@@ -36,8 +36,8 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"The {kind} {name!r} cannot be imported: {error}.\n"
-            f"It was read as the object {attribute!r} in the module {module_name!r}. The module "
-            "must be installed or in the current folder."
+            f"The path refers to the object {attribute!r} in the module {module_name!r}. The "
+            "module must be installed or in the current folder."
             + (f"\nKnown names: {', '.join(known)}." if known else "")
         ) from error
 

@@ -49,7 +49,7 @@ def test_an_unknown_name_is_reported_with_the_known_names(name, message):
 def test_the_message_states_how_an_import_path_was_read():
     with pytest.raises(UserError) as refused:
         lookup.find("a.b.c", "optimizer", {})
-    assert "It was read as the object 'c' in the module 'a.b'" in str(refused.value)
+    assert "The path refers to the object 'c' in the module 'a.b'" in str(refused.value)
     assert "Known names" not in str(refused.value)
 
 

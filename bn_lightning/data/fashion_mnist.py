@@ -1,4 +1,4 @@
-"""Fashion-MNIST as a data module, in memory."""
+"""Data module of Fashion-MNIST, which is kept in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ class Preprocessing(nn.Module):
         return x.sub_(MEAN).div_(STD) if self.normalize else x
 
     def invert(self, inputs: Tensor) -> Tensor:
-        """Return network inputs as raw images."""
+        """Convert network inputs back to raw images, uint8 (N, 28, 28)."""
         x = inputs.float().squeeze(1)
         x = x * STD + MEAN if self.normalize else x
         return (x * 255).round().clamp(0, 255).to(torch.uint8)
@@ -50,13 +50,15 @@ class FashionMNIST(DataModule):
 
     Args:
         source: `auto`, `system`, `download`, `sample`, or a folder with the idx files, raw or .gz.
-            `auto` tries `root`, the system's copy and the download, then uses the packaged sample.
-        root: folder for downloads.
+            `auto` tries `root`, the system's copy, the download and the packaged sample, in this
+            order.
+        root: folder that is searched for the files, and to which they are downloaded.
         mirrors: base URLs to download from.
         batch_size: number of images per batch, over all processes.
-        val_images: number of training images held out for validation (in the sample, the same
-            fraction); 0 validates on the test set, as the article does, and selects no checkpoint.
-        normalize: standardize pixels; by default they are in [0, 1], as in the article.
+        val_images: number of training images held out for validation, scaled down for the sample; 0
+            to validate on the test set, as in the article, without selecting a checkpoint.
+        normalize: standardize pixels with the mean and standard deviation of the training set;
+            otherwise they are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.
         shift: maximum random shift of training images in pixels, along each axis.
         seed: seed of the data split and of the order of images; set by `--seed_everything`.
@@ -119,7 +121,7 @@ class FashionMNIST(DataModule):
 
     def setup(self, stage: str) -> None:
         """Load the data and split off the validation images."""
-        # Lightning calls prepare_data on one process of a machine only.
+        # Lightning calls prepare_data in only one process per machine.
         if self.images is None:
             self.images = sources.load(self.source, self.root, self.mirrors, may_download=False)
         num_train = len(self.images.train_labels)

@@ -140,7 +140,7 @@ def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Pi
         except PictureError as error:
             tqdm.write(f"not read: {error}", file=sys.stderr)
     if not pictures:
-        raise RunFailed(f"None of {len(paths)} images could be read. The reasons are listed above.")
+        raise RunFailed("No image could be read. The reasons are listed above.")
     return pictures, len(paths) - len(pictures)
 
 

@@ -73,7 +73,7 @@ def load(
         return _read_folder(root, files.FULL, "download")
     if not Path(source).is_dir():
         raise DataNotFound(
-            f"--data.source is {source!r}, and there is no such folder.\n"
+            f"The data source {source!r} is not a folder.\n"
             "Use a folder with the four idx files, or auto, system, download or sample."
         )
     return _read_folder(Path(source), files.FULL, "folder")

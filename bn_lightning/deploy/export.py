@@ -39,7 +39,7 @@ from bn_lightning.training import checkpoints
 # the data module has the setting.
 DATA_FLAGS = {
     "source": "Source of the test samples; same values as --data.source of fit.",
-    "root": "Folder for downloads.",
+    "root": "Folder that is searched for the files, and to which they are downloaded.",
 }
 
 # Duration of the timing for each batch size.
@@ -73,7 +73,7 @@ class Exported:
     metrics: dict[str, float]
 
 
-# Some norms use disabled gradients to detect evaluation.
+# Some norms, such as the article's, use the running statistics only if gradients are disabled.
 @torch.no_grad()
 def export(
     ckpt_path: str,
@@ -82,7 +82,7 @@ def export(
     trusted: Mapping[str, str] | None = None,
     data_settings: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Write the network of a checkpoint to a file, after verifying its outputs on the test set.
+    """Export the network of a checkpoint, after verifying the exported outputs on the test set.
 
     The exported file accepts raw samples (N, ...) for any N from 1, and returns the outputs of the
     network. The input and the output are named `images` and `logits` for a classifier, otherwise
@@ -165,13 +165,13 @@ def _write(out: Path, content: bytes) -> None:
 
 
 def _metadata(ckpt_path: str, restored: Restored) -> dict[str, Any]:
-    """Return the metadata of the exported file, without unknown values."""
+    """Return the metadata of the exported file. Unknown values are left out."""
     checkpoint, data, task = restored.checkpoint, restored.data, restored.task
     step, (selects, _) = checkpoint.get("global_step"), task.selects
     validations = records.recorded_in(checkpoint).get("validations", [])
     folder = restored.path.absolute().parent.parent
     metadata = {
-        # One class per line: a program can read this without a JSON parser.
+        # One class per line, so that no JSON parser is needed.
         "classes": None if data.classes is None else "\n".join(data.classes),
         "producer": f"bn_lightning {__version__}",
         "torch": str(torch.__version__),
@@ -210,7 +210,7 @@ def milliseconds(
     end = time.perf_counter() + seconds
     while not all(times.values()) or time.perf_counter() < end:
         for name, forward in networks.items():
-            # The threads of torch stay busy for a short time after a call.
+            # torch's threads stay busy for a short time after a call and would slow the next one.
             time.sleep(0.01)
             forward(inputs)
             start = time.perf_counter()
@@ -254,8 +254,8 @@ def _parser(experiment: Experiment) -> ArgumentParser:
             flag,
             type=str | None,
             default=None,
-            help=f"The {name.partition('.')[2]} of the checkpoint. Required if it is an import "
-            "path: it confirms that you trust the code.",
+            help=f"The {name.partition('.')[2]} of the checkpoint. Required only if it is an "
+            "import path, to confirm that you trust the code.",
         )
     for name, text in DATA_FLAGS.items():
         if name in inspect.signature(experiment.data).parameters:

@@ -235,6 +235,6 @@ def _load_run(run: Path, experiment: Experiment) -> tuple[str, dict[str, Any]]:
         if file.is_file():
             return str(file), result.read_result(run)
     raise UserError(
-        f"There is no checkpoint in {str(run)!r}. Give the folder of a run, for example --run "
+        f"There is no checkpoint in {str(run)!r}. Use the folder of a run, for example --run "
         f"runs/{experiment.name}/0"
     )

@@ -17,7 +17,7 @@ from bn_lightning.monitoring.measurements import Measurements, is_activation, sh
 from bn_lightning.norms import recognition
 from bn_lightning.training.task import Task
 
-# Histograms are written in every second monitored step: one takes as long as five scalars.
+# Histograms are written in every second monitored step: a histogram takes as long as five scalars.
 MONITORED_STEPS_PER_HISTOGRAM = 2
 
 
@@ -60,7 +60,7 @@ class NormMonitor(pl.Callback):
                 "NormMonitor(every_n_steps=100)."
             )
         self.every_n_steps = every_n_steps
-        # Contains hooks during the forward pass of a monitored step only.
+        # The registered hooks; empty except during the forward pass of a monitored step.
         self._hooks = ExitStack()
         self._reset()
 
@@ -104,7 +104,7 @@ class NormMonitor(pl.Callback):
             self._measurements.scalars["steps_per_second"] = speed
 
     def _register_hooks(self, pl_module: pl.LightningModule) -> None:
-        # Otherwise torch.compile would also compile the hooks.
+        # A monitored step runs uncompiled. Otherwise torch.compile would also compile the hooks.
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         norms = recognition.layers(pl_module)
         for name, module in pl_module.named_modules():
@@ -120,7 +120,8 @@ class NormMonitor(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        # With activation checkpointing, the backward pass repeats the forward pass.
+        # With activation checkpointing, the backward pass repeats the forward pass. The hooks must
+        # not run again.
         self._hooks.close()
         self._measurements.measure_activations()
 
@@ -154,7 +155,7 @@ class NormMonitor(pl.Callback):
         self._has_layout = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # If a callback skips the rest of the epoch, the hooks are still registered.
+        # If a callback has ended the epoch within a step, the hooks are still registered.
         self._hooks.close()
 
     def on_exception(

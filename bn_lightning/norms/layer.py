@@ -1,8 +1,8 @@
 """Batch normalization from scratch, a drop-in replacement for PyTorch's BatchNorm1d, 2d and 3d.
 
-Read `definition.py` first. It defines the result. `fast.py` computes the same result in less time,
-and across processes. The function `batch_norm` checks its arguments and calls one of the two. The
-layer `BatchNorm` keeps the parameters and the running statistics, and calls the function.
+Read `definition.py` first. It defines the result. `fast.py` computes the same result faster,
+and also across processes. The function `batch_norm` checks its arguments and calls one of the two.
+The layer `BatchNorm` keeps the parameters and the running statistics, and calls the function.
 """
 
 from typing import Any, ClassVar
@@ -36,20 +36,20 @@ def batch_norm(
       running statistics, if given, are updated in place (algorithm 2, step 10).
     * If `training` is False, the batch is normalized by the running statistics (step 11).
 
-    The variance of the batch is divided by m, the number of values per channel. The one that enters
-    the running variance is divided by m - 1.
+    With m values per channel, the batch is normalized by its biased variance (divisor m). The
+    running variance is updated with the unbiased variance (divisor m - 1).
 
     Args:
-        input: (N, C) or (N, C, ...), floating point. 16-bit input is computed in float32. The
+        input: (N, C) or (N, C, ...), floating point. 16-bit input is normalized in float32. The
             result has the input's dtype and memory format.
         running_mean, running_var, weight, bias: (C,) each, or None. Their dtype is that of the
             input, or float32 if the input has 16 bits. `weight` is gamma, and `bias` is beta.
-        momentum: the weight of the batch in the running statistics.
-        process_group: in training, use the statistics of all its processes' batches together.
+        momentum: the weight of the current batch in the running statistics.
+        process_group: in training, compute the statistics over the batches of all its processes.
 
     Raises:
         ValueError: a shape or dtype does not fit; the running statistics are missing in eval mode;
-            or a channel has one value only in training, so that its variance is always 0.
+            or, in training, each channel has only one value, so that its variance is 0.
     """
     if input.dim() == 1 and not input.numel():
         # There is nothing to normalize. PyTorch accepts this input too.
@@ -139,7 +139,8 @@ def check_num_dims(input: Tensor, num_dims: int | None) -> None:
 def _needs_plain_operations() -> bool:
     """Return whether PyTorch must see each operation instead of the custom autograd function.
 
-    Compilers fuse the operations. Forward-mode AD and torch.func differentiate or transform each.
+    torch.compile fuses separate operations. The custom autograd function supports neither
+    forward-mode AD nor torch.func.
     """
     # The last two names are private. PyTorch has no public equivalent.
     return (
@@ -173,9 +174,9 @@ class BatchNorm(nn.Module):
             layer, 4 after a convolution.
 
     Attributes:
-        sync_batchnorm: in training, use the statistics of the batches of all processes of the
-            default group. `Trainer(sync_batchnorm=True)` sets it with the plugin in `sync.py`.
-        prefers_channels_last: True. On a CPU, the layer is faster in channels-last order.
+        sync_batchnorm: in training, compute the statistics over the batches of all processes of
+            the default group. `Trainer(sync_batchnorm=True)` sets it with the plugin in `sync.py`.
+        prefers_channels_last: True. On a CPU, the layer is faster in channels-last format.
         only_writes_running_stats: True. In training, the layer writes its running statistics but
             never reads them. `recognition.py` explains this attribute and the one before.
     """
@@ -183,7 +184,7 @@ class BatchNorm(nn.Module):
     prefers_channels_last: ClassVar[bool] = True
     only_writes_running_stats: ClassVar[bool] = True
 
-    # The version of the state dict, counted as in PyTorch.
+    # The version of the state dict, equal to that of PyTorch's BatchNorm.
     _version = 2
     sync_batchnorm: bool
     weight: nn.Parameter | None
@@ -259,7 +260,7 @@ class BatchNorm(nn.Module):
                 momentum = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
 
         use_batch_stats = self.training or self.running_mean is None
-        # track_running_stats may be turned off later. The buffers remain, but are not updated.
+        # track_running_stats may be set to False later. Then the buffers are not updated.
         pass_running_stats = self.track_running_stats or not self.training
         synchronize = self.sync_batchnorm and self.training
         synchronize = synchronize and dist.is_available() and dist.is_initialized()

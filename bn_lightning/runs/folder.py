@@ -14,7 +14,7 @@ import yaml
 from bn_lightning.errors import UserError
 from bn_lightning.training import checkpoints
 
-# Settings that say where a run starts and is stored. They do not affect its results.
+# Settings that locate the checkpoint and the folder of a run. They are not recorded as changes.
 NOT_RECORDED = ("config", "ckpt_path", "resume", "name", "trainer.default_root_dir")
 
 
@@ -68,7 +68,7 @@ class RunFolder:
     def save_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
         """Write the settings that differ from those of the earlier run to `resumed-N.yaml`.
 
-        A setting that did not exist when the run started had its default.
+        A setting that did not exist when the run started is assumed to have had its default.
         """
         self.changed = changes(self.path, settings, defaults)
         if self.changed:
@@ -93,7 +93,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_newest_checkpoint(parent: Path, warn: bool = True) -> tuple[str, dict[str, Any]] | None:
-    """Return path and content of the checkpoint with which the newest run continues.
+    """Return path and content of the checkpoint from which the newest run is resumed.
 
     This is `last.ckpt` of the newest run in `parent`. If it is corrupt, the other checkpoints of
     this run are tried, and then those of older runs.
@@ -114,7 +114,7 @@ def find_newest_checkpoint(parent: Path, warn: bool = True) -> tuple[str, dict[s
 
 
 def checkpoint_to_resume(folder: Path, warn: bool = True) -> tuple[str, dict[str, Any]]:
-    """Return path and content of the checkpoint with which the run in `folder` continues.
+    """Return path and content of the checkpoint from which the run in `folder` is resumed.
 
     Raises:
         UserError: `folder` is not the folder of a run, or has no intact checkpoint.
@@ -122,7 +122,7 @@ def checkpoint_to_resume(folder: Path, warn: bool = True) -> tuple[str, dict[str
     if not is_run(folder):
         raise UserError(
             f"{str(folder)!r} is not the folder of a run: it has no config.yaml.\n"
-            "Give the folder that fit has printed, for example --resume runs/lenet/0"
+            "Use the run folder that fit has printed, for example --resume runs/lenet/0"
         )
     found = _first_intact(_checkpoints_of(folder), warn)
     if found is None:
@@ -182,7 +182,7 @@ def record_changes(folder: Path, changed: dict[str, tuple[Any, Any]]) -> Path:
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace sections by names with a dot: {"model": {"lr": 1}} becomes {"model.lr": 1}."""
+    """Flatten one level of sections: {"model": {"lr": 1}} becomes {"model.lr": 1}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -193,7 +193,7 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Replace names with dots by sections, and merge those of the same name.
+    """Convert dotted names to nested sections, and merge sections of the same name.
 
     Sections in `flat` are copied, not changed.
     """

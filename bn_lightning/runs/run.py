@@ -281,7 +281,7 @@ def command_line(
             raise
         raise UserError(
             f"The checkpoint does not fit the network of these settings: {error}\n"
-            "Remove the --model settings: those in the checkpoint are used then."
+            "Remove the --model settings, so that those in the checkpoint are used."
         ) from error
     finally:
         # Otherwise its threads end in an arbitrary order at exit.

@@ -33,7 +33,7 @@ class SettingsCLI(LightningCLI):
         resumes_at: step at which the run is resumed.
     """
 
-    # Each is a method of a subclass, and the first line of its docstring is shown by --help.
+    # Each command is a method of a subclass. --help shows the first line of its docstring.
     commands: tuple[str, ...] = ("fit", "validate", "test")
 
     ckpt_path: str | None = None
@@ -67,7 +67,7 @@ class SettingsCLI(LightningCLI):
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
         # Checkpoints are always loaded with weights_only=True.
-        # Lightning's table of metrics is replaced by the lines of this project.
+        # Metrics are printed by this project instead of Lightning (`verbose`).
         # --ckpt_path is added below, with a help text that fits each command.
         skipped = {"weights_only", "verbose", "return_predictions", "ckpt_path"}
         return {name: LightningCLI.subcommands()[name] | skipped for name in cls.commands}
@@ -127,7 +127,7 @@ class SettingsCLI(LightningCLI):
             metavar="N",
             type=NonNegativeInt,
             default=0,
-            help="Write last.ckpt every N steps too, not only once per epoch; 0 for never.",
+            help="Write last.ckpt every N steps, in addition to once per epoch; 0 to disable.",
         )
         self._parser("fit").add_argument(
             "--monitor",
@@ -151,7 +151,7 @@ class SettingsCLI(LightningCLI):
             )
         if command == "fit" and config.resume is not None:
             self._find_run(config)
-            # As config files of the parser, the settings of the run are overridden by flags.
+            # The settings of the run become default config files, so flags override them.
             files = map(str, folder.settings_files(Path(config.resume)))
             self._parser("fit").default_config_files = list(files)
             super().parse_arguments(parser, args)
@@ -181,7 +181,7 @@ class SettingsCLI(LightningCLI):
         self._resume_in(run, *found)
 
     def _find_checkpoint(self, command: str, config: Namespace) -> dict[str, Any] | None:
-        """Load the checkpoint of --ckpt_path, and resume its run if it is the last of a run.
+        """Load the checkpoint of --ckpt_path, and resume its run if it is the last.ckpt of a run.
 
         Returns:
             The checkpoint, or None for `fit --ckpt_path last` if no run has one yet.
@@ -191,8 +191,8 @@ class SettingsCLI(LightningCLI):
             found = folder.find_newest_checkpoint(runs, warn=_is_rank_zero())
             if found is None and command != "fit":
                 raise UserError(
-                    f"No run in {str(runs)!r} has a checkpoint. Use --name for runs of another "
-                    "name, or --ckpt_path with a file."
+                    f"No run in {str(runs)!r} has a checkpoint. Set --name to the name of "
+                    "existing runs, or --ckpt_path to a file."
                 )
             if found is None:
                 if _is_rank_zero():
@@ -249,7 +249,7 @@ def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -
     """Return the settings in a checkpoint by the names of their flags.
 
     Args:
-        machine_settings: settings of the data that depend on the machine, which are left out.
+        machine_settings: data settings that depend on the machine; they are left out.
     """
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     for name in machine_settings:
@@ -270,7 +270,7 @@ def _is_rank_zero() -> bool:
 def _refuse_resume_without_saving(config: Namespace, ckpt_path: str) -> None:
     if config.trainer.fast_dev_run or config.trainer.enable_checkpointing is False:
         raise UserError(
-            "--resume saves the training in the run's folder. Remove --trainer.fast_dev_run and "
-            "--trainer.enable_checkpointing.\n"
-            f"To start another run from its weights: --ckpt_path {ckpt_path} --name trial"
+            "--resume writes checkpoints to the run's folder. Remove --trainer.fast_dev_run and "
+            "--trainer.enable_checkpointing false.\n"
+            f"To start a new run from its weights: --ckpt_path {ckpt_path} --name trial"
         )

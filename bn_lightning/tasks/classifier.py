@@ -30,7 +30,7 @@ class Classifier(Task):
         norm_args: other arguments of the norm, for example `--model.norm_args.eps 1e-3`.
         activation: activation function after each norm.
         pooling: 2x2 pooling after each convolution.
-        lr: learning rate; the peak for OneCycleLR.
+        lr: learning rate; with OneCycleLR, the maximum.
         label_smoothing: fraction of each label that is spread over all classes, in training only
             (Szegedy et al. 2016, section 7).
         training: settings of `Task`: optimizer, scheduler, compile, memory_format.

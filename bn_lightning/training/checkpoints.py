@@ -106,29 +106,29 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
         ) from None
     except IsADirectoryError:
         raise UserError(
-            f"{path!r} is a folder. Give a checkpoint file, for example "
+            f"{path!r} is a folder. Use a checkpoint file, for example "
             f"{Path(path, 'checkpoints', 'best.ckpt')}"
         ) from None
-    # torch.load has no exception type of its own. What it raises depends on the bytes of the file.
+    # torch.load raises exceptions of many types, depending on the content of the file.
     except Exception as error:
-        # torch's message also advises to load the file unsafely. Only its finding is shown.
+        # Only the reason is shown: torch's message also advises to use weights_only=False.
         found = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
         reason = found[1] if found else f"torch.load raised {type(error).__name__}."
         raise UserError(
             f"{path!r} is corrupt or is not a checkpoint that can be loaded safely. "
             f"Nothing in it was executed.\n    {reason}\n"
-            "Give a file that fit wrote, for example runs/NAME/N/checkpoints/last.ckpt."
+            "Use a checkpoint that fit has written, for example runs/NAME/N/checkpoints/last.ckpt."
         ) from error
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(
                 f"{path!r} is not a checkpoint of a run: {name!r} is not a dict. "
-                "Give a file that fit wrote."
+                "Use a checkpoint that fit has written."
             )
     if "state_dict" not in checkpoint:
         raise UserError(
             f"{path!r} is not a checkpoint of a run: it has no 'state_dict'. "
-            "Give a file that fit wrote."
+            "Use a checkpoint that fit has written."
         )
     return str(local), checkpoint
 

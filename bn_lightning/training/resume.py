@@ -1,8 +1,9 @@
 """Exact resume: a run that was stopped at any point continues as if it had not been stopped.
 
 Lightning writes a checkpoint inside a hook, in the middle of a step. After resuming, the rest of
-the step (validation, logging, the scheduler) happens twice or never. Here `last.ckpt` is written
-between two steps. Random numbers do not depend on earlier ones; see `seeds`.
+the step (validation, logging, the scheduler) is executed twice or not at all. Here `last.ckpt` is
+written between two steps. The random numbers of a step do not depend on those of earlier steps (see
+`seeds`).
 """
 
 from datetime import timedelta
@@ -36,8 +37,8 @@ class ExactResume(Checkpoint):
         dirpath: folder of `last.ckpt`; by default `checkpoints` in the logger's folder, as in
             ModelCheckpoint.
         seed: seed of the random numbers in each step, such as those of dropout.
-        max_time: time limit, counted from the start of training in this process. In contrast to
-            `Trainer(max_time=...)`, the rest of the epoch is trained when the run is resumed.
+        max_time: time limit, counted from the start of training in this process. Unlike with
+            `Trainer(max_time=...)`, a resumed run trains the rest of the interrupted epoch.
 
     Attributes:
         path: path of `last.ckpt`, set in `setup`.
@@ -47,7 +48,8 @@ class ExactResume(Checkpoint):
         has_trained: whether this process has trained on a batch.
 
     Raises:
-        Stopped: the run was stopped on request, and is saved. After `max_time` the code is 0.
+        Stopped: a signal or `max_time` stopped the run. The message states what was saved. The exit
+            code after `max_time` is 0.
         RunFailed: a loss is NaN or infinite.
     """
 
@@ -69,7 +71,8 @@ class ExactResume(Checkpoint):
         self._losses = NonFiniteLossGuard()
         self._saved_at = -1  # optimizer step of last.ckpt
         self._is_exact = True
-        # (epoch, batches done in it, whether training has ended), while last.ckpt is written.
+        # Set only while last.ckpt is written: epoch, batches done in it, and whether training has
+        # ended.
         self._position: tuple[int, int, bool] | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -142,7 +145,8 @@ class ExactResume(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is not None and self._restored["finished"] == self._limits(trainer):
-            # The run has ended, possibly by early stopping, which Lightning does not save.
+            # The run had already ended, possibly by early stopping. Lightning does not save
+            # `should_stop`.
             trainer.should_stop = True
 
     @staticmethod
@@ -181,7 +185,8 @@ class ExactResume(Checkpoint):
     def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
         step = trainer.global_step
         is_unsaved = step != self._saved_at
-        # A checkpoint does not contain accumulated gradients.
+        # A checkpoint does not contain accumulated gradients, so none is written before they are
+        # applied.
         if is_unsaved and batch_idx % trainer.accumulate_grad_batches:
             return
         save_due = is_unsaved and self._is_save_due(step, batch_idx)
@@ -252,7 +257,7 @@ class ExactResume(Checkpoint):
 
 
 class _FinalSave(pl.Callback):
-    """The last callback, since others may change the weights in `on_train_end`."""
+    """Saves the final checkpoint after all other callbacks, which may change the weights."""
 
     def __init__(self, resume: ExactResume) -> None:
         self.resume = resume
@@ -265,7 +270,7 @@ def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: i
     """Adapt the state of a ModelCheckpoint to the folder in which the run resumes.
 
     The folder may have moved. Its best checkpoint may be from a later step than the one from which
-    the run resumes; then it is forgotten.
+    the run resumes; then it is removed from the state.
 
     Args:
         dirpath: the folder; None if the checkpoint starts a new run.
@@ -279,7 +284,7 @@ def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: i
         return {moved(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     if dirpath is not None and Path(before).name != Path(dirpath).name:
-        return  # a folder that the user has set
+        return  # the user has set another folder
     if dirpath is not None:
         state.update({name: moved(value) for name, value in state.items()})
         best = Path(state["best_model_path"])

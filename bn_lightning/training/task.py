@@ -18,11 +18,11 @@ MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 
 
 class Step(NamedTuple):
-    """The result of one step.
+    """The result of `Task.step` for one batch.
 
     Attributes:
-        loss: mean over the samples.
-        outputs, targets: the arguments of the metrics.
+        loss: mean loss over the samples.
+        outputs, targets: the inputs of the metrics.
         num_samples: number of samples in this rank's shard of the batch.
     """
 
@@ -33,12 +33,12 @@ class Step(NamedTuple):
 
 
 class Task(pl.LightningModule):
-    """Base class of a network with its loss, metrics, optimizer and scheduler, for any data.
+    """Base class for tasks: a network with its loss, metrics, optimizer and scheduler.
 
     A subclass passes its network and metrics to this constructor, and implements `step`. All of its
     own arguments must be plain data: they become flags such as `--model.width`, and are saved in
     checkpoints, which load with `weights_only=True`. `**training` forwards the arguments of this
-    class, so a subclass also accepts future ones:
+    class, so a subclass also accepts arguments that are added to it later:
 
         class Regression(Task):
             selects = ("val_rmse", "min")
@@ -55,16 +55,16 @@ class Task(pl.LightningModule):
 
     Args:
         network: the network to train. Its weights have the prefix `network.` in a checkpoint.
-        metrics: torchmetrics by name, each updated with (outputs, targets). Their values over an
-            epoch are logged: `rmse` as `train_rmse`, `val_rmse` and `test_rmse`. The loss is always
-            logged.
-        lr: learning rate; the peak for OneCycleLR.
+        metrics: metrics of torchmetrics by name, each updated with (outputs, targets). Their values
+            over an epoch are logged: `rmse` as `train_rmse`, `val_rmse` and `test_rmse`. The loss
+            is always logged.
+        lr: learning rate; with OneCycleLR, the maximum.
         optimizer: class in `torch.optim`, or an import path.
         optimizer_args: other arguments of the optimizer, for example
             `--model.optimizer_args.momentum 0.9`.
         scheduler: class in `torch.optim.lr_scheduler`, or an import path; null for a constant
-            learning rate. OneCycleLR and others that need the number of steps are updated after
-            each step, others after each epoch.
+            learning rate. Schedulers that need the number of steps, such as OneCycleLR, are
+            updated after each step, all others after each epoch.
         scheduler_args: other arguments of the scheduler, for example
             `--model.scheduler_args.pct_start 0.2`.
         compile: compile the network with `torch.compile`; checkpoints are not affected.
@@ -138,7 +138,7 @@ class Task(pl.LightningModule):
         return type(self.network).__name__
 
     def facts(self) -> dict[str, Any]:
-        """Return entries of result.json on the network, as plain data."""
+        """Return entries about the network for result.json, as plain data."""
         return {}
 
     def summary(self) -> list[str]:
@@ -174,7 +174,7 @@ class Task(pl.LightningModule):
     def _log_means(self, stage: Stage) -> None:
         """Log the metrics over the epoch. Lightning computes and resets them."""
         for name in self.names(stage):
-            # `train_loss` is the loss per step.
+            # The tag `train_loss` is already used for the loss per step.
             tag = f"{name}_epoch" if name == "train_loss" else name
             in_bar = stage != "test" and not name.endswith("_loss")
             self.log(tag, getattr(self, name), on_step=False, on_epoch=True, prog_bar=in_bar)
@@ -193,14 +193,15 @@ class Task(pl.LightningModule):
         layout = self.hparams["memory_format"]
         if layout == "auto":
             # On a CPU, convolutions are faster in channels-last format. Norm layers may be slower:
-            # PyTorch's takes 2 to 4 times as long if there are few channels.
+            # nn.BatchNorm2d takes 2 to 4 times as long if there are few channels.
             on_cpu = self.trainer.strategy.root_device.type == "cpu"
             if on_cpu and recognition.prefers_channels_last(self.network):
                 layout = "channels_last"
         if layout == "channels_last":
             self.network.to(memory_format=torch.channels_last)
         if self.hparams["compile"]:
-            # This works in place. A wrapper would add `_orig_mod` to the name of each weight.
+            # `Module.compile` works in place. A wrapper would add `_orig_mod` to the name of each
+            # weight.
             self.network.compile()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -210,8 +211,9 @@ class Task(pl.LightningModule):
         if world_size > 1:
             # Gradients are averaged over all ranks, and the shards may differ in size.
             loss = loss * (step.num_samples * world_size / self.step_samples)
-        # self.log is as expensive as a small layer. So the loss is logged only in the steps that
-        # the logger records. Metrics are logged once per epoch, because Lightning keeps them.
+        # self.log takes as long as a small layer, so the loss is logged only in the steps that the
+        # logger records. Lightning keeps a logged metric until the end of the epoch, so each metric
+        # is logged only once per epoch.
         if not self._means_are_logged:
             self._log_means("train")
             self._means_are_logged = True

@@ -1,11 +1,14 @@
-"""Measure the cost of monitoring: `fit` with and without `--monitor`, on 60,000 images.
+"""Measure the cost of monitoring on 60,000 images.
 
     python tests/benchmarks/monitors.py [--rounds 5] [--epochs 4] [--norm custom]
 
-The first measurement times the hooks of `NormMonitor` within one process, and prints their fraction
-of the training time. It also prints the seconds for the images that are drawn after training. The
-second measurement compares images per second with and without the monitor. Both commands take
-turns, each in a new process. Each value is printed as median, minimum and maximum over the rounds.
+The first measurement times the hooks of `NormMonitor` within one process. It prints
+their share of the training time, and the seconds for the plots after training.
+
+The second measurement compares the images per second of `fit` with and without
+`--monitor`. Each round runs both commands, each in a new process.
+
+Each result is the median over the rounds, with the minimum and maximum.
 """
 
 import argparse
@@ -23,10 +26,15 @@ from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor
 from bn_lightning.monitoring.measurements import Measurements
 
 
-def shares(norm: str, epochs: int) -> tuple[float, float]:
-    """Return the monitor's fraction of the training time, and the seconds for the final images."""
-    spent = {"monitor": 0.0, "pictures": 0.0}
-    monitor, pictures = NormMonitor(), ClosingPictures()
+def measure_hooks(norm: str, epochs: int) -> tuple[float, float]:
+    """Train with timed hooks, and return the costs of monitoring.
+
+    Returns:
+        The fraction of the training time that the monitor takes, and the seconds that
+        the plots after training take.
+    """
+    seconds = {"monitor": 0.0, "plots": 0.0}
+    monitor, plots = NormMonitor(), ClosingPictures()
     hooks = (
         "on_train_batch_start",
         "on_before_backward",
@@ -34,18 +42,18 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
         "on_train_batch_end",
     )
     for hook in hooks:
-        setattr(monitor, hook, timed(getattr(monitor, hook), spent, "monitor"))
-    pictures.on_test_end = timed(pictures.on_test_end, spent, "pictures")
+        setattr(monitor, hook, timed(getattr(monitor, hook), seconds, "monitor"))
+    plots.on_test_end = timed(plots.on_test_end, seconds, "plots")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for hook in ("measure_norm", "keep_activation_input"):
-            clocked = timed(getattr(Measurements, hook), spent, "monitor")
-            stack.enter_context(mock.patch.object(Measurements, hook, clocked))
+            wrapper = timed(getattr(Measurements, hook), seconds, "monitor")
+            stack.enter_context(mock.patch.object(Measurements, hook, wrapper))
         trainer = pl.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
             logger=TensorBoardLogger(folder),
-            callbacks=[monitor, pictures],
+            callbacks=[monitor, plots],
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -56,33 +64,38 @@ def shares(norm: str, epochs: int) -> tuple[float, float]:
         trainer.fit(model, data)
         total = time.perf_counter() - start
         trainer.test(model, data, verbose=False)
-    return spent["monitor"] / total, spent["pictures"]
+    return seconds["monitor"] / total, seconds["plots"]
 
 
-def show(what: str, values: list[float], unit: str) -> None:
-    spread = f"{min(values):.3f} to {max(values):.3f}"
-    print(f"{what}: {statistics.median(values):.3f}{unit} ({spread})", flush=True)
+def print_result(label: str, values: list[float], unit: str) -> None:
+    low, high = min(values), max(values)
+    median = statistics.median(values)
+    print(f"{label}: median {median:.3f}{unit} ({low:.3f} to {high:.3f})", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs per run")
-    parser.add_argument("--norm", default="custom", help="norm of LeNet")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs per run (default: 4)")
+    parser.add_argument("--norm", default="custom", help="norm of LeNet (default: custom)")
     args = parser.parse_args()
-    measured = [shares(args.norm, args.epochs) for _ in range(args.rounds)]
-    show("fraction of the training time", [100 * share for share, _ in measured], "%")
-    show("images after training", [seconds for _, seconds in measured], " s")
+
+    costs = [measure_hooks(args.norm, args.epochs) for _ in range(args.rounds)]
+    percentages = [100 * fraction for fraction, _ in costs]
+    print_result("share of the training time", percentages, "%")
+    print_result("plots after training", [seconds for _, seconds in costs], " s")
+
     settings = ("--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0")
     settings += ("--model.norm", args.norm, "--trainer.max_epochs", str(args.epochs))
     ratios = []
     for _ in range(args.rounds):
-        speeds = [images_per_second(*settings, "--monitor", value) for value in ("true", "false")]
-        print("with monitor {:,.0f} images/s, without {:,.0f}".format(*speeds), flush=True)
-        ratios.append(speeds[0] / speeds[1])
-    show("images per second, with monitor / without", ratios, "")
+        monitored = images_per_second(*settings, "--monitor", "true")
+        plain = images_per_second(*settings, "--monitor", "false")
+        print(f"monitor: {monitored:,.0f} images/s, no monitor: {plain:,.0f}", flush=True)
+        ratios.append(monitored / plain)
+    print_result("images per second, monitor / no monitor", ratios, "")
 
 
 if __name__ == "__main__":

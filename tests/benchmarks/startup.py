@@ -1,9 +1,10 @@
-"""Measure the seconds of `fit --help`, `--help`, `--version`, and of importing LightningCLI.
+"""Measure the startup time of commands, and of importing LightningCLI.
 
     python tests/benchmarks/startup.py [--rounds 7]
 
-The commands take turns. Printed are the median, minimum and maximum over the rounds, and the ratio
-of `fit --help` to the import.
+The commands are `fit --help`, `--help` and `--version`. Each round runs all of them. The
+output shows the median seconds over the rounds, with the minimum and maximum, and the
+ratio of `fit --help` to the import.
 """
 
 import argparse
@@ -20,7 +21,7 @@ COMMANDS = {
 }
 
 
-def spread(values: list[float], unit: str = "") -> str:
+def format_values(values: list[float], unit: str = "") -> str:
     median, low, high = statistics.median(values), min(values), max(values)
     return f"median {median:.3f}{unit} ({low:.3f} to {high:.3f})"
 
@@ -29,20 +30,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7, help="number of rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default: 7)")
     rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {command: [] for command in COMMANDS}
     for number in range(rounds + 1):
         for command, arguments in COMMANDS.items():
             start = time.perf_counter()
             subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-            # The first round fills the file cache and does not count.
-            if number:
+            # The first round is a warm-up that fills the file cache. It is not recorded.
+            if number > 0:
                 seconds[command].append(time.perf_counter() - start)
     for command, values in seconds.items():
-        print(f"{command:20} {spread(values, ' s')}")
+        print(f"{command:20} {format_values(values, ' s')}")
     pairs = zip(seconds["fit --help"], seconds["import LightningCLI"], strict=True)
-    print(f"fit --help / import LightningCLI: {spread([a / b for a, b in pairs])}")
+    ratios = [command / baseline for command, baseline in pairs]
+    print(f"fit --help / import LightningCLI: {format_values(ratios)}")
 
 
 if __name__ == "__main__":

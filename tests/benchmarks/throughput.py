@@ -2,16 +2,17 @@
 
     python tests/benchmarks/throughput.py [--rounds 5] [--epochs 2]
 
-Four programs take turns, each in a new process, with the same network, batch size, number of
-threads and 60,000 images:
+Each round runs four programs, each in a new process, with the same network, batch size,
+number of threads and 60,000 images:
 
 * bare:       loop over float tensors in memory: forward, loss, backward, optimizer step
-* dataloader: loop from the article's book: torchvision, ToTensor, four workers, accuracy
-* fit:        `fit --model.norm builtin` with metrics, TensorBoard, checkpoints and progress bar
-* custom:     `fit --model.norm custom`, otherwise the same
+* dataloader: the article's loop: torchvision, ToTensor, four workers, accuracy
+* fit:        `fit --model.norm builtin` with metrics, TensorBoard, checkpoints and
+              progress bar
+* custom:     `fit --model.norm custom` with the same features
 
-The first three use PyTorch's norm layer. Printed are the median of each program, and ratios within
-the same round.
+The first three use PyTorch's norm layer. The output shows the median speed of each
+program, and the ratios of programs within the same round.
 """
 
 import argparse
@@ -31,7 +32,7 @@ PROGRAMS = ("dataloader", "bare", "fit", "custom")
 BATCH_SIZE = 256
 
 
-def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+def make_network() -> tuple[nn.Module, torch.optim.Optimizer]:
     from bn_lightning import LeNet
 
     torch.manual_seed(0)
@@ -44,8 +45,9 @@ def bare(epochs: int) -> float:
     from bn_lightning.data import sources
 
     data = sources.load()
-    images, labels = data.train_images.unsqueeze(1).float().div_(255), data.train_labels
-    network, optimizer = make()
+    images = data.train_images.unsqueeze(1).float().div_(255)  # (N, 1, 28, 28)
+    labels = data.train_labels
+    network, optimizer = make_network()
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in torch.randperm(len(labels)).split(BATCH_SIZE):
@@ -55,11 +57,12 @@ def bare(epochs: int) -> float:
     return epochs * len(labels) / (time.perf_counter() - start)
 
 
-def article(epochs: int, tests: bool = True) -> tuple[float, float]:
-    """Train with the loop from the article's book.
+def run_article_loop(epochs: int, test_each_epoch: bool = True) -> tuple[float, float]:
+    """Train with the article's loop.
 
-    Return the seconds of training and the last test accuracy. The loop tests after each epoch. The
-    time of the tests is not included.
+    Returns:
+        The seconds of training, without the tests, and the last test accuracy. The
+        accuracy is 0 if `test_each_epoch` is False.
     """
     from torch.utils.data import DataLoader
     from torchvision.datasets import FashionMNIST
@@ -71,16 +74,18 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as root:
         raw = Path(root, "FashionMNIST", "raw")
         raw.mkdir(parents=True)
-        # torchvision requires decompressed files.
+        # torchvision requires decompressed files in the IDX format.
         for file in files.FULL:
             content = files.read(files.locate(data.folder, file), file)
-            header = b"".join(n.to_bytes(4, "big") for n in (0x0800 + len(file.shape), *file.shape))
+            magic_number = 0x0800 + len(file.shape)
+            header = b"".join(n.to_bytes(4, "big") for n in (magic_number, *file.shape))
             (raw / file.name).write_bytes(header + content.tobytes())
         train = FashionMNIST(root, train=True, transform=ToTensor())
         test = FashionMNIST(root, train=False, transform=ToTensor())
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, num_workers=4)
     test_loader = DataLoader(test, BATCH_SIZE, num_workers=4)
-    network, optimizer = make()
+    network, optimizer = make_network()
+
     seconds = accuracy = 0.0
     for _ in range(epochs):
         total_loss, total_correct, total = 0.0, 0.0, 0
@@ -97,20 +102,21 @@ def article(epochs: int, tests: bool = True) -> tuple[float, float]:
                 total_correct += float((logits.argmax(1) == labels).sum())
                 total += len(labels)
         seconds += time.perf_counter() - start
-        if tests:
+
+        if test_each_epoch:
             network.eval()
+            correct = 0
             with torch.no_grad():
-                correct = sum(
-                    int((network(images).argmax(1) == labels).sum())
-                    for images, labels in test_loader
-                )
+                for images, labels in test_loader:
+                    correct += int((network(images).argmax(1) == labels).sum())
             accuracy = correct / len(test)
     return seconds, accuracy
 
 
 def dataloader(epochs: int) -> float:
-    """Return the images per second of the loop from the article's book."""
-    return epochs * 60_000 / article(epochs, tests=False)[0]
+    """Return the images per second of the article's loop."""
+    seconds, _ = run_article_loop(epochs, test_each_epoch=False)
+    return epochs * 60_000 / seconds
 
 
 def fit(epochs: int, norm: str) -> float:
@@ -119,43 +125,52 @@ def fit(epochs: int, norm: str) -> float:
     return images_per_second(*settings, "--trainer.enable_progress_bar", "true")
 
 
+# The programs that are measured by this file, run with --side in a new process.
+LOOPS = {"bare": bare, "dataloader": dataloader}
+
+# The programs that run `fit`, with their norms.
+NORMS = {"fit": "builtin", "custom": "custom"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs per run")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per run (default: 2)")
     parser.add_argument(
         "--side",
-        choices=("bare", "dataloader"),
+        choices=tuple(LOOPS),
         help="measure only this program, once, in this process",
     )
     args = parser.parse_args()
     if args.side:
-        print({"bare": bare, "dataloader": dataloader}[args.side](args.epochs))
+        print(LOOPS[args.side](args.epochs))
         return
 
     speeds: dict[str, list[float]] = {program: [] for program in PROGRAMS}
     for number in range(args.rounds):
         for program in PROGRAMS:
-            if program in ("bare", "dataloader"):
+            if program in LOOPS:
                 command = [sys.executable, __file__, "--side", program]
                 command += ["--epochs", str(args.epochs)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                speed = float(done.stdout)
+                process = subprocess.run(command, capture_output=True, text=True, check=True)
+                speed = float(process.stdout)
             else:
-                speed = fit(args.epochs, {"fit": "builtin"}.get(program, program))
+                speed = fit(args.epochs, NORMS[program])
             speeds[program].append(speed)
             print(f"round {number + 1}  {program:10} {speed:10,.0f} images/s", flush=True)
+
     settings = f"{args.epochs} epochs of 60,000 images, {args.rounds} rounds"
     print(f"\n{torch.get_num_threads()} threads, {settings}")
     for program in PROGRAMS:
         print(f"{program:10} median {statistics.median(speeds[program]):8,.0f} images/s")
-    for above, below in (("fit", "bare"), ("fit", "dataloader"), ("custom", "bare")):
-        ratios = [a / b for a, b in zip(speeds[above], speeds[below], strict=True)]
+    for program, baseline in (("fit", "bare"), ("fit", "dataloader"), ("custom", "bare")):
+        pairs = zip(speeds[program], speeds[baseline], strict=True)
+        ratios = [speed / base for speed, base in pairs]
         low, high = min(ratios), max(ratios)
         median = statistics.median(ratios)
-        print(f"{above} / {below}: median {median:.3f} ({low:.3f} to {high:.3f})")
+        print(f"{program} / {baseline}: median {median:.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

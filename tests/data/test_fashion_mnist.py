@@ -144,7 +144,7 @@ def test_preprocessing_does_not_change_raw_samples():
     assert torch.equal(raw, before)
 
 
-# Declarations for the training machinery
+# Declarations for training
 
 
 def test_runs_with_the_same_source_share_images(tmp_path):

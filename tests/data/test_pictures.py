@@ -166,7 +166,7 @@ def test_unreadable_files_are_reported_and_the_others_are_read(tmp_path, capsys)
     err = capsys.readouterr().err
     for name in [*names, "missing.png"]:
         assert f"not read: {tmp_path / name}: " in err, name
-    with pytest.raises(RunFailed, match="None of 1 images could be read"):
+    with pytest.raises(RunFailed, match="No image could be read"):
         pictures.read_all([tmp_path / "half.png"])
 
 

@@ -45,7 +45,7 @@ def test_the_sample_has_the_first_images_of_each_class(monkeypatch):
 
 
 def test_missing_data_are_refused(tmp_path):
-    with pytest.raises(files.DataError, match="no such folder"):
+    with pytest.raises(files.DataError, match="is not a folder"):
         sources.load(str(tmp_path / "nowhere"))
     with pytest.raises(files.DataError, match="apt-get install dataset-fashion-mnist"):
         sources.load("system")

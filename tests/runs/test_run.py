@@ -118,6 +118,7 @@ for folder in ("read_only", "full"):
 """
 
 
+@pytest.mark.slow
 def test_a_read_only_or_full_disk_is_reported(tmp_path):
     (tmp_path / "read_only").mkdir()
     (tmp_path / "full").mkdir()
@@ -137,6 +138,7 @@ def test_a_read_only_or_full_disk_is_reported(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has another compiler")
+@pytest.mark.slow
 def test_a_missing_compiler_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))

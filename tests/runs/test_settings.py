@@ -55,7 +55,7 @@ def test_ckpt_path_last_without_a_checkpoint_starts_a_run(main, tmp_path):
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]
     code, _, err = main("test", "--ckpt_path", "last", "--name", "other")
     assert code == 2
-    assert "No run in 'runs/other' has a checkpoint. Use --name for runs of another name" in err
+    assert "No run in 'runs/other' has a checkpoint. Set --name to the name of existing runs" in err
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_resume_without_saving_is_refused(main, trained):
     for flags in (("--trainer.fast_dev_run", "true"), ("--trainer.enable_checkpointing", "false")):
         code, _, err = main("fit", "--resume", trained[0], *flags)
         assert code == 2
-        assert "--resume saves the training in the run's folder" in err
+        assert "--resume writes checkpoints to the run's folder" in err
         assert f"--ckpt_path {trained[0]}/checkpoints/last.ckpt --name trial" in err
 
 

@@ -32,6 +32,7 @@ def averaging(callback, norm="custom"):
     )
 
 
+@pytest.mark.slow
 def test_custom_norm_ends_like_builtin_norm_with_lightnings_callback(main, tmp_path):
     flags = ("--trainer.max_epochs", 3, "--data.val_images", 0)
     for callback, norm in ((LIGHTNINGS, "builtin"), (OURS, "builtin"), (OURS, "custom")):

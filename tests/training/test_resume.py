@@ -168,7 +168,7 @@ def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main
         (("--model.norm", "none"), "does not fit the network"),
         (("--trainer.max_steps", 40), "CosineAnnealingLR was configured for 30 steps"),
         (("--ckpt_path", "last"), "--resume and --ckpt_path cannot be used together"),
-        (("--trainer.fast_dev_run", "true"), "--resume saves the training in the run's folder"),
+        (("--trainer.fast_dev_run", "true"), "--resume writes checkpoints to the run's folder"),
         pytest.param(
             ("--data.source", "system"), "was trained on other data", marks=needs_all_images
         ),

@@ -1,8 +1,8 @@
 """Properties that every norm should have.
 
-Each property is one function with the decorator `norm_property`. The function receives a `Make` and
-returns the largest difference and its cause, or "" if the cause is unknown. The table lists the
-properties in the order of this file.
+Each property is one function with the decorator `norm_property`. The function receives a `Make`,
+which builds new layers. It returns the largest difference and its cause, or "" if the cause is
+unknown. The table lists the properties in the order of this file.
 """
 
 import copy
@@ -56,7 +56,7 @@ def gives_zero_mean_and_unit_variance(make: Make) -> Answer:
     if largest_mean > 2e-2 and has_unit_mean_square:
         raise NotApplicable(
             f"The output has mean square 1 and mean {largest_mean:.2f}. "
-            "The layer does not center its input, like RMSNorm."
+            "Like RMSNorm, the layer does not center its input."
         )
     return max(largest_mean, *(abs(y.var(correction=0).item() - 1) for y in outputs)), ""
 
@@ -84,7 +84,7 @@ def stays_finite_for_constant_input(make: Make) -> Answer:
     "mode follows module.training",
     tolerance=1e-9,
     advice="The mode follows torch.is_grad_enabled(). Use self.training. Otherwise evaluation with "
-    "gradients, and training passes without gradients, use the wrong statistics.",
+    "gradients and training without gradients use the wrong statistics.",
 )
 def follows_module_training(make: Make) -> Answer:
     worst = 0.0
@@ -146,7 +146,7 @@ def eval_agrees_with_training_after_many_steps(make: Make) -> Answer:
     advice="The newest batch has more weight than all earlier batches. The momentum may be "
     "inverted.",
 )
-def one_odd_batch_does_not_dominate(make: Make) -> Answer:
+def one_outlier_batch_does_not_dominate(make: Make) -> Answer:
     moves = []
     for _, layer, x in each(make):
         after_many_steps(layer, x)
@@ -168,7 +168,7 @@ def one_odd_batch_does_not_dominate(make: Make) -> Answer:
     tolerance=0,
     advice="The state dict lacks values that eval mode uses. Register the statistics as buffers.",
 )
-def state_survives_a_checkpoint(make: Make) -> Answer:
+def state_is_restored_from_a_checkpoint(make: Make) -> Answer:
     worst = 0.0
     for num_dims, layer, x in each(make):
         step(layer, x)
@@ -227,12 +227,12 @@ def gradient_matches_finite_differences(make: Make) -> Answer:
             directions = [
                 torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
             ]
-            slope = gradients.slope(start, x, gradient, directions)
-            own = sum(
+            numeric = gradients.slope(start, x, gradient, directions)
+            analytic = sum(
                 (g.flatten() @ d.flatten()).item()
                 for g, d in zip((dx, *by_parameters), directions, strict=True)
             )
-            worst = max(worst, abs(slope - own) / max(1.0, abs(slope)))
+            worst = max(worst, abs(numeric - analytic) / max(1.0, abs(numeric)))
         if worst > 1e-5 and not note:
             note = gradients.missing_part(x, gradient, dx, eps_of(layer))
     return worst, note
@@ -241,7 +241,7 @@ def gradient_matches_finite_differences(make: Make) -> Answer:
 @norm_property(
     "channels-last input gives the same output and gradients",
     tolerance=1e-9,
-    advice="Index dimensions by their number. Do not assume contiguous memory.",
+    advice="Do not assume contiguous memory: select dimensions by index, and avoid view().",
 )
 def is_independent_of_memory_format(make: Make) -> Answer:
     x = batch(4)
@@ -268,7 +268,7 @@ def is_precise_for_bfloat16_input(make: Make) -> Answer:
 @norm_property(
     "torch.compile gives the same output and gradients in one graph",
     tolerance=1e-4,
-    advice="The compiled layer gives other values. Compile parts of forward to find the cause.",
+    advice="Compiled and eager results differ. Compile parts of forward to find the cause.",
 )
 def compiles_in_one_graph(make: Make) -> Answer:
     worst = 0.0

@@ -17,7 +17,7 @@ QUICK = [
 # For each bug: the property that fails, and a part of its note.
 BUGS = {
     "StatisticsAreNotBuffers": (
-        properties.state_survives_a_checkpoint,
+        properties.state_is_restored_from_a_checkpoint,
         "Register the statistics as buffers",
     ),
     "EvalUsesTheBatch": (
@@ -30,7 +30,7 @@ BUGS = {
     ),
     "GraphIsKept": (properties.keeps_no_graph_between_steps, "Detach the statistics of the batch"),
     "MomentumIsInverted": (
-        properties.one_odd_batch_does_not_dominate,
+        properties.one_outlier_batch_does_not_dominate,
         "The momentum may be inverted.",
     ),
 }
