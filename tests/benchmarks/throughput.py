@@ -162,7 +162,7 @@ def main() -> None:
             print(f"round {number + 1}  {program:10} {speed:10,.0f} images/s", flush=True)
 
     settings = f"{args.epochs} epochs of 60,000 images, {args.rounds} rounds"
-    print(f"\n{torch.get_num_threads()} threads, {settings}")
+    print(f"\nthreads: {torch.get_num_threads()}; {settings}")
     for program in PROGRAMS:
         print(f"{program:10} median {statistics.median(speeds[program]):8,.0f} images/s")
     for program, baseline in (("fit", "bare"), ("fit", "dataloader"), ("custom", "bare")):
