@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Maps each public name to its module. Modules are imported on first use, so that `--help` does not
-# import torch. A module must not have the same name as one of these objects: it would hide it.
+# Maps each public name to its module. Modules are imported on first use, so that
+# `--help` does not import torch. A module must not have the same name as one of these
+# objects: it would hide it.
 _MODULES = {
     "BatchNorm": "norms.layer",
     "batch_norm": "norms.layer",

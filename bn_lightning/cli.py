@@ -10,8 +10,8 @@ from bn_lightning.errors import UserError
 
 EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
 
-# The module of each command, whose `main(arguments, experiment)` runs it, and its help text.
-# To remove a command, delete its row and its module.
+# The module of each command, whose `main(arguments, experiment)` runs it, and its help
+# text. To remove a command, delete its row and its module.
 COMMANDS = {
     "fit": ("bn_lightning.runs.run", "train, then test the selected checkpoint"),
     "validate": (
@@ -66,10 +66,11 @@ def main(experiment: str = EXPERIMENT) -> None:
     """Run the command in sys.argv.
 
     Args:
-        experiment: import path of the project's experiment, `package.module:NAME`. It is imported
-            only by commands that need it.
+        experiment: import path of the project's experiment, `package.module:NAME`. It
+            is imported only by commands that need it.
 
-    Exits with 2 and a message after an invalid setting or file, and with 1 after a failed run.
+    Exits with 2 and a message after an invalid setting or file, and with 1 after a
+    failed run.
     """
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
@@ -78,8 +79,8 @@ def main(experiment: str = EXPERIMENT) -> None:
     elif command == "--version":
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
-        # Import paths may name modules in the current folder, which is not in the path of a
-        # console script.
+        # Import paths may name modules in the current folder, which is not in the path
+        # of a console script.
         sys.path.insert(0, str(Path.cwd()))
         _run(command, arguments, experiment)
     else:

@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """An invalid setting or file.
 
-    The message states what was given, what is allowed and what to do. The command line prints only
-    the message, without a stack trace, and exits with `exit_code`.
+    The message states what was given, what is allowed and what to do. The command line
+    prints only the message, without a stack trace, and exits with `exit_code`.
     """
 
     exit_code = 2

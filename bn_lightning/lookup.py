@@ -13,7 +13,8 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     """Return an entry of `known` by its name, or an object by its import path.
 
     Args:
-        name: a key of `known`, or `package.module.Name`; the module may be in the current folder.
+        name: a key of `known`, or `package.module.Name`; the module may be in the
+            current folder.
         kind: the kind of object for error messages, such as `norm` or `optimizer`.
 
     Raises:
@@ -55,8 +56,8 @@ def classes_in(module: ModuleType, base: type) -> dict[str, type]:
 def is_defined_in(name: str, package: str) -> bool:
     """Return whether an import path refers to an object that is defined in the given package.
 
-    Objects that the package imports from elsewhere do not count. No module outside the package is
-    imported.
+    Objects that the package imports from elsewhere do not count. No module outside the
+    package is imported.
     """
     module_name, _, attribute = name.rpartition(".")
     if f"{module_name}.".partition(".")[0] != package:

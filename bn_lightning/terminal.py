@@ -11,8 +11,8 @@ _program: str | None = None
 def program() -> str:
     """Return the name of the program for messages and usage.
 
-    This is `python -m PACKAGE`, or the name of a console script. Workers get the name from their
-    parent process with `set_program`.
+    This is `python -m PACKAGE`, or the name of a console script. Workers get the name
+    from their parent process with `set_program`.
     """
     if _program is not None:
         return _program
@@ -31,8 +31,8 @@ def set_program(name: str | None) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0) -> str:
     """Return a table as text. The header is bold on a terminal unless NO_COLOR is set.
 
-    Columns of numbers are right-aligned. If the terminal is too narrow, the column with the index
-    `folds` is wrapped.
+    Columns of numbers are right-aligned. If the terminal is too narrow, the column with
+    the index `folds` is wrapped.
     """
     # Imported here because `--help` must be fast and prints no table.
     from rich.console import Console

@@ -10,8 +10,8 @@ from bn_lightning.training import seeds
 class Augmentation:
     """Random flips and shifts of one epoch.
 
-    Those of an image depend only on seed, epoch and index of the image. They do not depend on the
-    batch, on the process, or on an interruption of the run.
+    Those of an image depend only on seed, epoch and index of the image. They do not
+    depend on the batch, on the process, or on an interruption of the run.
 
     Args:
         num_images: N, the size of the whole data set.

@@ -25,8 +25,8 @@ class Preprocessing(nn.Module):
     """Converts raw images, uint8 (N, 28, 28), to network inputs, float32 (N, 1, 28, 28).
 
     Args:
-        normalize: whether to standardize pixels with the mean and standard deviation of the data
-            set, instead of scaling them to [0, 1].
+        normalize: whether to standardize pixels with the mean and standard deviation of
+            the data set, instead of scaling them to [0, 1].
     """
 
     def __init__(self, normalize: bool) -> None:
@@ -34,7 +34,8 @@ class Preprocessing(nn.Module):
         self.normalize = normalize
 
     def forward(self, images: Tensor) -> Tensor:
-        # uint8 divided by 255 is float32, with the same rounding as in torchvision's ToTensor.
+        # uint8 divided by 255 is float32, with the same rounding as in torchvision's
+        # ToTensor.
         x = images.unsqueeze(1).div(255)
         return x.sub_(MEAN).div_(STD) if self.normalize else x
 
@@ -49,19 +50,21 @@ class FashionMNIST(DataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of clothes, 28x28, in 10 classes.
 
     Args:
-        source: `auto`, `system`, `download`, `sample`, or a folder with the idx files, raw or .gz.
-            `auto` tries `root`, the system's copy, the download and the packaged sample, in this
-            order.
+        source: `auto`, `system`, `download`, `sample`, or a folder with the idx files,
+            raw or .gz. `auto` tries `root`, the system's copy, the download and the
+            packaged sample, in this order.
         root: folder that is searched for the files, and to which they are downloaded.
         mirrors: base URLs to download from.
         batch_size: number of images per batch, over all processes.
-        val_images: number of training images held out for validation, scaled down for the sample; 0
-            to validate on the test set, as in the article, without selecting a checkpoint.
-        normalize: standardize pixels with the mean and standard deviation of the training set;
-            otherwise they are in [0, 1], as in the article.
+        val_images: number of training images held out for validation, scaled down for
+            the sample; 0 to validate on the test set, as in the article, without
+            selecting a checkpoint.
+        normalize: standardize pixels with the mean and standard deviation of the
+            training set; otherwise they are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.
         shift: maximum random shift of training images in pixels, along each axis.
-        seed: seed of the data split and of the order of images; set by `--seed_everything`.
+        seed: seed of the data split and of the order of images; set by
+            `--seed_everything`.
 
     Raises:
         UserError: val_images or shift is out of range.

@@ -1,8 +1,8 @@
 """The four files of Fashion-MNIST: their expected content, and a reader that verifies it.
 
-Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747) uses the idx format
-of MNIST. The sha256 of the decompressed bytes is verified, because compression differs between
-copies.
+Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747) uses the
+idx format of MNIST. The sha256 of the decompressed bytes is verified, because
+compression differs between copies.
 """
 
 import gzip
@@ -17,7 +17,8 @@ import numpy as np
 
 from bn_lightning.errors import UserError
 
-# Subfolders that are searched. The first is torchvision's, and downloads are stored there.
+# Subfolders that are searched. The first is torchvision's, and downloads are stored
+# there.
 LAYOUTS = ("FashionMNIST/raw", "raw", "")
 
 
@@ -64,7 +65,8 @@ FULL = (
         TEST_LABELS, (10_000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
     ),
 )
-# The first 600 training and 100 test images of each class, in the order of the data set.
+# The first 600 training and 100 test images of each class, in the order of the data
+# set.
 SAMPLE = (
     File(
         TRAIN_IMAGES,
@@ -111,7 +113,8 @@ def read(path: Path, file: File) -> np.ndarray[tuple[int, ...], np.dtype[np.uint
     """Read and verify one idx file, raw or .gz, and return its values.
 
     Raises:
-        DataError: the file cannot be read, is corrupt, or is not a file of Fashion-MNIST.
+        DataError: the file cannot be read, is corrupt, or is not a file of
+            Fashion-MNIST.
     """
     expected_magic = 0x0800 + len(file.shape)  # unsigned bytes, number of dimensions
     header = struct.pack(f">I{len(file.shape)}I", expected_magic, *file.shape)

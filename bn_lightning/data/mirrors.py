@@ -16,7 +16,8 @@ MIRRORS = (
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
 )
-# Time for the first mirror to answer. It is short, because `auto` also runs without a network.
+# Time for the first mirror to answer. It is short, because `auto` also runs without a
+# network.
 REACH_SECONDS = 6.0
 STALL_SECONDS = 20.0  # until the next bytes of a download
 
@@ -24,8 +25,9 @@ STALL_SECONDS = 20.0  # until the next bytes of a download
 def download(root: Path, mirrors: Sequence[str] = MIRRORS) -> None:
     """Download the files that are missing in `root`, into torchvision's layout.
 
-    Each file is downloaded into a temporary folder, verified, and then moved to its final path. So
-    an interrupted download leaves no partial file, and two processes can download in parallel.
+    Each file is downloaded into a temporary folder, verified, and then moved to its
+    final path. So an interrupted download leaves no partial file, and two processes can
+    download in parallel.
 
     Raises:
         DataNotFound: no mirror answers, or none has the right file.
@@ -56,7 +58,8 @@ def _download_file(file: File, target: Path, mirrors: Sequence[str]) -> None:
     # Imported here, since only a download needs it.
     import pooch
 
-    # Otherwise pooch recommends a checksum of the compressed file. The content is verified below.
+    # Otherwise pooch recommends a checksum of the compressed file. The content is
+    # verified below.
     pooch.get_logger().setLevel(logging.WARNING)
     downloader = pooch.HTTPDownloader(
         progressbar=sys.stderr.isatty(), timeout=(REACH_SECONDS, STALL_SECONDS)
@@ -73,8 +76,8 @@ def _download_file(file: File, target: Path, mirrors: Sequence[str]) -> None:
                 _store(path, target, file)
             # The errors of requests are OSErrors.
             except (OSError, DataError) as error:
-                # On Windows a file cannot be replaced while another process reads it. In that case
-                # the other process has already stored a valid file.
+                # On Windows a file cannot be replaced while another process reads it.
+                # In that case the other process has already stored a valid file.
                 if not _is_valid(target, file):
                     failures.append(f"\n    {url}: {_reason(error)}")
                     continue
@@ -99,8 +102,9 @@ def _reason(error: Exception) -> str:
 def _reachable_first(mirrors: Sequence[str]) -> list[str]:
     """Return the mirrors that answer within `REACH_SECONDS`, followed by the others.
 
-    All mirrors are contacted in parallel. The function returns when the first one answers. It uses
-    daemon threads, because a program cannot set a timeout for a DNS lookup.
+    All mirrors are contacted in parallel. The function returns when the first one
+    answers. It uses daemon threads, because a program cannot set a timeout for a DNS
+    lookup.
 
     Raises:
         DataNotFound: no mirror answers.

@@ -1,10 +1,11 @@
 """Image files of the user, converted to the style of Fashion-MNIST.
 
-The steps are those of section 2 of Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747:
-trim the edges that have the colour of the corners, resize the longer side to 28 pixels, sharpen,
-centre, invert, convert to grey. Three points differ: resizing averages rows and columns instead of
-dropping some, sharpening has half the strength, and an image that its object fills is not trimmed.
-With these changes, enlarged images of the data set are converted back to the originals.
+The steps are those of section 2 of Xiao, Rasul and Vollgraf 2017,
+https://arxiv.org/abs/1708.07747: trim the edges that have the colour of the corners,
+resize the longer side to 28 pixels, sharpen, centre, invert, convert to grey. Three
+points differ: resizing averages rows and columns instead of dropping some, sharpening
+has half the strength, and an image that its object fills is not trimmed. With these
+changes, enlarged images of the data set are converted back to the originals.
 """
 
 import sys
@@ -23,12 +24,14 @@ from tqdm import tqdm
 from bn_lightning.errors import RunFailed, UserError
 
 SIDE = 28
-# If the object takes this fraction of the longer side, the image is not trimmed. The objects of all
-# 70,000 images of the data set take at least 25 of 28 pixels.
+# If the object takes this fraction of the longer side, the image is not trimmed. The
+# objects of all 70,000 images of the data set take at least 25 of 28 pixels.
 FILLED = 0.85
-# Tolerance of the background colour, as a fraction of the largest distance between two colours.
+# Tolerance of the background colour, as a fraction of the largest distance between two
+# colours.
 TOLERANCE = 0.05
-# Pillow only identifies the first five of these formats, and runs Ghostscript to read EPS.
+# Pillow only identifies the first five of these formats, and runs Ghostscript to read
+# EPS.
 UNSUPPORTED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
@@ -64,8 +67,8 @@ class Picture:
 def find(names: Iterable[str]) -> list[Path]:
     """Return the image files that are given by files, folders and patterns such as `*.jpg`.
 
-    Folders are searched recursively. The files of each folder or pattern are sorted, and
-    duplicates are removed.
+    Folders are searched recursively. The files of each folder or pattern are sorted,
+    and duplicates are removed.
 
     Raises:
         UserError: no file was found.
@@ -97,15 +100,17 @@ def _find_one(name: str) -> list[Path]:
 def read(path: Path, invert: bool | None = None) -> Picture:
     """Read an image file and convert it to the style of the data set.
 
-    An image of 28x28 pixels is neither trimmed nor resized. Transparency becomes white. Only the
-    first frame of an animation is read.
+    An image of 28x28 pixels is neither trimmed nor resized. Transparency becomes white.
+    Only the first frame of an animation is read.
 
     Args:
-        invert: whether to invert brightness. By default, an image with a bright border is inverted,
-            for example a photo on a white background: the data set has black backgrounds.
+        invert: whether to invert brightness. By default, an image with a bright border
+            is inverted, for example a photo on a white background: the data set has
+            black backgrounds.
 
     Raises:
-        PictureError: the file does not exist, is not a readable image, or has a single colour.
+        PictureError: the file does not exist, is not a readable image, or has a single
+            colour.
     """
     picture = _open(path)
     colours = np.asarray(picture, dtype=np.float32)
@@ -161,7 +166,8 @@ def _open(path: Path) -> Image.Image:
         raise PictureError(f"{path}: the file does not exist") from None
     except UnidentifiedImageError as error:
         raise PictureError(f"{path}: not a readable image") from error
-    # Pillow's decoders raise errors of many classes, such as SyntaxError, struct.error, EOFError.
+    # Pillow's decoders raise errors of many classes, such as SyntaxError, struct.error,
+    # EOFError.
     except Exception as error:
         raise PictureError(f"{path}: {str(error) or type(error).__name__}") from error
 

@@ -45,13 +45,15 @@ def load(
     """Read Fashion-MNIST and verify it.
 
     Args:
-        source: `system`, `download`, `sample`, a folder, or `auto`. `auto` uses the first of these
-            that has the data: `root`, the system's copy, a download, the sample in this package.
-            It warns if it uses the sample. The other sources have no fallback.
+        source: `system`, `download`, `sample`, a folder, or `auto`. `auto` uses the
+            first of these that has the data: `root`, the system's copy, a download, the
+            sample in this package. It warns if it uses the sample. The other sources
+            have no fallback.
         root: folder for downloads, in torchvision's layout.
-        mirrors: base URLs of the four .gz files. The first one that answers is tried first.
-        may_download: if False, read existing files only, because another process has downloaded
-            them.
+        mirrors: base URLs of the four .gz files. The first one that answers is tried
+            first.
+        may_download: if False, read existing files only, because another process has
+            downloaded them.
 
     Raises:
         DataError: the data are missing, corrupt, or not Fashion-MNIST.

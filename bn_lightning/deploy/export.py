@@ -1,7 +1,7 @@
 """The command `export`: write the network of a checkpoint to a file that needs no project code.
 
-Norm layers are folded into the layers before them if possible. The file is verified on the test set
-before it is written.
+Norm layers are folded into the layers before them if possible. The file is verified on
+the test set before it is written.
 """
 
 import inspect
@@ -35,8 +35,8 @@ from bn_lightning.runs import records, result
 from bn_lightning.runs.experiment import Experiment
 from bn_lightning.training import checkpoints
 
-# Settings of the data module that are flags of `export`, with their help. A flag is added only if
-# the data module has the setting.
+# Settings of the data module that are flags of `export`, with their help. A flag is
+# added only if the data module has the setting.
 DATA_FLAGS = {
     "source": "Source of the test samples; same values as --data.source of fit.",
     "root": "Folder that is searched for the files, and to which they are downloaded.",
@@ -56,7 +56,8 @@ class Exported:
         ckpt: the local checkpoint file.
         notes: the notes of `folding.fold`.
         parameters: the number of parameters in the exported file.
-        source: the source of the test samples, or None if the data module does not state it.
+        source: the source of the test samples, or None if the data module does not
+            state it.
         inputs: the raw test samples, (N, ...).
         difference: the difference between the outputs of `eager` and `file`.
         metrics: test metrics by name, such as `test_acc`.
@@ -73,7 +74,8 @@ class Exported:
     metrics: dict[str, float]
 
 
-# Some norms, such as the article's, use the running statistics only if gradients are disabled.
+# Some norms, such as the article's, use the running statistics only if gradients are
+# disabled.
 @torch.no_grad()
 def export(
     ckpt_path: str,
@@ -84,20 +86,21 @@ def export(
 ) -> Exported:
     """Export the network of a checkpoint, after verifying the exported outputs on the test set.
 
-    The exported file accepts raw samples (N, ...) for any N from 1, and returns the outputs of the
-    network. The input and the output are named `images` and `logits` for a classifier, otherwise
-    `inputs` and `outputs`.
+    The exported file accepts raw samples (N, ...) for any N from 1, and returns the
+    outputs of the network. The input and the output are named `images` and `logits` for
+    a classifier, otherwise `inputs` and `outputs`.
 
     Args:
         ckpt_path: a path or URL.
-        out: the file to write. Its suffix is one of `formats.FORMATS`. An existing file is replaced
-            atomically at the end. After an error it is unchanged.
+        out: the file to write. Its suffix is one of `formats.FORMATS`. An existing file
+            is replaced atomically at the end. After an error it is unchanged.
         reference, trusted, data_settings: see `served.restore`.
 
     Raises:
-        UserError: the suffix is unknown, a package is missing, or the checkpoint does not match the
-            experiment.
-        RunFailed: the file cannot be written, or its outputs differ from those of the network.
+        UserError: the suffix is unknown, a package is missing, or the checkpoint does
+            not match the experiment.
+        RunFailed: the file cannot be written, or its outputs differ from those of the
+            network.
     """
     out = Path(out)
     form = _checked_format(out)
@@ -119,7 +122,8 @@ def export(
     verification.verify("The folded network", served)
     test_results = metrics | {f"test_{eager.sample_noun}": len(inputs)}
     metadata = _metadata(ckpt_path, restored) | test_results
-    # A .pt2 file stores its example input, which should not be a sample of the data set.
+    # A .pt2 file stores its example input, which should not be a sample of the data
+    # set.
     example = torch.zeros_like(data.example_input())
     content = _serialize(form, served, example, metadata)
     file = form.open(content)
@@ -200,8 +204,8 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Measure the milliseconds per call of each network, in rounds that take about `seconds`.
 
-    In each round, the networks take turns. Each has one warm-up call and then `calls` timed calls.
-    There is at least one round.
+    In each round, the networks take turns. Each has one warm-up call and then `calls`
+    timed calls. There is at least one round.
 
     Returns:
         For each network, the mean milliseconds per call in each round.
@@ -210,7 +214,8 @@ def milliseconds(
     end = time.perf_counter() + seconds
     while not all(times.values()) or time.perf_counter() < end:
         for name, forward in networks.items():
-            # torch's threads stay busy for a short time after a call and would slow the next one.
+            # torch's threads stay busy for a short time after a call and would slow the
+            # next one.
             time.sleep(0.01)
             forward(inputs)
             start = time.perf_counter()

@@ -1,7 +1,8 @@
 """Folding of normalization layers into the layers before them.
 
-A module of any class can be folded if it is an affine map per channel, y = a * x + b. Batch
-normalization in evaluation mode is such a map. Whether a module is one is measured, not looked up.
+A module of any class can be folded if it is an affine map per channel, y = a * x + b.
+Batch normalization in evaluation mode is such a map. Whether a module is one is
+measured, not looked up.
 """
 
 import copy
@@ -12,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from bn_lightning.errors import describe_error
 
-# Layers that a map can be folded into. Their weights are (C, ...) for C output channels.
+# Layers that a map can be folded into. Their weights are (C, ...) for C output
+# channels.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Modules from these files of torch are never norms. The notes do not mention them.
 NO_NORMS = {f"torch.nn.modules.{kind}" for kind in ("activation", "pooling", "dropout", "flatten")}
@@ -33,9 +35,9 @@ def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
         x: a batch of its input.
 
     Returns:
-        The folded network and its notes. There is one note for each folded module, and one for each
-        other module that could be a norm. If torch.fx cannot trace the network, the network itself
-        is returned with one note.
+        The folded network and its notes. There is one note for each folded module, and
+        one for each other module that could be a norm. If torch.fx cannot trace the
+        network, the network itself is returned with one note.
     """
     try:
         graph = _Tracer().trace(network)
@@ -101,15 +103,16 @@ def _layer_before(
 def _affine_map(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return a and b, float64 (C,), such that module(x) = a * x + b.
 
-    Return None if the equation does not hold for `x`, (N, C, ...), and for random input.
+    Return None if the equation does not hold for `x`, (N, C, ...), and for random
+    input.
     """
 
     def by_channel(t: Tensor) -> Tensor:
         return t.transpose(0, 1).flatten(1).double()  # (C, values)
 
     module, x = copy.deepcopy(module).double(), x.double()
-    # The probes are at least as large as x. A norm may compute in float32, and rounding errors
-    # near 0 could then look like a different map.
+    # The probes are at least as large as x. A norm may compute in float32, and rounding
+    # errors near 0 could then look like a different map.
     size = float(x.abs().max().clamp(min=1))
     random = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     probes = (x, *(random * size * scale for scale in (1, 30, 1000)))

@@ -23,8 +23,9 @@ class Format:
 
     Attributes:
         name: the name in messages.
-        write: returns the content of a file, given a network, a few raw samples, and metadata as
-            plain data. The file contains the weights and accepts any number of samples from 1.
+        write: returns the content of a file, given a network, a few raw samples, and
+            metadata as plain data. The file contains the weights and accepts any number
+            of samples from 1.
         open: returns the function that the content of a file computes, on the CPU.
         packages: required packages besides torch.
         extra: the extra of this project that installs `packages`.

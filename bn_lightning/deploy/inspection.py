@@ -33,11 +33,13 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
         step: the number of training steps; None if unknown.
         parameters: the number of parameters.
         layers: for each layer, the number of parameters and the shape of each tensor.
-        norms: for each norm layer, gamma, beta and the running statistics of each channel.
+        norms: for each norm layer, gamma, beta and the running statistics of each
+            channel.
         settings: values by flag, without `--`.
         data: the identity of the data, such as source and checksums.
         epochs, validations: the metrics of each.
-        versions: versions of the packages, and the device and number of processes in training.
+        versions: versions of the packages, and the device and number of processes in
+            training.
 
     Raises:
         UserError: the file does not exist, or cannot be loaded safely.
@@ -88,8 +90,8 @@ def _tensors_by_layer(path: str, checkpoint: Mapping[str, Any]) -> dict[str, dic
 def _is_norm(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether these are the parameters and buffers of a norm layer.
 
-    The weight of a linear layer with one output has the shape of a norm's. Its bias does not: it
-    has one element.
+    The weight of a linear layer with one output has the shape of a norm's. Its bias
+    does not: it has one element.
     """
     sizes = {tensors[name].numel() for name in ("weight", "bias") if name in tensors}
     return len(sizes) < 2 and recognition.are_channel_values(tensors.values())

@@ -18,7 +18,8 @@ class PredictCLI(CLI):
     """The command line of `predict`.
 
     Attributes:
-        files: the user's image files, or None for the test set; and whether to invert them.
+        files: the user's image files, or None for the test set; and whether to invert
+            them.
     """
 
     commands = ("predict",)

@@ -25,7 +25,8 @@ class Predictions:
     """Predictions for a sequence of images.
 
     Args:
-        about: the first columns for each image, such as its file, or its index and its true class.
+        about: the first columns for each image, such as its file, or its index and its
+            true class.
         probabilities: (N, C).
         names: names of the C classes.
     """

@@ -19,8 +19,8 @@ from bn_lightning.training.task import Task
 Forward = Callable[[Tensor], Tensor]  # from raw samples to outputs
 Part = TypeVar("Part", Task, DataModule)
 
-# Settings that only training needs. `network` and `metrics` are excluded: the base class has no
-# such settings, so in a checkpoint these names belong to a subclass.
+# Settings that only training needs. `network` and `metrics` are excluded: the base
+# class has no such settings, so in a checkpoint these names belong to a subclass.
 TRAINING_SETTINGS = frozenset(
     f"model.{name}"
     for name in inspect.signature(Task).parameters
@@ -97,12 +97,14 @@ def restore(
     Args:
         ckpt_path: a path or URL.
         reference: the experiment, `package.module:NAME`.
-        trusted: import paths that the user trusts, by setting: `{"model.norm": "my.Norm"}`.
-        data_settings: settings of the data module that override those of the checkpoint.
+        trusted: import paths that the user trusts, by setting: `{"model.norm":
+            "my.Norm"}`.
+        data_settings: settings of the data module that override those of the
+            checkpoint.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, does not match the experiment, or contains an
-            import path that is not trusted.
+        UserError: the checkpoint cannot be loaded, does not match the experiment, or
+            contains an import path that is not trusted.
     """
     local, checkpoint = checkpoints.load(ckpt_path)
     experiment = experiments.load(reference)
@@ -132,8 +134,8 @@ def import_flags(experiment: Experiment) -> dict[str, str]:
 def _settings(experiment: Experiment, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the network and the data.
 
-    The checkpoint takes precedence over the defaults of the experiment. Settings that belong to the
-    machine are not taken from the checkpoint.
+    The checkpoint takes precedence over the defaults of the experiment. Settings that
+    belong to the machine are not taken from the checkpoint.
     """
     model = checkpoint.get("hyper_parameters", {})
     data = checkpoint.get("datamodule_hyper_parameters", {})

@@ -16,7 +16,8 @@ class Difference(NamedTuple):
 
     Attributes:
         largest: the largest absolute difference of two outputs.
-        changed: the number of samples with a different predicted class; None without classes.
+        changed: the number of samples with a different predicted class; None without
+            classes.
     """
 
     largest: float
@@ -47,8 +48,9 @@ class Verification:
             name: the subject of the error message.
 
         Raises:
-            RunFailed: an output differs by more than the tolerance; or a predicted class differs
-                although the two largest outputs are further apart than the tolerance.
+            RunFailed: an output differs by more than the tolerance; or a predicted
+                class differs although the two largest outputs are further apart than
+                the tolerance.
         """
         found, expected = self._outputs(forward), self.expected
         allowed = folding.TOLERANCE * max(1.0, float(expected.abs().max()))
@@ -90,7 +92,8 @@ def compute_test_metrics(restored: Restored, inputs: Tensor, targets: Tensor) ->
         step = task.step((preprocessing(batch.clone()), truth), "test")
         for metric in metrics.values():
             metric.update(step.outputs, step.targets)
-    # Through np.float32, a value is printed with the digits of float32: 0.9, not 0.8999999762.
+    # Through np.float32, a value is printed with the digits of float32: 0.9, not
+    # 0.8999999762.
     return {name: float(str(np.float32(metric.compute()))) for name, metric in metrics.items()}
 
 

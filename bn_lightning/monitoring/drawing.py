@@ -1,7 +1,7 @@
 """Figures as images: samples with captions, filters of a convolution, confusion matrix.
 
-Pillow draws them, which TensorBoard requires anyway. Importing matplotlib takes longer than drawing
-all figures.
+Pillow draws them, which TensorBoard requires anyway. Importing matplotlib takes longer
+than drawing all figures.
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 LINE = 14  # line height of captions in pixels
-# TensorBoard shows an image 350 pixels wide and does not interpolate. Text stays legible if it is
-# large and the width is a multiple of 350.
+# TensorBoard shows an image 350 pixels wide and does not interpolate. Text stays
+# legible if it is large and the width is a multiple of 350.
 CONFUSION_FONT, CARD_WIDTH = 20, 350
 
 
@@ -24,7 +24,8 @@ def grid(images: Tensor, captions: Sequence[str], columns: int = 0, size: int = 
     Args:
         captions: caption below each image; it may have several lines.
         columns: images per row; 0 means about as many rows as columns.
-        size: longer side of each image in pixels; images are resized without interpolation.
+        size: longer side of each image in pixels; images are resized without
+            interpolation.
     """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images)) or 1
     rows = math.ceil(len(images) / columns)

@@ -23,12 +23,13 @@ Draw = Callable[[], Image.Image | None]
 class ClosingPictures(pl.Callback):
     """Writes figures to TensorBoard at the end of a test, under Images and Graphs.
 
-    The figures are the confusion matrix, the misclassified samples with the highest probability,
-    the filters of the first convolution, and the network's graph.
+    The figures are the confusion matrix, the misclassified samples with the highest
+    probability, the filters of the first convolution, and the network's graph.
 
-    The confusion matrix requires the task's attribute `confusion`. The misclassified samples also
-    require logits (B, C) from `test_step`, and a `DataModule` that implements `draw`. Figures that
-    do not apply are omitted. A figure that fails causes a warning.
+    The confusion matrix requires the task's attribute `confusion`. The misclassified
+    samples also require logits (B, C) from `test_step`, and a `DataModule` that
+    implements `draw`. Figures that do not apply are omitted. A figure that fails causes
+    a warning.
 
     Args:
         mistakes: number of misclassified samples to show.

@@ -14,7 +14,8 @@ from bn_lightning.norms import definition, recognition
 PERCENTILES = (15, 50, 85)  # as in figure 1 of Ioffe and Szegedy 2015
 # Percentiles and saturation of a layer are computed from about this number of values.
 SAMPLE = 4_096
-# An activation is saturated where its slope is at most this fraction of its steepest slope.
+# An activation is saturated where its slope is at most this fraction of its steepest
+# slope.
 SATURATED = 0.05
 EPS = 1e-5
 # These are not elementwise, or their slope is learned or random.
@@ -33,8 +34,8 @@ NOT_MONITORED = (
 class Measurements:
     """Scalars and histograms of one monitored step, by TensorBoard tag.
 
-    A step may consist of several batches. The first forward pass is measured, before the step
-    changes any parameter or running statistic.
+    A step may consist of several batches. The first forward pass is measured, before
+    the step changes any parameter or running statistic.
 
     Attributes:
         scalars: measurements since the last `take`.
@@ -66,7 +67,8 @@ class Measurements:
         self, name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Measure a norm layer before its forward pass; a forward pre-hook, given a name."""
-        # The first call of a step updates the running statistics, so later calls are ignored.
+        # The first call of a step updates the running statistics, so later calls are
+        # ignored.
         if name in self._norms:
             return
         self._norms.add(name)
@@ -84,7 +86,8 @@ class Measurements:
         for quantity, values in found.items():
             self.scalars[f"channel_0/{name}/{quantity}"] = float(values[0])
             if self._with_histograms:
-                # The forward pass updates the running statistics in place, so this is a copy.
+                # The forward pass updates the running statistics in place, so this is a
+                # copy.
                 self.histograms[f"{quantity}/{name}"] = values.clone()
 
     # Activations
@@ -160,8 +163,9 @@ def running_lag(
 ) -> tuple[float, float]:
     """Return the lag of running mean and running variance behind those of the batch, all (C,).
 
-    The first is the difference of the means in running standard deviations, the second is
-    log2(batch variance / running variance). Both are root mean squares over the channels.
+    The first is the difference of the means in running standard deviations, the second
+    is log2(batch variance / running variance). Both are root mean squares over the
+    channels.
     """
     running_var = running_var + EPS
     return (
@@ -185,7 +189,8 @@ def slope(activation: nn.Module, at: Tensor) -> Tensor:
     """Return the absolute slope of an elementwise activation function at each value of `at`."""
     with torch.enable_grad():
         x = at.detach().requires_grad_()
-        # Calling the module would run its hooks again. In-place activations require the clone.
+        # Calling the module would run its hooks again. In-place activations require the
+        # clone.
         y = activation.forward(x.clone())
         return torch.autograd.grad(y.sum(), x)[0].abs()
 

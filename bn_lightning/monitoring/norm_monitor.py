@@ -17,7 +17,8 @@ from bn_lightning.monitoring.measurements import Measurements, is_activation, sh
 from bn_lightning.norms import recognition
 from bn_lightning.training.task import Task
 
-# Histograms are written in every second monitored step: a histogram takes as long as five scalars.
+# Histograms are written in every second monitored step: a histogram takes as long as
+# five scalars.
 MONITORED_STEPS_PER_HISTOGRAM = 2
 
 
@@ -25,12 +26,13 @@ class NormMonitor(pl.Callback):
     """Logs statistics of a network's norm layers: `Trainer(callbacks=[NormMonitor()])`.
 
     Norm layers are recognized by their parameters and buffers, not by their class (see
-    `recognition.layers`). Activations are the modules of `torch.nn.modules.activation`, numbered in
-    execution order. Hooks are registered only for monitored steps. With several processes, rank 0's
-    shard of the batch is monitored.
+    `recognition.layers`). Activations are the modules of `torch.nn.modules.activation`,
+    numbered in execution order. Hooks are registered only for monitored steps. With
+    several processes, rank 0's shard of the batch is monitored.
 
-    LAYER is the name of a layer in the network. Values are those of the first forward pass of a
-    step, before the step changes any parameter or running statistic. The tags are:
+    LAYER is the name of a layer in the network. Values are those of the first forward
+    pass of a step, before the step changes any parameter or running statistic. The tags
+    are:
 
     * `activation_input/1/p15`, `p50`, `p85`: percentiles of the input of the first activation, as
       in figure 1 (b, c) of Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167;
@@ -39,8 +41,8 @@ class NormMonitor(pl.Callback):
     * `channel_0/LAYER/batch_mean`, `running_mean`, `batch_var`, `running_var`, `gamma`, `beta`: the
       values of channel 0. The histograms `gamma/LAYER` and so on have all channels;
     * `running_lag/LAYER/mean`: difference of batch mean and running mean, in running standard
-      deviations; `running_lag/LAYER/var`: log2(batch variance / running variance). Both are root
-      mean squares over the channels;
+      deviations; `running_lag/LAYER/var`: log2(batch variance / running variance). Both
+      are root mean squares over the channels;
     * `gradient_norm/LAYER`, and `gradient_norm/all` of all parameters;
     * `steps_per_second`.
 
@@ -60,7 +62,8 @@ class NormMonitor(pl.Callback):
                 "NormMonitor(every_n_steps=100)."
             )
         self.every_n_steps = every_n_steps
-        # The registered hooks; empty except during the forward pass of a monitored step.
+        # The registered hooks; empty except during the forward pass of a monitored
+        # step.
         self._hooks = ExitStack()
         self._reset()
 
@@ -104,7 +107,8 @@ class NormMonitor(pl.Callback):
             self._measurements.scalars["steps_per_second"] = speed
 
     def _register_hooks(self, pl_module: pl.LightningModule) -> None:
-        # A monitored step runs uncompiled. Otherwise torch.compile would also compile the hooks.
+        # A monitored step runs uncompiled. Otherwise torch.compile would also compile
+        # the hooks.
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         norms = recognition.layers(pl_module)
         for name, module in pl_module.named_modules():
@@ -120,8 +124,8 @@ class NormMonitor(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        # With activation checkpointing, the backward pass repeats the forward pass. The hooks must
-        # not run again.
+        # With activation checkpointing, the backward pass repeats the forward pass. The
+        # hooks must not run again.
         self._hooks.close()
         self._measurements.measure_activations()
 
@@ -142,7 +146,8 @@ class NormMonitor(pl.Callback):
         if not self._is_measuring:
             return
         self._hooks.close()
-        # With gradient accumulation, the gradients are measured in the last batch of a step.
+        # With gradient accumulation, the gradients are measured in the last batch of a
+        # step.
         self._is_measuring = not self._measurements.has_gradients
         scalars, histograms = self._measurements.take()
         for logger in trainer.loggers:
@@ -155,7 +160,8 @@ class NormMonitor(pl.Callback):
         self._has_layout = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # If a callback has ended the epoch within a step, the hooks are still registered.
+        # If a callback has ended the epoch within a step, the hooks are still
+        # registered.
         self._hooks.close()
 
     def on_exception(

@@ -13,9 +13,10 @@ from bn_lightning.training.task import Task
 class MetricsProgressBar(TQDMProgressBar):
     """Lightning's progress bar, with the metrics of the current epoch.
 
-    For a `Task`, it shows the loss of the last logged step, and the training value of the metric
-    that selects the best checkpoint. For other modules, it shows the metrics that they log with
-    `prog_bar=True`. Samples per second are shown if the data module has a `batch_size`.
+    For a `Task`, it shows the loss of the last logged step, and the training value of
+    the metric that selects the best checkpoint. For other modules, it shows the metrics
+    that they log with `prog_bar=True`. Samples per second are shown if the data module
+    has a `batch_size`.
     """
 
     # Samples per second replace Lightning's iterations per second.
@@ -46,8 +47,8 @@ class MetricsProgressBar(TQDMProgressBar):
         shown = {"loss": logged.get("train_loss", "")}
         if trainer.training:
             shown |= _selected_metric(pl_module)
-        # Lightning's training means are those of the previous epoch. Its version number is part of
-        # the run folder, which is printed above the bar.
+        # Lightning's training means are those of the previous epoch. Its version number
+        # is part of the run folder, which is printed above the bar.
         hidden = {"v_num", *pl_module.names("train")}
         rest = {name: value for name, value in logged.items() if name not in hidden}
         return {**shown, **self._speed(trainer), **rest}
@@ -67,14 +68,15 @@ def _selected_metric(task: Task) -> dict[str, str]:
     metric = getattr(task, f"train_{name}", None)
     if name == "loss" or not isinstance(metric, Metric) or not metric.update_called:
         return {}
-    # A metric made of other metrics calls their compute(), which synchronizes ranks. A metric that
-    # stores all samples becomes slower with each batch.
+    # A metric made of other metrics calls their compute(), which synchronizes ranks. A
+    # metric that stores all samples becomes slower with each batch.
     has_parts = any(isinstance(part, Metric) for part in list(metric.modules())[1:])
     stores_samples = any(isinstance(state, list) for state in metric.metric_state.values())
     if has_parts or stores_samples:
         return {}
-    # The metric's own compute() would synchronize ranks and cache the value, which would then be
-    # logged as the value of the whole epoch. The function of the class does neither.
+    # The metric's own compute() would synchronize ranks and cache the value, which
+    # would then be logged as the value of the whole epoch. The function of the class
+    # does neither.
     value = type(metric).compute(metric)
     is_number = isinstance(value, Tensor) and value.numel() == 1
     return {name: f"{float(value):.3f}"} if is_number else {}

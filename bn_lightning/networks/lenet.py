@@ -23,13 +23,15 @@ POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d
 class LeNet(nn.Module):
     """The tutorial's version of LeNet-5 (LeCun et al. 1998), with a norm before each activation.
 
-    There are four blocks h = phi(norm(W x + b)): two convolutions, each followed by 2x2 pooling,
-    and two linear layers. A fifth layer returns the logits. With batch normalization, the network
-    has 44,878 parameters. Weights are initialized Xavier-uniform (Glorot and Bengio 2010,
-    equation 16). Biases have torch's default initialization.
+    There are four blocks h = phi(norm(W x + b)): two convolutions, each followed by 2x2
+    pooling, and two linear layers. A fifth layer returns the logits. With batch
+    normalization, the network has 44,878 parameters. Weights are initialized
+    Xavier-uniform (Glorot and Bengio 2010, equation 16). Biases have torch's default
+    initialization.
 
     Args:
-        norm: name in `registry.NORMS` (such as `custom`, `builtin`, `none`), or an import path.
+        norm: name in `registry.NORMS` (such as `custom`, `builtin`, `none`), or an
+            import path.
         norm_args: other arguments of the norm.
         activation: the activation function phi.
         pooling: `avg` or `max`.
@@ -48,7 +50,8 @@ class LeNet(nn.Module):
         super().__init__()
 
         def make_norm(num_features: int, num_dims: int) -> nn.Module:
-            # The norm may draw random numbers. The other weights must not depend on them.
+            # The norm may draw random numbers. The other weights must not depend on
+            # them.
             with torch.random.fork_rng(devices=()):
                 return registry.make(norm, num_features, num_dims, norm_args)
 

@@ -1,8 +1,8 @@
 """The tutorial's batch normalization, with the tutorial's conventions.
 
 The tutorial follows section 8.5, "Batch Normalization", of "Dive into Deep Learning",
-https://d2l.ai. Its layer differs from PyTorch's in three ways. All three are kept here, so that
-they can be compared with `layer.BatchNorm`:
+https://d2l.ai. Its layer differs from PyTorch's in three ways. All three are kept here,
+so that they can be compared with `layer.BatchNorm`:
 
 * The mode follows `torch.is_grad_enabled()`, not `module.training`.
 * The moving variance is biased: it averages batch variances that are divided by m, not m - 1.
@@ -28,7 +28,8 @@ def batch_norm(
 
     Args:
         X: (N, C) after a linear layer, or (N, C, H, W) after a convolution.
-        gamma, beta, moving_mean, moving_var: (1, C) or (1, C, 1, 1), to broadcast against X.
+        gamma, beta, moving_mean, moving_var: (1, C) or (1, C, 1, 1), to broadcast
+            against X.
         eps: added to the variance.
         momentum: the weight of the old moving statistics.
     """
@@ -47,11 +48,13 @@ def batch_norm(
 class BatchNorm(nn.Module):
     """The tutorial's layer.
 
-    The moving statistics are buffers. As plain tensors, they would be missing from checkpoints.
-    The moving variance starts at 1, as in the tutorial's text. Its code starts at 0.
+    The moving statistics are buffers. As plain tensors, they would be missing from
+    checkpoints. The moving variance starts at 1, as in the tutorial's text. Its code
+    starts at 0.
 
     Args:
-        num_features: the number of channels C: outputs of a linear layer or of a convolution.
+        num_features: the number of channels C: outputs of a linear layer or of a
+            convolution.
         num_dims: 2 after a linear layer, 4 after a convolution.
         eps: added to the variance.
         momentum: the weight of the old moving statistics.
@@ -59,8 +62,8 @@ class BatchNorm(nn.Module):
     Attributes:
         gamma, beta: scale and shift, (1, C) or (1, C, 1, 1).
         moving_mean, moving_var: the moving statistics, of the same shape.
-        only_writes_running_stats: True. In training, the layer writes its moving statistics but
-            never reads them. See `recognition.py`.
+        only_writes_running_stats: True. In training, the layer writes its moving
+            statistics but never reads them. See `recognition.py`.
     """
 
     only_writes_running_stats: ClassVar[bool] = True

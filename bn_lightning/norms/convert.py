@@ -1,9 +1,9 @@
 """Conversion between PyTorch's batch normalization layers and the one from scratch.
 
-The two have the same parameters and buffers, so only the class of a layer changes. Some tools
-accept PyTorch's class only, and `BatchNorm` does not inherit from it. Examples are
-`torch.optim.swa_utils.update_bn`, `torch.func.replace_all_batch_norm_modules_`, and tools that
-fold a norm into the preceding layer.
+The two have the same parameters and buffers, so only the class of a layer changes. Some
+tools accept PyTorch's class only, and `BatchNorm` does not inherit from it. Examples
+are `torch.optim.swa_utils.update_bn`, `torch.func.replace_all_batch_norm_modules_`, and
+tools that fold a norm into the preceding layer.
 """
 
 from torch import nn
@@ -26,8 +26,8 @@ def to_torch(network: nn.Module) -> nn.Module:
     The layers stay the same objects, with the same parameters, buffers and hooks.
 
     Raises:
-        ValueError: a `BatchNorm` has no `num_dims` from 2 to 5, so that PyTorch's class for it is
-            unknown. The network is then unchanged.
+        ValueError: a `BatchNorm` has no `num_dims` from 2 to 5, so that PyTorch's class
+            for it is unknown. The network is then unchanged.
     """
     layers = [module for module in network.modules() if isinstance(module, BatchNorm)]
     for layer in layers:

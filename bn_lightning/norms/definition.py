@@ -1,20 +1,22 @@
 """Batch normalization by its definition, in plain operations that autograd differentiates.
 
-Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift", 2015, https://arxiv.org/abs/1502.03167. Start reading here. `fast.py` computes the
-same results in less time, and `layer.py` chooses between the two.
+Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167. Start reading here.
+`fast.py` computes the same results in less time, and `layer.py` chooses between the
+two.
 
 Every function normalizes each channel separately:
 
     x_hat = (x - mean) / sqrt(var + eps)
     y = gamma * x_hat + beta
 
-gamma and beta are learned. They are called `weight` and `bias`, as in PyTorch. In training, mean
-and var are the statistics of the batch. In eval mode, they are running statistics: averages over
-the batches of training. The result for one sample then does not depend on the others.
+gamma and beta are learned. They are called `weight` and `bias`, as in PyTorch. In
+training, mean and var are the statistics of the batch. In eval mode, they are running
+statistics: averages over the batches of training. The result for one sample then does
+not depend on the others.
 
-Shapes: N is the number of samples in the batch, and C the number of channels. A batch is (N, C)
-after a linear layer, and (N, C, H, W) after a 2-dimensional convolution.
+Shapes: N is the number of samples in the batch, and C the number of channels. A batch
+is (N, C) after a linear layer, and (N, C, H, W) after a 2-dimensional convolution.
 """
 
 from torch import Tensor
@@ -31,8 +33,9 @@ def normalize_batch(
         eps: added to the variance, which may be 0.
 
     Returns:
-        y, with the shape of x, and two values for `update_running_stats`: the mean and the unbiased
-        variance of each channel, (C,) each. The last two carry no gradient.
+        y, with the shape of x, and two values for `update_running_stats`: the mean and
+        the unbiased variance of each channel, (C,) each. The last two carry no
+        gradient.
     """
     # Statistics are taken over all dimensions but the channels, that is over m values.
     all_but_channels = [d for d in range(x.dim()) if d != 1]
@@ -51,7 +54,8 @@ def normalize_batch(
         y = y + per_channel(bias, x)
 
     # The mean of a batch is fitted to that batch, so `var` is too small on average.
-    # Dividing by m - 1 corrects this. Only the running variance uses the corrected value.
+    # Dividing by m - 1 corrects this. Only the running variance uses the corrected
+    # value.
     unbiased_var = squares / max(m - 1, 1)  # (C,)
     return y, mean.detach(), unbiased_var.detach()
 
@@ -65,8 +69,10 @@ def update_running_stats(
 ) -> None:
     """Move the running statistics towards those of a batch, in place: algorithm 2, step 10.
 
-    The paper averages over batches after training. This is an exponential moving average, as in
-    PyTorch: running = (1 - momentum) * running + momentum * value. All four tensors are (C,).
+    The paper averages over batches after training. This is an exponential moving
+    average, as in
+    PyTorch: running = (1 - momentum) * running + momentum * value. All four tensors are
+        (C,).
     """
     for running, value in ((running_mean, mean), (running_var, unbiased_var)):
         same_dtype = value if value.dtype == running.dtype else value.to(running.dtype)
@@ -95,7 +101,8 @@ def evaluation_scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and shift, (C,) each, such that y = scale * x + shift in eval mode.
 
-    All terms but x are constants in eval mode, so the whole layer is one affine function:
+    All terms but x are constants in eval mode, so the whole layer is one affine
+    function:
     scale = gamma / sqrt(var + eps), and shift = beta - mean * scale.
     """
     scale = (at_least_float32(running_var) + eps).rsqrt()  # (C,)

@@ -1,9 +1,10 @@
 """Batch normalization with few passes over memory and a gradient derived by hand.
 
-The results equal those of `definition.py`. On a CPU, most time is spent on reading and writing
-tensors of the input's size. Three rules reduce it: each tensor is read in memory order, at most one
-temporary tensor is allocated in addition to the result, and only the input is saved for the
-backward pass. With a process group, the statistics are those of all processes' batches together.
+The results equal those of `definition.py`. On a CPU, most time is spent on reading and
+writing tensors of the input's size. Three rules reduce it: each tensor is read in
+memory order, at most one temporary tensor is allocated in addition to the result, and
+only the input is saved for the backward pass. With a process group, the statistics are
+those of all processes' batches together.
 """
 
 import math
@@ -24,8 +25,9 @@ from bn_lightning.norms.definition import (
 class FastBatchNorm(torch.autograd.Function):
     """`definition.normalize_batch` with the gradient from section 3 of the paper.
 
-    `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three tensors. If
-    `group` is a process group, the statistics are those of all its processes' batches together.
+    `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three
+    tensors. If `group` is a process group, the statistics are those of all its
+    processes' batches together.
     """
 
     @staticmethod
@@ -78,7 +80,8 @@ class FastBatchNorm(torch.autograd.Function):
         d_weight = torch.addcmul(_channel_sums(x * dy, width), mean, d_bias, value=-1).mul_(rstd)
         sum_dy, sum_dy_x_hat = d_bias, d_weight
         if ctx.group is not None:
-            # dx needs the sums over all processes. DDP itself averages d_weight and d_bias.
+            # dx needs the sums over all processes. DDP itself averages d_weight and
+            # d_bias.
             sums = torch.stack([d_bias, d_weight])
             dist.all_reduce(sums, group=ctx.group)
             sum_dy, sum_dy_x_hat = sums[0], sums[1]
@@ -130,10 +133,11 @@ def _gradient_of_definition(
 def _merge(mean: Tensor, squares: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the statistics of all processes.
 
-    A deviation from the common mean is a deviation from the process's own mean plus the deviation
-    of that mean, and the sums of their squares add up: Chan, Golub and LeVeque, "Updating Formulae
-    and a Pairwise Algorithm for Computing Sample Variances", 1979. A process may have any number
-    of values, including 0.
+    A deviation from the common mean is a deviation from the process's own mean plus the
+    deviation
+    of that mean, and the sums of their squares add up: Chan, Golub and LeVeque,
+    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979. A
+    process may have any number of values, including 0.
 
     Returns:
         The mean, (C,), the sum of squared deviations, (C,), and m, a scalar.
@@ -217,5 +221,6 @@ def _broadcast(v: Tensor, width: int) -> Tensor:
 def _scale_and_shift(view: Tensor, width: int, scale: Tensor, shift: Tensor) -> Tensor:
     """Return view * scale + shift, where scale and shift are (C,)."""
     scale, shift = _broadcast(scale, width), _broadcast(shift, width)
-    # addcmul needs one pass, but it is slow if two operands broadcast along the last dimension.
+    # addcmul needs one pass, but it is slow if two operands broadcast along the last
+    # dimension.
     return torch.addcmul(shift, view, scale) if width else (view * scale).add_(shift)

@@ -1,8 +1,9 @@
 """Batch normalization from scratch, a drop-in replacement for PyTorch's BatchNorm1d, 2d and 3d.
 
-Read `definition.py` first. It defines the result. `fast.py` computes the same result faster,
-and also across processes. The function `batch_norm` checks its arguments and calls one of the two.
-The layer `BatchNorm` keeps the parameters and the running statistics, and calls the function.
+Read `definition.py` first. It defines the result. `fast.py` computes the same result
+faster, and also across processes. The function `batch_norm` checks its arguments and
+calls one of the two. The layer `BatchNorm` keeps the parameters and the running
+statistics, and calls the function.
 """
 
 from typing import Any, ClassVar
@@ -36,20 +37,23 @@ def batch_norm(
       running statistics, if given, are updated in place (algorithm 2, step 10).
     * If `training` is False, the batch is normalized by the running statistics (step 11).
 
-    With m values per channel, the batch is normalized by its biased variance (divisor m). The
-    running variance is updated with the unbiased variance (divisor m - 1).
+    With m values per channel, the batch is normalized by its biased variance (divisor
+    m). The running variance is updated with the unbiased variance (divisor m - 1).
 
     Args:
-        input: (N, C) or (N, C, ...), floating point. 16-bit input is normalized in float32. The
-            result has the input's dtype and memory format.
-        running_mean, running_var, weight, bias: (C,) each, or None. Their dtype is that of the
-            input, or float32 if the input has 16 bits. `weight` is gamma, and `bias` is beta.
+        input: (N, C) or (N, C, ...), floating point. 16-bit input is normalized in
+            float32. The result has the input's dtype and memory format.
+        running_mean, running_var, weight, bias: (C,) each, or None. Their dtype is that
+            of the input, or float32 if the input has 16 bits. `weight` is gamma, and
+            `bias` is beta.
         momentum: the weight of the current batch in the running statistics.
-        process_group: in training, compute the statistics over the batches of all its processes.
+        process_group: in training, compute the statistics over the batches of all its
+            processes.
 
     Raises:
-        ValueError: a shape or dtype does not fit; the running statistics are missing in eval mode;
-            or, in training, each channel has only one value, so that its variance is 0.
+        ValueError: a shape or dtype does not fit; the running statistics are missing in
+            eval mode; or, in training, each channel has only one value, so that its
+            variance is 0.
     """
     if input.dim() == 1 and not input.numel():
         # There is nothing to normalize. PyTorch accepts this input too.
@@ -75,7 +79,8 @@ def batch_norm(
         y, mean, var = fast.FastBatchNorm.apply(input, weight, bias, eps, process_group)
     if running_mean is None or running_var is None:
         return y.to(input.dtype)
-    # With a process group, mean and var are defined even if this process's shard is empty.
+    # With a process group, mean and var are defined even if this process's shard is
+    # empty.
     if input.numel() or process_group is not None:
         definition.update_running_stats(running_mean, running_var, mean, var, momentum)
     return y.to(input.dtype)
@@ -139,8 +144,8 @@ def check_num_dims(input: Tensor, num_dims: int | None) -> None:
 def _needs_plain_operations() -> bool:
     """Return whether PyTorch must see each operation instead of the custom autograd function.
 
-    torch.compile fuses separate operations. The custom autograd function supports neither
-    forward-mode AD nor torch.func.
+    torch.compile fuses separate operations. The custom autograd function supports
+    neither forward-mode AD nor torch.func.
     """
     # The last two names are private. PyTorch has no public equivalent.
     return (
@@ -153,32 +158,35 @@ def _needs_plain_operations() -> bool:
 class BatchNorm(nn.Module):
     """Batch normalization of input with two or more dimensions.
 
-    The input is (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W). Arguments, attributes,
-    state-dict keys and modes are those of `torch.nn.BatchNorm2d`, so each can load the checkpoints
-    of the other.
+    The input is (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W). Arguments,
+    attributes, state-dict keys and modes are those of `torch.nn.BatchNorm2d`, so each
+    can load the checkpoints of the other.
 
     The class does not inherit from PyTorch's. Converters such as
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` look for PyTorch's class, and would silently
-    replace this layer by PyTorch's own.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` look for PyTorch's class, and would
+    silently replace this layer by PyTorch's own.
 
     Args:
         num_features: the number of channels C.
         eps: added to the variance.
-        momentum: the weight of the newest batch in the running statistics. None gives all batches
-            the same weight.
+        momentum: the weight of the newest batch in the running statistics. None gives
+            all batches the same weight.
         affine: learn gamma (`weight`, starts at 1) and beta (`bias`, starts at 0).
-        track_running_stats: keep running statistics for eval mode. Without them, eval mode uses the
-            statistics of the batch, as training does.
+        track_running_stats: keep running statistics for eval mode. Without them, eval
+            mode uses the statistics of the batch, as training does.
         bias: learn beta. Has no effect if `affine` is False.
-        num_dims: if given, the number of dimensions that the input must have: 2 after a linear
-            layer, 4 after a convolution.
+        num_dims: if given, the number of dimensions that the input must have: 2 after a
+            linear layer, 4 after a convolution.
 
     Attributes:
-        sync_batchnorm: in training, compute the statistics over the batches of all processes of
-            the default group. `Trainer(sync_batchnorm=True)` sets it with the plugin in `sync.py`.
-        prefers_channels_last: True. On a CPU, the layer is faster in channels-last format.
-        only_writes_running_stats: True. In training, the layer writes its running statistics but
-            never reads them. `recognition.py` explains this attribute and the one before.
+        sync_batchnorm: in training, compute the statistics over the batches of all
+            processes of the default group. `Trainer(sync_batchnorm=True)` sets it with
+            the plugin in `sync.py`.
+        prefers_channels_last: True. On a CPU, the layer is faster in channels-last
+            format.
+        only_writes_running_stats: True. In training, the layer writes its running
+            statistics but never reads them. `recognition.py` explains this attribute
+            and the one before.
     """
 
     prefers_channels_last: ClassVar[bool] = True
@@ -250,7 +258,8 @@ class BatchNorm(nn.Module):
         """Normalize `input`, (N, C) or (N, C, ...).
 
         Raises:
-            ValueError: the input does not have `num_dims` dimensions, or see `batch_norm`.
+            ValueError: the input does not have `num_dims` dimensions, or see
+                `batch_norm`.
         """
         check_num_dims(input, self.num_dims)
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
@@ -260,7 +269,8 @@ class BatchNorm(nn.Module):
                 momentum = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
 
         use_batch_stats = self.training or self.running_mean is None
-        # track_running_stats may be set to False later. Then the buffers are not updated.
+        # track_running_stats may be set to False later. Then the buffers are not
+        # updated.
         pass_running_stats = self.track_running_stats or not self.training
         synchronize = self.sync_batchnorm and self.training
         synchronize = synchronize and dist.is_available() and dist.is_initialized()

@@ -1,12 +1,12 @@
 """Recognition of normalization layers in any network, and what they declare about themselves.
 
-A norm layer is recognized by its parameters and buffers, not by its class. A layer may declare two
-class attributes. Both count as False if they are absent:
+A norm layer is recognized by its parameters and buffers, not by its class. A layer may
+declare two class attributes. Both count as False if they are absent:
 
 * `prefers_channels_last`: on a CPU, the layer is faster if its input is in channels-last order.
 * `only_writes_running_stats`: in training, the layer writes its running statistics but never reads
-  them. Several processes then synchronize these statistics before evaluation only. For PyTorch's
-  `_BatchNorm` classes, the default is True.
+  them. Several processes then synchronize these statistics before evaluation only. For
+  PyTorch's `_BatchNorm` classes, the default is True.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,8 @@ from torch.nn.modules.loss import _Loss
 
 # The name of each running statistic contains one of these.
 STATISTICS = ("mean", "var", "std")
-# With one input or one output, the weights of these modules have the shapes of a norm's.
+# With one input or one output, the weights of these modules have the shapes of a
+# norm's.
 NO_NORMS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, _Loss, nn.PReLU)
 
 
@@ -35,8 +36,8 @@ def are_channel_values(tensors: Iterable[Tensor]) -> bool:
 def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and statistics of a norm layer under the paper's names.
 
-    The names are gamma, beta, running_mean and running_var. Absent ones are left out. A running
-    deviation is squared.
+    The names are gamma, beta, running_mean and running_var. Absent ones are left out. A
+    running deviation is squared.
 
     Args:
         tensors: the layer's parameters and buffers, by name.
@@ -67,7 +68,8 @@ def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the normalization layers of a network, by name.
 
-    They are recognized by their parameters and buffers. A norm that has neither is not found.
+    They are recognized by their parameters and buffers. A norm that has neither is not
+    found.
     """
 
     def is_norm(module: nn.Module) -> bool:
@@ -97,7 +99,8 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
 def prefers_channels_last(network: nn.Module) -> bool:
     """Return whether every norm layer of a network declares `prefers_channels_last`.
 
-    Return True for a network without norm layers: convolutions on a CPU are faster in that order.
+    Return True for a network without norm layers: convolutions on a CPU are faster in
+        that order.
     """
     norms = [*layers(network).values(), *_torch_norms(network)]
     return all(getattr(norm, "prefers_channels_last", False) for norm in norms)

@@ -1,7 +1,7 @@
 """Batch renormalization: batch normalization with nearly the same output in training and eval mode.
 
-Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
-2017, https://arxiv.org/abs/1702.03275, algorithm 1.
+Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+Models", 2017, https://arxiv.org/abs/1702.03275, algorithm 1.
 """
 
 import torch
@@ -15,39 +15,43 @@ from bn_lightning.norms.layer import check_input, check_num_dims
 class BatchRenorm(nn.Module):
     """Algorithm 1 of the paper, for input with two or more dimensions: (N, C) or (N, C, ...).
 
-    m and s are the mean and the deviation, sqrt(var + eps), of a channel in the batch. M and S are
-    their moving averages. In training:
+    m and s are the mean and the deviation, sqrt(var + eps), of a channel in the batch.
+    M and S are their moving averages. In training:
 
         r = s / S, clipped to [1 / r_max, r_max]
         d = (m - M) / S, clipped to [-d_max, d_max]
         y = gamma * ((x - m) / s * r + d) + beta
 
-    If nothing is clipped, y = gamma * (x - M) / S + beta, which is the output in eval mode. With
-    r = 1 and d = 0, it is batch normalization. r and d carry no gradient. Each process uses the
-    statistics of its own batch.
+    If nothing is clipped, y = gamma * (x - M) / S + beta, which is the output in eval
+    mode. With r = 1 and d = 0, it is batch normalization. r and d carry no gradient.
+    Each process uses the statistics of its own batch.
 
-    The paper's limits are r_max = 3 from step 40,000 and d_max = 5 from step 25,000. The default
-    warmup of 500 batches suits runs of about 2,000 steps. After it, the initial values of the
-    moving averages no longer matter (0.99^500 < 0.01).
+    The paper's limits are r_max = 3 from step 40,000 and d_max = 5 from step 25,000.
+    The default warmup of 500 batches suits runs of about 2,000 steps. After it, the
+    initial values of the moving averages no longer matter (0.99^500 < 0.01).
 
     Args:
         num_features: the number of channels C.
-        num_dims: if given, the number of dimensions that the input must have: 2 after a linear
-            layer, 4 after a convolution.
-        eps: added to the variance. The default is that of `BatchNorm`, so that the two differ in r
-            and d only.
-        momentum: the weight of the newest batch in the moving averages, alpha in the paper.
-        r_max, d_max: the limits after the warmup. The defaults are the paper's final values.
-        warmup: the number of batches during which the limits grow linearly from 1 and 0, which is
-            batch normalization, to r_max and d_max. 0 turns the warmup off.
+        num_dims: if given, the number of dimensions that the input must have: 2 after a
+            linear layer, 4 after a convolution.
+        eps: added to the variance. The default is that of `BatchNorm`, so that the two
+            differ in r and d only.
+        momentum: the weight of the newest batch in the moving averages, alpha in the
+            paper.
+        r_max, d_max: the limits after the warmup. The defaults are the paper's final
+            values.
+        warmup: the number of batches during which the limits grow linearly from 1 and
+            0, which is batch normalization, to r_max and d_max. 0 turns the warmup off.
 
     Attributes:
         weight, bias: gamma and beta, (C,).
-        running_mean, running_std: M and S, (C,). S averages deviations, not variances, as in the
-            paper. Because of the name `running_std`, a checkpoint of a BatchNorm does not load.
+        running_mean, running_std: M and S, (C,). S averages deviations, not variances,
+            as in the paper. Because of the name `running_std`, a checkpoint of a
+            BatchNorm does not load.
 
     Raises:
-        UserError: r_max is below 1, d_max or warmup is below 0, or one of them is not finite.
+        UserError: r_max is below 1, d_max or warmup is below 0, or one of them is not
+            finite.
     """
 
     running_mean: Tensor
@@ -84,8 +88,8 @@ class BatchRenorm(nn.Module):
             A tensor with the shape and dtype of the input.
 
         Raises:
-            ValueError: the input does not have `num_dims` dimensions; a shape or dtype does not
-                fit; or a channel has fewer than 2 values in training.
+            ValueError: the input does not have `num_dims` dimensions; a shape or dtype
+                does not fit; or a channel has fewer than 2 values in training.
         """
         check_num_dims(input, self.num_dims)
         running = self.running_mean, self.running_std

@@ -13,8 +13,8 @@ from bn_lightning.norms.layer import BatchNorm
 class LayerSync(TorchSyncBatchNorm):
     """Lightning's plugin for `sync_batchnorm`, extended to more layers and to CPUs.
 
-    Use it as `Trainer(sync_batchnorm=True, plugins=[LayerSync()])`. Lightning's own plugin supports
-    only PyTorch's layers on CUDA. During `fit`, this one supports:
+    Use it as `Trainer(sync_batchnorm=True, plugins=[LayerSync()])`. Lightning's own
+    plugin supports only PyTorch's layers on CUDA. During `fit`, this one supports:
 
     * layers with a boolean attribute `sync_batchnorm`, such as `bn_lightning.BatchNorm`: the
       attribute is set to True;
@@ -41,8 +41,8 @@ class LayerSync(TorchSyncBatchNorm):
         for name, module in model.named_modules():
             if type(module) in TORCH.values():
                 self._original_classes[module] = type(module)
-                # The two synchronized classes have attributes that the original class lacks.
-                # process_group=None means all processes.
+                # The two synchronized classes have attributes that the original class
+                # lacks. process_group=None means all processes.
                 module.__dict__.update(process_group=None, num_dims=None, sync_batchnorm=True)
                 module.__class__ = synchronized_class
             elif isinstance(getattr(module, "sync_batchnorm", None), bool):

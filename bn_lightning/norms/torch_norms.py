@@ -26,10 +26,11 @@ def group(
     Wu and He, "Group Normalization", 2018, https://arxiv.org/abs/1803.08494.
 
     Raises:
-        UserError: the channels cannot be split into `num_groups` groups of equal size, or the
-            groups have one channel after a linear layer.
+        UserError: the channels cannot be split into `num_groups` groups of equal size,
+            or the groups have one channel after a linear layer.
     """
-    # After a linear layer, a group of one channel is one value, and normalizing it always gives 0.
+    # After a linear layer, a group of one channel is one value, and normalizing it
+    # always gives 0.
     most = num_features if num_dims == 4 else num_features - 1
     allowed = [groups for groups in range(1, most + 1) if num_features % groups == 0]
     if num_groups not in allowed:

@@ -18,14 +18,16 @@ class Experiment:
 
         EXPERIMENT = Experiment(ShoeTask, ShoeData, "shoes", {"trainer.max_epochs": 10})
 
-    and `shoe_shop/__main__.py` calls `bn_lightning.cli.main("shoe_shop.experiment:EXPERIMENT")`.
+    and `shoe_shop/__main__.py` calls
+    `bn_lightning.cli.main("shoe_shop.experiment:EXPERIMENT")`.
 
     Attributes:
         task: class of the task. Its arguments are the flags `--model.KEY`.
         data: class of the data module. Its arguments are the flags `--data.KEY`.
         name: default of `--name`; runs are stored in `runs/NAME/N`.
-        defaults: defaults of other flags by name, for example `{"trainer.max_epochs": 10}`.
-            The precedence of settings is defaults < checkpoint < --config < flags.
+        defaults: defaults of other flags by name, for example `{"trainer.max_epochs":
+            10}`. The precedence of settings is defaults < checkpoint < --config <
+            flags.
     """
 
     task: type[Task]

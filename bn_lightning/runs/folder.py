@@ -14,7 +14,8 @@ import yaml
 from bn_lightning.errors import UserError
 from bn_lightning.training import checkpoints
 
-# Settings that locate the checkpoint and the folder of a run. They are not recorded as changes.
+# Settings that locate the checkpoint and the folder of a run. They are not recorded as
+# changes.
 NOT_RECORDED = ("config", "ckpt_path", "resume", "name", "trainer.default_root_dir")
 
 
@@ -41,7 +42,8 @@ class RunFolder:
     Attributes:
         path: the folder.
         resuming: whether the folder belongs to an earlier run that is resumed.
-        changed: settings that differ from those of the earlier run: {name: (before, now)}.
+        changed: settings that differ from those of the earlier run: {name: (before,
+            now)}.
 
     Raises:
         UserError: another process has locked the folder.
@@ -68,7 +70,8 @@ class RunFolder:
     def save_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
         """Write the settings that differ from those of the earlier run to `resumed-N.yaml`.
 
-        A setting that did not exist when the run started is assumed to have had its default.
+        A setting that did not exist when the run started is assumed to have had its
+        default.
         """
         self.changed = changes(self.path, settings, defaults)
         if self.changed:
@@ -95,8 +98,8 @@ def is_run(folder: Path) -> bool:
 def find_newest_checkpoint(parent: Path, warn: bool = True) -> tuple[str, dict[str, Any]] | None:
     """Return path and content of the checkpoint from which the newest run is resumed.
 
-    This is `last.ckpt` of the newest run in `parent`. If it is corrupt, the other checkpoints of
-    this run are tried, and then those of older runs.
+    This is `last.ckpt` of the newest run in `parent`. If it is corrupt, the other
+    checkpoints of this run are tried, and then those of older runs.
 
     Args:
         warn: whether to print a warning for each corrupt checkpoint.

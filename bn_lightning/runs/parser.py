@@ -11,8 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from bn_lightning.errors import UserError
 
-# Help texts that replace those of Lightning and jsonargparse.
-# `--help` shows these settings of the trainer only, and `--help.trainer` shows all of them.
+# Help texts that replace those of Lightning and jsonargparse. `--help` shows these
+# settings of the trainer only, and `--help.trainer` shows all of them.
 HELP = {
     "config": "YAML file with settings. Flags override them.",
     "print_config": "Print all settings as YAML and exit.",

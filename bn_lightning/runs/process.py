@@ -36,9 +36,10 @@ def set_up() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step.
 
-    By default, glibc returns the memory of the activations to the system after every step, and the
-    system zeroes each page before it is used again. On 2 cores this caused 1.8 instead of 0.2
-    million page faults in two epochs, and cost up to a third of the speed.
+    By default, glibc returns the memory of the activations to the system after every
+    step, and the system zeroes each page before it is used again. On 2 cores this
+    caused 1.8 instead of 0.2 million page faults in two epochs, and cost up to a third
+    of the speed.
     """
     if sys.platform == "linux":
         # musl has no mallopt.

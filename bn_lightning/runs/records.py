@@ -16,10 +16,12 @@ class Records(pl.Callback):
     Attributes:
         epochs: training metrics of each epoch, as running means over the epoch.
         validations: step and metrics of each validation.
-        seconds: wall time of training in s, with logging and checkpoints, without validation.
-        images: number of training samples over all processes. The checkpoint has the same key.
-        best_since: only validations after this step are candidates for the best one. It is not 0
-            if the run starts from a checkpoint of a run that selected none.
+        seconds: wall time of training in s, with logging and checkpoints, without
+            validation.
+        images: number of training samples over all processes. The checkpoint has the
+            same key.
+        best_since: only validations after this step are candidates for the best one. It
+            is not 0 if the run starts from a checkpoint of a run that selected none.
     """
 
     _STATE = ("epochs", "validations", "seconds", "images", "_of_epoch", "_validated")

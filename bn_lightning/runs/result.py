@@ -25,8 +25,10 @@ def assemble(
 ) -> dict[str, Any]:
     """Return the content of result.json at the end of training, with None as test metrics.
 
-    Training metrics are running means over the last epoch. Validation metrics are those of the
-    tested weights: the best validation if a checkpoint was selected, otherwise the last one.
+    Training metrics are running means over the last epoch. Validation metrics are those
+    of the
+    tested weights: the best validation if a checkpoint was selected, otherwise the last
+        one.
 
     Args:
         tested: name of the weights that will be tested.

@@ -68,7 +68,8 @@ class CLI(SettingsCLI):
             self.datamodule.prepare_data()
             run = self._open_folder()
         else:
-            # Only rank 0 writes. Lightning broadcasts the paths of checkpoints to other ranks.
+            # Only rank 0 writes. Lightning broadcasts the paths of checkpoints to other
+            # ranks.
             self.folder = None
         if self.parts.wants_tensorboard:
             purge_step = self.resumes_at if self.resuming else None
@@ -179,7 +180,8 @@ class CLI(SettingsCLI):
             reason = f"The run in {self.folder} cannot continue: {error}."
             when = "Fix the cause, then resume"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            # gloo raises RuntimeError. Its messages start with a position in gloo's source.
+            # gloo raises RuntimeError. Its messages start with a position in gloo's
+            # source.
             cause = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])
             reason = f"Another process of this run has died: {cause}"
             when = "Resume from the last checkpoint"
@@ -200,7 +202,8 @@ class CLI(SettingsCLI):
             path = str(resume.path)
         if not path:
             return "the weights in memory"
-        # The trainer would also restore the callbacks, some of which replace the weights.
+        # The trainer would also restore the callbacks, some of which replace the
+        # weights.
         self.model.load_state_dict(checkpoints.load(path)[1]["state_dict"])
         # If no step was left to train, the best checkpoint may belong to another run.
         is_own = resume is not None and Path(path).parent == resume.path.parent

@@ -33,7 +33,8 @@ class SettingsCLI(LightningCLI):
         resumes_at: step at which the run is resumed.
     """
 
-    # Each command is a method of a subclass. --help shows the first line of its docstring.
+    # Each command is a method of a subclass. --help shows the first line of its
+    # docstring.
     commands: tuple[str, ...] = ("fit", "validate", "test")
 
     ckpt_path: str | None = None
@@ -153,7 +154,8 @@ class SettingsCLI(LightningCLI):
             )
         if command == "fit" and config.resume is not None:
             self._find_run(config)
-            # The settings of the run become default config files, so flags override them.
+            # The settings of the run become default config files, so flags override
+            # them.
             files = map(str, folder.settings_files(Path(config.resume)))
             self._parser("fit").default_config_files = list(files)
             super().parse_arguments(parser, args)

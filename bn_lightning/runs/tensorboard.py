@@ -10,7 +10,8 @@ from bn_lightning.training import lightning_internals
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
-# Without the name of the tab, TensorBoard opens on Time Series. This is its default port.
+# Without the name of the tab, TensorBoard opens on Time Series. This is its default
+# port.
 CHARTS = "http://localhost:6006/#custom_scalars"
 # The hyperparameters that TensorBoard shows first, with those of `Task.facts`.
 SHOWN_FIRST = ("lr", "batch_size", "max_epochs", "seed")
@@ -59,8 +60,9 @@ def _hparams_summaries(
     experiment, start, end = hparams(flat, metrics)  # type: ignore[no-untyped-call]
     plugin_data = experiment.value[0].metadata.plugin_data
     content = plugin_data_pb2.HParamsPluginData.FromString(plugin_data.content)
-    # The table opens with five hyperparameters: first those marked as different between runs, then
-    # the others, in alphabetical order. Without marks it would show neither lr nor norm.
+    # The table opens with five hyperparameters: first those marked as different between
+    # runs, then the others, in alphabetical order. Without marks it would show neither
+    # lr nor norm.
     for info in content.experiment.hparam_infos:
         info.differs = info.name in shown_first
     plugin_data.content = content.SerializeToString()

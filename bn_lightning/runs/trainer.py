@@ -40,7 +40,8 @@ class TrainerParts:
         best: writes best.ckpt; None if no checkpoint is selected.
         callbacks: all callbacks in their order.
         arguments: arguments of the Trainer.
-        wants_tensorboard: whether to add a TensorBoard logger as soon as the run has a folder.
+        wants_tensorboard: whether to add a TensorBoard logger as soon as the run has a
+            folder.
     """
 
     records: Records
@@ -132,8 +133,8 @@ def _add_checkpoints(parts: TrainerParts, config: Namespace, task: Task, data: D
     every, seed = config.checkpoint.every_n_train_steps, config.seed_everything
     parts.resume = ExactResume(every, seed=seed, max_time=settings.max_time)
     parts.callbacks.append(parts.resume)
-    # ExactResume applies the time limit. After Lightning's timer, a resumed run would skip the
-    # rest of the epoch.
+    # ExactResume applies the time limit. After Lightning's timer, a resumed run would
+    # skip the rest of the epoch.
     parts.arguments["max_time"] = None
     if settings.limit_val_batches != 0 and not data.validates_on_test_set:
         monitor, mode = task.selects

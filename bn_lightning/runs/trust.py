@@ -25,13 +25,14 @@ def refuse_untrusted(
 ) -> None:
     """Refuse import paths that come only from a checkpoint.
 
-    Registered names, settings of the user, defaults of the experiment, and objects that are defined
-    in the package of the experiment are trusted.
+    Registered names, settings of the user, defaults of the experiment, and objects that
+    are defined in the package of the experiment are trusted.
 
     Args:
         path: path of the checkpoint.
         used: the settings of `import_paths` that would be imported, by name.
-        chosen: the same settings without the checkpoint: from flags, configs and defaults.
+        chosen: the same settings without the checkpoint: from flags, configs and
+            defaults.
         package: top-level package of the experiment.
         flags: flags of settings whose flag is not `--SETTING`.
 

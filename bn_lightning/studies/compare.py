@@ -1,8 +1,8 @@
 """`compare`: train variants with several seeds, and compare them in tables and plots.
 
-Each run is a complete `fit` in its own folder, `runs/NAME/VARIANT/seed-S/N`. With the same seed,
-all variants start from the same weights and see the same samples in the same order. Variants are
-therefore compared in pairs.
+Each run is a complete `fit` in its own folder, `runs/NAME/VARIANT/seed-S/N`. With the
+same seed, all variants start from the same weights and see the same samples in the same
+order. Variants are therefore compared in pairs.
 """
 
 import argparse
@@ -80,7 +80,8 @@ class _Comparison:
     ) -> None:
         self.folder, self.options, self.common = folder, options, common
         self.selection = selection
-        # All variants of one seed come first, so that a stopped comparison already has pairs.
+        # All variants of one seed come first, so that a stopped comparison already has
+        # pairs.
         self.keys = [(variant, seed) for seed in range(options.seeds) for variant in compared]
 
     def train(self, reference: str) -> list[Run]:

@@ -27,8 +27,8 @@ def write(
     """Print the tables; write tables, runs and plots into the folder of the study.
 
     Args:
-        threshold: validation metric up to which steps are counted. None selects the final value
-            of the worst variant.
+        threshold: validation metric up to which steps are counted. None selects the
+            final value of the worst variant.
     """
     if threshold is None:
         threshold = statistics.default_threshold(runs, selection)
@@ -77,8 +77,8 @@ def _run_data(run: Run, metrics: Sequence[statistics.ReportedMetric]) -> dict[st
 
 
 def _as_text(tables: Sequence[Table], failures: Sequence[str]) -> str:
-    # The text is also written to a file. Without a terminal as stdout, `table` uses neither
-    # colors nor the width of the terminal.
+    # The text is also written to a file. Without a terminal as stdout, `table` uses
+    # neither colors nor the width of the terminal.
     with redirect_stdout(io.StringIO()):
         text = "".join(f"{terminal.table(*parts)}\n\n" for parts in tables)
     return text + "".join(f"failed: {line}\n" for line in failures)

@@ -37,8 +37,8 @@ def _number(value: float | None, digits: int, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}z,.{digits}f}"
 
 
-# The header of each column, and a function that formats the cell of a row. Its second argument is
-# the number of decimals of a mean.
+# The header of each column, and a function that formats the cell of a row. Its second
+# argument is the number of decimals of a mean.
 COLUMNS: dict[str, Callable[[Row, int], str]] = {
     "{metric}": lambda row, digits: row.variant,
     "n": _runs,
@@ -52,8 +52,8 @@ COLUMNS: dict[str, Callable[[Row, int], str]] = {
 def header(metric: str, baselines: Collection[str]) -> list[str]:
     """Return the header of the table of a metric.
 
-    Several baselines have the same norm, which is the first word of their names. The header then
-    shows only the norm.
+    Several baselines have the same norm, which is the first word of their names. The
+    header then shows only the norm.
     """
     baseline = min(baselines)
     if len(baselines) > 1:

@@ -58,7 +58,8 @@ class Objective:
             reason = failed[1] if failed else str(error).splitlines()[0]
             self._end_failed(trial, line, reason)
             if failed:
-                # The settings caused the failure. The sampler learns from a pruned trial.
+                # The settings caused the failure. The sampler learns from a pruned
+                # trial.
                 raise optuna.TrialPruned from None
             raise
         trial.set_user_attr("folder", str(folder))
@@ -87,12 +88,14 @@ class _Pruning:
     """Reports the validations of a run to its trial, and ends the run if the pruner decides so.
 
     Attributes:
-        ends_early: whether the pruner has ended the run, now or before the run was resumed.
+        ends_early: whether the pruner has ended the run, now or before the run was
+            resumed.
     """
 
     def __init__(self, trial: Trial, progress: StudyProgress, ends_early: bool) -> None:
         self.trial, self.progress, self.ends_early = trial, progress, ends_early
-        # A retried trial is a new trial: it has none of the validations from before the resume.
+        # A retried trial is a new trial: it has none of the validations from before the
+        # resume.
         self.reported = 0
 
     def __call__(self, at: workers.Progress) -> bool:

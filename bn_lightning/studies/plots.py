@@ -16,7 +16,8 @@ from bn_lightning.studies.statistics import (
 )
 from bn_lightning.studies.variants import Variant
 
-# The points of one line in a plot: values of a setting, each with the runs that have this value.
+# The points of one line in a plot: values of a setting, each with the runs that have
+# this value.
 Points = list[tuple[float, list[Run]]]
 
 
@@ -69,8 +70,8 @@ def numeric_settings(
 ) -> dict[str, dict[str, Points]]:
     """Return the lines of a plot for each setting with several numeric values.
 
-    There is one line per combination of the other settings, which are its label. A line has one
-    point per value of the setting.
+    There is one line per combination of the other settings, which are its label. A line
+    has one point per value of the setting.
     """
     found: dict[str, dict[str, Points]] = {}
     for name in dict.fromkeys(key for variant in variants for key, _ in variant.settings):

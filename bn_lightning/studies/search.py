@@ -22,19 +22,20 @@ from bn_lightning.studies import study, workers
 from bn_lightning.training import checkpoints
 
 SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-    # Running trials count as bad ones, so that processes do not try nearly the same settings.
+    # Running trials count as bad ones, so that processes do not try nearly the same
+    # settings.
     "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
     "random": optuna.samplers.RandomSampler,
 }
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    # Only the best third of each rung continues. Li et al. 2020, "A System for Massively Parallel
-    # Hyperparameter Tuning", https://arxiv.org/abs/1810.05934.
+    # Only the best third of each rung continues. Li et al. 2020, "A System for
+    # Massively Parallel Hyperparameter Tuning", https://arxiv.org/abs/1810.05934.
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     "none": optuna.pruners.NopPruner,
 }
 
-# In seconds. A process whose last heartbeat is older than the grace period is considered dead, and
-# another process retries its trials.
+# In seconds. A process whose last heartbeat is older than the grace period is
+# considered dead, and another process retries its trials.
 HEARTBEAT_INTERVAL, GRACE_PERIOD = 2, 15
 
 Direction = Literal["minimize", "maximize"]
@@ -54,7 +55,8 @@ class Search:
         options: command-line options of `sweep`.
         direction: "minimize" or "maximize".
         settings: settings that must be the same when the study is resumed.
-        defaults: defaults of the settings, for those that did not exist when the study started.
+        defaults: defaults of the settings, for those that did not exist when the study
+            started.
 
     Raises:
         UserError: the storage cannot be used, or the study has other settings.
@@ -78,8 +80,8 @@ class Search:
             before = self.study.user_attrs["settings"]
             study.refuse_changes(repr(options.name), before, now, defaults)
         self._refuse_runs_of_another_study()
-        # Only one thread at a time decides whether to start a trial, and starts it. Otherwise two
-        # threads could both start the last trial.
+        # Only one thread at a time decides whether to start a trial, and starts it.
+        # Otherwise two threads could both start the last trial.
         self._start_lock = threading.Lock()
         # The trial of each thread.
         self._local = threading.local()
@@ -100,8 +102,8 @@ class Search:
     def _requeue_lost_trials(self) -> None:
         """Queue a retry of each trial that failed with its process and has no retry yet.
 
-        The process that marked the trial as failed normally queues the retry, but it may have died
-        in between.
+        The process that marked the trial as failed normally queues the retry, but it
+        may have died in between.
         """
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in retry.retry_history(trial)}
@@ -110,7 +112,8 @@ class Search:
             if is_lost and trial.number not in retried:
                 completed = trial.datetime_complete
                 age = time.time() - completed.timestamp() if completed else 0
-                # Another process may still queue the retry of a trial that failed recently.
+                # Another process may still queue the retry of a trial that failed
+                # recently.
                 if age > GRACE_PERIOD:
                     retry(self.study, trial)
 
@@ -149,7 +152,8 @@ class Search:
                 retry(self.study, self.study.get_trials()[self._local.trial])
                 raise
             except (ValueError, UpdateFinishedTrialError):
-                # Optuna raises these errors for a trial that is already marked as failed.
+                # Optuna raises these errors for a trial that is already marked as
+                # failed.
                 if not self._was_taken_over():
                     raise
                 print(

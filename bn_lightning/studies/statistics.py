@@ -112,10 +112,11 @@ class ReportedMetric:
 class Row:
     """One metric over all runs of one variant.
 
-    Intervals are 95% intervals of the mean over seeds, by Student's t. A ratio is the geometric
-    mean of the ratios of all pairs. Its interval is computed from their logarithms. The effect size
-    is Cohen's d of the pairs: the mean of their differences divided by the standard deviation. For
-    ratios, it is computed from their logarithms too.
+    Intervals are 95% intervals of the mean over seeds, by Student's t. A ratio is the
+    geometric mean of the ratios of all pairs. Its interval is computed from their
+    logarithms. The effect size is Cohen's d of the pairs: the mean of their differences
+    divided by the standard deviation. For ratios, it is computed from their logarithms
+    too.
 
     Attributes:
         runs: number of runs of this variant.
@@ -160,9 +161,10 @@ def validated_on_test_set(runs: Iterable[Run]) -> bool:
 def default_threshold(runs: Iterable[Run], selection: Selection) -> float | None:
     """Return a threshold that every variant reaches, on average over its seeds.
 
-    It is the final value of the worst variant, rounded so that this variant still reaches it. A
-    metric such as accuracy, for which higher is better, is rounded down to a multiple of 0.005.
-    Other metrics are rounded up to two significant digits. Return None without such a threshold.
+    It is the final value of the worst variant, rounded so that this variant still
+    reaches it. A metric such as accuracy, for which higher is better, is rounded down
+    to a multiple of 0.005. Other metrics are rounded up to two significant digits.
+    Return None without such a threshold.
     """
     finals: dict[str, list[float]] = {}
     for run in runs:
@@ -189,8 +191,9 @@ def reported_metrics(
         selection.test_metric: selection.test_label,
     }
     if validated_on_test_set(runs):
-        # Validation and test metric are the same, and no checkpoint was selected. The metric of
-        # the last epoch is noisy, so the best epoch and a mean are reported too.
+        # Validation and test metric are the same, and no checkpoint was selected. The
+        # metric of the last epoch is noisy, so the best epoch and a mean are reported
+        # too.
         del names[selection.metric]
         names |= {
             f"{selection.metric}_best": f"{selection.test_label}, best epoch",
@@ -225,7 +228,8 @@ def rows(
     """Return a row for each metric and variant.
 
     Args:
-        baselines: the name of each variant, and of the variant that it is compared with.
+        baselines: the name of each variant, and of the variant that it is compared
+            with.
     """
     return [_row(runs, metric, *pair) for metric in metrics for pair in baselines.items()]
 

@@ -17,11 +17,12 @@ from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.losses import FAILURE
 
-# Flags on the command line override these. Monitors are useful for single runs only. Several runs
-# use the hardware better by --jobs than by --trainer.devices.
+# Flags on the command line override these. Monitors are useful for single runs only.
+# Several runs use the hardware better by --jobs than by --trainer.devices.
 DEFAULTS = ("--monitor", "false", "--trainer.devices", "1")
 
-# The key under which a study stores the metric that the task selects by, and its direction.
+# The key under which a study stores the metric that the task selects by, and its
+# direction.
 SELECTS = "task.selects"
 
 HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
@@ -185,7 +186,7 @@ def failed_run(parent: Path) -> tuple[Path, str] | None:
         return None
     failure = json.loads((failed[-1] / FAILURE).read_text(encoding="utf-8"))
     return failed[-1], (
-        f"non-finite loss in step {failure['step']:,}, epoch {failure['epoch'] + 1}"
+        f"non-finite loss at step {failure['step']:,}, epoch {failure['epoch'] + 1}"
     )
 
 
@@ -207,7 +208,8 @@ def start_workers(
         done: number of runs that are already done.
 
     Raises:
-        KeyboardInterrupt: the study was stopped. A message about resuming it has been printed.
+        KeyboardInterrupt: the study was stopped. A message about resuming it has been
+            printed.
     """
 
     def stop(*_: Any) -> None:
@@ -235,7 +237,8 @@ def start_workers(
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Return a short name for each setting.
 
-    It is the part after the last dot, or the whole name if several settings share that part.
+    It is the part after the last dot, or the whole name if several settings share that
+    part.
     """
     ends = {name: name.rpartition(".")[2] for name in names}
     return {

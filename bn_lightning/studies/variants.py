@@ -48,7 +48,8 @@ class Variant:
     def arguments(self, common: Sequence[str]) -> list[str]:
         """Return the arguments of `fit`. Later arguments override earlier ones.
 
-        Common arguments override the configs of the variant, and its settings override both.
+        Common arguments override the configs of the variant, and its settings override
+        both.
         """
         configs = [text for config in self.configs for text in ("--config", config)]
         settings = [text for name, value in self.settings for text in (f"--{name}", value)]
@@ -154,9 +155,10 @@ def variants(
 ) -> list[Variant]:
     """Return the variants of the grid, then those of the ablation.
 
-    The baseline of a variant of the grid has the first norm, and the same other settings. If there
-    is only one norm, the baseline is the first variant. A variant of the ablation is the first
-    variant with one setting added or changed. Its baseline is the first variant.
+    The baseline of a variant of the grid has the first norm, and the same other
+    settings. If there is only one norm, the baseline is the first variant. A variant of
+    the ablation is the first variant with one setting added or changed. Its baseline is
+    the first variant.
 
     Raises:
         UserError: two variants have the same name.

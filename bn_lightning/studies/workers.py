@@ -1,7 +1,7 @@
 """Worker processes: each imports everything once, and runs one `fit` after the other.
 
-The parent sends the arguments of `fit` to a worker, and receives its progress. The result of a run
-is in its folder.
+The parent sends the arguments of `fit` to a worker, and receives its progress. The
+result of a run is in its folder.
 """
 
 import math
@@ -79,7 +79,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.jobs > 1:
-            # OpenMP reads this when torch is imported, in the worker or its fork server.
+            # OpenMP reads this when torch is imported, in the worker or its fork
+            # server.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
         for _ in range(self.count):
             self._idle.put(self._start())
@@ -108,8 +109,9 @@ class Workers:
         Args:
             arguments: the arguments of `fit`.
             log: the file to which the output of the run is appended.
-            on_progress: called after each epoch and each validation. If it returns False, the run
-                ends there with a result. If it raises an exception, the worker process is killed.
+            on_progress: called after each epoch and each validation. If it returns
+                False, the run ends there with a result. If it raises an exception, the
+                worker process is killed.
 
         Raises:
             RunFailed: the run failed, or its process died.
@@ -159,7 +161,8 @@ class _Worker:
         self._connection, child_connection = context.Pipe()
         arguments = (child_connection, reference, terminal.program())
         self.process = context.Process(target=_work, args=arguments)
-        # The child inherits the ignored SIGINT: it ignores Ctrl-C until its imports are done.
+        # The child inherits the ignored SIGINT: it ignores Ctrl-C until its imports are
+        # done.
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         self.process.start()
@@ -205,9 +208,9 @@ class _Worker:
 def _context() -> Any:
     """Return the multiprocessing context that starts the worker processes.
 
-    On Linux, they are forked from a server process that imports PyTorch and Lightning once for all
-    of them. This process has threads, and a fork of it could inherit a lock that a thread holds.
-    The server has no threads.
+    On Linux, they are forked from a server process that imports PyTorch and Lightning
+    once for all of them. This process has threads, and a fork of it could inherit a
+    lock that a thread holds. The server has no threads.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

@@ -23,20 +23,22 @@ class Classifier(Task):
     """LeNet trained with cross-entropy. Batches are images (B, 1, 28, 28) and labels (B,).
 
     Args:
-        norm: normalization layer: `custom` (from scratch), `builtin` (PyTorch's), `article` (the
-            tutorial's), `renorm` (batch renormalization), `group` (group norm), `none`, or an
-            import path `package.module.Name`, called as
+        norm: normalization layer: `custom` (from scratch), `builtin` (PyTorch's),
+            `article` (the tutorial's), `renorm` (batch renormalization), `group` (group
+            norm), `none`, or an import path `package.module.Name`, called as
             `norm(num_features=..., num_dims=2|4, **norm_args)`.
-        norm_args: other arguments of the norm, for example `--model.norm_args.eps 1e-3`.
+        norm_args: other arguments of the norm, for example `--model.norm_args.eps
+            1e-3`.
         activation: activation function after each norm.
         pooling: 2x2 pooling after each convolution.
         lr: learning rate; with OneCycleLR, the maximum.
-        label_smoothing: fraction of each label that is spread over all classes, in training only
-            (Szegedy et al. 2016, section 7).
+        label_smoothing: fraction of each label that is spread over all classes, in
+            training only (Szegedy et al. 2016, section 7).
         training: settings of `Task`: optimizer, scheduler, compile, memory_format.
 
     Raises:
-        UserError: a norm, optimizer or scheduler is unknown, or does not accept an argument.
+        UserError: a norm, optimizer or scheduler is unknown, or does not accept an
+            argument.
     """
 
     selects = ("val_acc", "max")
@@ -57,7 +59,8 @@ class Classifier(Task):
                 f"label_smoothing is {label_smoothing}; it must be at least 0 and less than 1, for "
                 "example --model.label_smoothing 0.05."
             )
-        # The data module validates the labels once. Validating each batch would be slow.
+        # The data module validates the labels once. Validating each batch would be
+        # slow.
         accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
         network = LeNet(norm, norm_args, activation, pooling)
         super().__init__(network, {"acc": accuracy}, lr=lr, **training)
@@ -68,7 +71,8 @@ class Classifier(Task):
     def step(self, batch: Batch, stage: Stage) -> Step:
         images, labels = batch
         logits = self(images)
-        # The loss is computed at least in float32, even if the network computes in 16 bits.
+        # The loss is computed at least in float32, even if the network computes in 16
+        # bits.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         smoothing = self.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(precise, labels, label_smoothing=smoothing)

@@ -1,7 +1,8 @@
 """Stochastic weight averaging with matching running statistics, for norm layers of any class.
 
-Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
-https://arxiv.org/abs/1803.05407, algorithm 1. Its last line recomputes the statistics.
+Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+2018, https://arxiv.org/abs/1803.05407, algorithm 1. Its last line recomputes the
+statistics.
 """
 
 from typing import Any
@@ -20,19 +21,21 @@ REQUIRED = ("num_batches_tracked", "reset_running_stats", "momentum")
 class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
     """Lightning's callback, extended to norm layers of any class.
 
-    After training, a pass over the training samples computes the running statistics for the
-    averaged weights. Lightning's callback does so for subclasses of torch's `_BatchNorm` only. It
-    silently leaves other layers with the statistics of the weights before averaging.
+    After training, a pass over the training samples computes the running statistics for
+    the averaged weights. Lightning's callback does so for subclasses of torch's
+    `_BatchNorm` only. It silently leaves other layers with the statistics of the
+    weights before averaging.
 
-    This callback supports every layer that has `num_batches_tracked`, `reset_running_stats()` and
-    `momentum`. With `momentum = None`, the layer must give all batches the same weight, as
-    `bn_lightning.BatchNorm` does.
+    This callback supports every layer that has `num_batches_tracked`,
+    `reset_running_stats()` and `momentum`. With `momentum = None`, the layer must give
+    all batches the same weight, as `bn_lightning.BatchNorm` does.
 
     Raises:
         UserError: in `fit`, if a layer has running statistics but lacks one of these.
     """
 
-    # Lightning's default for `device` is a torch.device, which config.yaml cannot represent.
+    # Lightning's default for `device` is a torch.device, which config.yaml cannot
+    # represent.
     def __init__(self, *args: Any, device: str | None = "cpu", **kwargs: Any) -> None:
         super().__init__(*args, device=device, **kwargs)  # type: ignore[misc]
 
@@ -40,8 +43,8 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
     def pl_module_contains_batch_norm(pl_module: pl.LightningModule) -> bool:
         layers = recognition.with_statistics(pl_module)
         for name, layer in layers.items():
-            # torch's InstanceNorm has all three attributes, but it does not count batches and does
-            # not support a momentum of None.
+            # torch's InstanceNorm has all three attributes, but it does not count
+            # batches and does not support a momentum of None.
             is_instance_norm = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
             if is_instance_norm or not all(hasattr(layer, attribute) for attribute in REQUIRED):
                 raise UserError(
@@ -59,6 +62,6 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
             layer.reset_running_stats()
             self.momenta[layer] = layer.momentum
             layer.momentum = None
-        # Lightning takes an optimizer step after the last batch of this pass. Without this line it
-        # would use the gradients of the last training step.
+        # Lightning takes an optimizer step after the last batch of this pass. Without
+        # this line it would use the gradients of the last training step.
         pl_module.zero_grad()

@@ -13,8 +13,9 @@ Augment = Callable[[Tensor, Tensor], Tensor]  # (samples, their indices) -> samp
 class ExactLoader(Iterable[Any]):
     """Base class of training loaders that can start at any batch of any epoch.
 
-    `ExactResume` resumes a run bit for bit only with such a loader. A subclass must not store a
-    position. It determines the epoch and the first batch when a batch is first requested.
+    `ExactResume` resumes a run bit for bit only with such a loader. A subclass must not
+    store a position. It determines the epoch and the first batch when a batch is first
+    requested.
     """
 
     def __len__(self) -> int:
@@ -24,8 +25,9 @@ class ExactLoader(Iterable[Any]):
         """Return the number of samples in a batch of the epoch, over all ranks."""
         raise NotImplementedError
 
-    # Lightning resumes within an epoch only if the loader has these two methods. A position stored
-    # here would be lost: Lightning reads the number of steps before it restores the loader.
+    # Lightning resumes within an epoch only if the loader has these two methods. A
+    # position stored here would be lost: Lightning reads the number of steps before it
+    # restores the loader.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -58,7 +60,8 @@ class TensorBatches(ExactLoader):
         targets: (N, ...), on the same device.
         indices: indices of the samples to use, int64 (M,).
         batch_size: samples per batch over all ranks; the last batch may be smaller.
-        epoch: called when a batch is first requested; by default `indices` in their order.
+        epoch: called when a batch is first requested; by default `indices` in their
+            order.
         rank, world_size: the shard to return, and the number of shards.
         preprocessing: maps raw samples to the input of the network.
     """
@@ -90,8 +93,8 @@ class TensorBatches(ExactLoader):
         return min(self.batch_size, len(self.indices) - batch_idx * self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Lightning calls iter() more than once before it requests a batch. As this is a generator,
-        # its body runs only when the first batch is requested.
+        # Lightning calls iter() more than once before it requests a batch. As this is a
+        # generator, its body runs only when the first batch is requested.
         epoch = self.epoch() if self.epoch else Epoch(self.indices)
         order = epoch.order.to(self.inputs.device)
         batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]

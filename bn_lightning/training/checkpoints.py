@@ -17,7 +17,8 @@ from bn_lightning.errors import RunFailed, UserError
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file completely, or leave the existing one unchanged.
 
-    The content goes to a temporary file in the same folder, which is flushed to disk and renamed.
+    The content goes to a temporary file in the same folder, which is flushed to disk
+    and renamed.
 
     Raises:
         OSError: the file could not be written; the temporary file is removed.
@@ -43,13 +44,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint plugin with atomic writes: `Trainer(plugins=[WholeCheckpointIO()])`.
 
-    After a crash or a power loss, the file is either the old checkpoint or the new one. Lightning's
-    own plugin writes to TMPDIR and moves the file. Between file systems a move is a copy, and
-    nothing is flushed to disk.
+    After a crash or a power loss, the file is either the old checkpoint or the new one.
+    Lightning's own plugin writes to TMPDIR and moves the file. Between file systems a
+    move is a copy, and nothing is flushed to disk.
 
     Raises:
-        RunFailed: in `save_checkpoint`, if the disk is full or the folder has disappeared. The old
-            checkpoint is unchanged.
+        RunFailed: in `save_checkpoint`, if the disk is full or the folder has
+            disappeared. The old checkpoint is unchanged.
     """
 
     def __init__(self) -> None:
@@ -111,7 +112,8 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
         ) from None
     # torch.load raises exceptions of many types, depending on the content of the file.
     except Exception as error:
-        # Only the reason is shown: torch's message also advises to use weights_only=False.
+        # Only the reason is shown: torch's message also advises to use
+        # weights_only=False.
         found = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
         reason = found[1] if found else f"torch.load raised {type(error).__name__}."
         raise UserError(
@@ -137,7 +139,8 @@ def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:
     """Refuse to resume training from a checkpoint that lacks the required entries.
 
     Raises:
-        UserError: another version of this project wrote it, or it contains only weights.
+        UserError: another version of this project wrote it, or it contains only
+            weights.
     """
     if not {"train_metrics", "optimizer_states"} <= checkpoint.keys():
         raise UserError(

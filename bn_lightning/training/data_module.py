@@ -19,10 +19,10 @@ IDENTITY = "data"
 class DataModule(pl.LightningDataModule):
     """Base class of the data of a run.
 
-    A subclass implements `setup` and the loaders, and overrides the attributes and methods below
-    as needed. All of its arguments must be plain data: they become flags such as
-    `--data.batch_size`, and are saved in checkpoints. `**loading` forwards the arguments of this
-    class:
+    A subclass implements `setup` and the loaders, and overrides the attributes and
+    methods below as needed. All of its arguments must be plain data: they become flags
+    such as `--data.batch_size`, and are saved in checkpoints. `**loading` forwards the
+    arguments of this class:
 
         class Table(DataModule):
             def __init__(self, rows: int = 1_000, **loading: Any) -> None:
@@ -30,20 +30,25 @@ class DataModule(pl.LightningDataModule):
 
     Args:
         batch_size: number of samples per batch, over all processes.
-        seed: seed of the data split and of the order of samples; set by `--seed_everything`.
+        seed: seed of the data split and of the order of samples; set by
+            `--seed_everything`.
 
     Attributes:
-        classes: names of the classes, indexed by label; None if the data have no classes.
-        preprocessing: maps raw samples to the input of the network. The loaders, `export` and
-            `predict` share this module.
-        train_indices: indices of the training samples, int64 (M,); set by `train_batches`.
-        machine_settings: settings of the machine, such as folders. They are neither restored from
-            a checkpoint nor logged, and may differ between the machines of a study.
-        source_settings: settings that locate the data. They are restored from a checkpoint, and may
-            differ between the machines of a study.
-        fixed_settings: settings that must not change when a run is resumed, each with the reason.
-        import_paths: settings whose value may be an import path. An import path that comes only
-            from a checkpoint is not imported.
+        classes: names of the classes, indexed by label; None if the data have no
+            classes.
+        preprocessing: maps raw samples to the input of the network. The loaders,
+            `export` and `predict` share this module.
+        train_indices: indices of the training samples, int64 (M,); set by
+            `train_batches`.
+        machine_settings: settings of the machine, such as folders. They are neither
+            restored from a checkpoint nor logged, and may differ between the machines
+            of a study.
+        source_settings: settings that locate the data. They are restored from a
+            checkpoint, and may differ between the machines of a study.
+        fixed_settings: settings that must not change when a run is resumed, each with
+            the reason.
+        import_paths: settings whose value may be an import path. An import path that
+            comes only from a checkpoint is not imported.
 
     Raises:
         UserError: the batch size is below 1, or the seed is negative.
@@ -60,8 +65,8 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
-        # This also saves the arguments of the subclass. They are logged with the results, at the
-        # end of the run.
+        # This also saves the arguments of the subclass. They are logged with the
+        # results, at the end of the run.
         self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise UserError(
@@ -93,8 +98,9 @@ class DataModule(pl.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return plain data that identify the data set, such as a checksum or a number of rows.
 
-        They are saved in each checkpoint and in result.json. A run is resumed only if they are
-        equal. The optional entry `source` names the origin of the data and is not compared.
+        They are saved in each checkpoint and in result.json. A run is resumed only if
+        they are equal. The optional entry `source` names the origin of the data and is
+        not compared.
         """
         return {}
 
@@ -144,7 +150,8 @@ class DataModule(pl.LightningDataModule):
             invert: whether to invert brightness; None decides for each file.
 
         Returns:
-            Raw samples (N, ...), a dict of information on each, and the number of unreadable files.
+            Raw samples (N, ...), a dict of information on each, and the number of
+            unreadable files.
 
         Raises:
             UserError: the data module does not implement this method.
@@ -160,7 +167,8 @@ class DataModule(pl.LightningDataModule):
         """Return the training loader of the samples at `indices`, which supports exact resume.
 
         Raises:
-            UserError: the last batch of an epoch has fewer samples than there are processes.
+            UserError: the last batch of an epoch has fewer samples than there are
+                processes.
         """
         self.train_indices = indices
         processes = self.trainer.world_size if self.trainer else 1

@@ -15,12 +15,13 @@ from bn_lightning.norms import recognition
 class DistributedTraining(pl.Callback):
     """Reduces the cost of training with several processes. With one process it does nothing.
 
-    A run uses the running statistics of rank 0. DistributedDataParallel broadcasts them before each
-    step, although most norm layers do not read them in training. This callback broadcasts them
-    before each validation instead. So validation metrics do not depend on whether the run was
-    resumed.
+    A run uses the running statistics of rank 0. DistributedDataParallel broadcasts them
+    before each step, although most norm layers do not read them in training. This
+    callback broadcasts them before each validation instead. So validation metrics do
+    not depend on whether the run was resumed.
 
-    It must come after callbacks that swap the weights for validation, such as weight averaging.
+    It must come after callbacks that swap the weights for validation, such as weight
+    averaging.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,8 +46,10 @@ class DistributedTraining(pl.Callback):
 def _pin_threads_to_cores(trainer: pl.Trainer) -> None:
     """Pin the threads of this process to its share of the machine's cores.
 
-    Without this, threads of different ranks migrate to the same core. Nothing is done if the
-    process sees fewer cores than the machine has: then SLURM, for example, has divided them.
+    Without this, threads of different ranks migrate to the same core. Nothing is done
+    if the
+    process sees fewer cores than the machine has: then SLURM, for example, has divided
+        them.
     """
     count = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
     cores = sorted(os.sched_getaffinity(0))
@@ -64,10 +67,11 @@ def _pin_threads_to_cores(trainer: pl.Trainer) -> None:
 def _lower_gloo_priority() -> None:
     """Keep gloo's listener thread from preempting the threads that wait for it.
 
-    The listener polls in a busy loop while another thread holds the lock of a connection. If it
-    preempts that thread on the only core of the process, the lock is held until the next scheduler
-    tick, 4 ms later. This happened in a third of all exchanges; they now take 0.2 ms. Under
-    SCHED_BATCH, a thread that wakes up does not preempt others.
+    The listener polls in a busy loop while another thread holds the lock of a
+    connection. If it preempts that thread on the only core of the process, the lock is
+    held until the next scheduler tick, 4 ms later. This happened in a third of all
+    exchanges; they now take 0.2 ms. Under SCHED_BATCH, a thread that wakes up does not
+    preempt others.
     """
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):

@@ -39,8 +39,9 @@ def batches_that_stepped(checkpoint: dict[str, Any]) -> int:
 def write_position(checkpoint: dict[str, Any], epoch: int, batch: int) -> None:
     """Change a checkpoint so that training resumes at the start of the given batch.
 
-    The loop state describes an epoch that is about to start with some batches done. Lightning then
-    calls `on_train_epoch_start` before the next batch. StochasticWeightAveraging needs that call:
+    The loop state describes an epoch that is about to start with some batches done.
+    Lightning then calls `on_train_epoch_start` before the next batch.
+    StochasticWeightAveraging needs that call:
     it sets up its schedule there, and no checkpoint contains that schedule.
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
@@ -63,8 +64,8 @@ def _set_counters(progress: dict[str, Any], total: int, current: int) -> None:
 def end_restart(trainer: pl.Trainer, batches_that_stepped: int) -> None:
     """End Lightning's restart mode, in the first batch of a resumed run."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = batches_that_stepped
-    # Otherwise Lightning skips the schedulers at the end of this epoch.
-    # The public setter `restarting` has no effect here, so the private attribute is set.
+    # Otherwise Lightning skips the schedulers at the end of this epoch. The public
+    # setter `restarting` has no effect here, so the private attribute is set.
     trainer.fit_loop._restarting = False
 
 

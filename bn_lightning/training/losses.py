@@ -39,7 +39,8 @@ class NonFiniteLossGuard:
             saved_at: the step of that checkpoint; -1 if there is none.
 
         Raises:
-            RunFailed: a loss is not finite. failure.json lists the samples of the batch.
+            RunFailed: a loss is not finite. failure.json lists the samples of the
+                batch.
         """
         if not self._unchecked:
             return
@@ -59,7 +60,7 @@ class NonFiniteLossGuard:
         else:
             what = f"The loss is {float(loss)}"
         lines = [
-            f"{what} in step {step:,} (epoch {epoch + 1}, batch {batch_idx + 1}).",
+            f"{what} at step {step:,} (epoch {epoch + 1}, batch {batch_idx + 1}).",
             *_write_failure(trainer, run, epoch, batch_idx, step),
         ]
         if saved_at >= 0:

@@ -1,6 +1,7 @@
 """Optimizer and learning-rate scheduler, created from their names and validated before a run.
 
-To add a setting, add an argument to `Task`, which makes it a flag, and pass it to `Optimization`.
+To add a setting, add an argument to `Task`, which makes it a flag, and pass it to
+`Optimization`.
 """
 
 import inspect
@@ -65,7 +66,8 @@ class Optimization:
             get_num_steps: returns the number of optimizer steps; called only if needed.
 
         Raises:
-            UserError: the scheduler needs the length of the run, but the run has no limit.
+            UserError: the scheduler needs the length of the run, but the run has no
+                limit.
         """
         optimizer = self.optimizer(parameters, lr=self.lr, **self.optimizer_args)
         if self.scheduler is None:
@@ -79,8 +81,8 @@ class Optimization:
                 f"--model.scheduler_args.{lengths[0]}."
             )
         scheduler = self.scheduler(optimizer, **self._scheduler_arguments(int(steps)))
-        # A scheduler counts steps if it was given their number, or has `max_lr` (OneCycleLR,
-        # CyclicLR). Others count epochs.
+        # A scheduler counts steps if it was given their number, or has `max_lr`
+        # (OneCycleLR, CyclicLR). Others count epochs.
         interval = "step" if lengths or self._accepts("max_lr") else "epoch"
         config = {"scheduler": scheduler, "interval": interval}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -91,7 +93,8 @@ class Optimization:
         """Refuse to resume with a schedule of another length.
 
         Raises:
-            UserError: the steps done so far had other learning rates than the new schedule has.
+            UserError: the steps done so far had other learning rates than the new
+                schedule has.
         """
         if self.scheduler is None:
             return

@@ -1,9 +1,9 @@
 """Exact resume: a run that was stopped at any point continues as if it had not been stopped.
 
-Lightning writes a checkpoint inside a hook, in the middle of a step. After resuming, the rest of
-the step (validation, logging, the scheduler) is executed twice or not at all. Here `last.ckpt` is
-written between two steps. The random numbers of a step do not depend on those of earlier steps (see
-`seeds`).
+Lightning writes a checkpoint inside a hook, in the middle of a step. After resuming,
+the rest of the step (validation, logging, the scheduler) is executed twice or not at
+all. Here `last.ckpt` is written between two steps. The random numbers of a step do not
+depend on those of earlier steps (see `seeds`).
 """
 
 from datetime import timedelta
@@ -24,32 +24,36 @@ from bn_lightning.training.stopping import StopRequests, is_check_due
 class ExactResume(Checkpoint):
     """Callback that writes `last.ckpt` between two steps, and resumes from it exactly.
 
-    Use it as `Trainer(callbacks=[ExactResume()])`. It writes `last.ckpt` before each epoch, when
-    training ends, and when the run is stopped: by SIGTERM, by Ctrl-C, by the signal that SLURM
-    sends before it preempts a job, or by `max_time`. The current step is finished first. A second
-    signal stops the run immediately.
+    Use it as `Trainer(callbacks=[ExactResume()])`. It writes `last.ckpt` before each
+    epoch, when
+    training ends, and when the run is stopped: by SIGTERM, by Ctrl-C, by the signal
+    that SLURM sends before it preempts a job, or by `max_time`. The current step is
+    finished first. A second signal stops the run immediately.
 
-    If the training loader is not an `ExactLoader`, for example a plain DataLoader, a resumed run is
-    not bit-identical. Then `last.ckpt` is written only at the end of each epoch.
+    If the training loader is not an `ExactLoader`, for example a plain DataLoader, a
+    resumed run is not bit-identical. Then `last.ckpt` is written only at the end of
+    each epoch.
 
     Args:
-        every_n_train_steps: also write `last.ckpt` every n optimizer steps; 0 for never.
-        dirpath: folder of `last.ckpt`; by default `checkpoints` in the logger's folder, as in
-            ModelCheckpoint.
+        every_n_train_steps: also write `last.ckpt` every n optimizer steps; 0 for
+            never.
+        dirpath: folder of `last.ckpt`; by default `checkpoints` in the logger's folder,
+            as in ModelCheckpoint.
         seed: seed of the random numbers in each step, such as those of dropout.
-        max_time: time limit, counted from the start of training in this process. Unlike with
-            `Trainer(max_time=...)`, a resumed run trains the rest of the interrupted epoch.
+        max_time: time limit, counted from the start of training in this process. Unlike
+            with `Trainer(max_time=...)`, a resumed run trains the rest of the
+            interrupted epoch.
 
     Attributes:
         path: path of `last.ckpt`, set in `setup`.
-        resuming: whether the run resumes in the folder of its checkpoint; False if the checkpoint
-            starts a new run.
+        resuming: whether the run resumes in the folder of its checkpoint; False if the
+            checkpoint starts a new run.
         resumed_at: the steps at which the run was resumed.
         has_trained: whether this process has trained on a batch.
 
     Raises:
-        Stopped: a signal or `max_time` stopped the run. The message states what was saved. The exit
-            code after `max_time` is 0.
+        Stopped: a signal or `max_time` stopped the run. The message states what was
+            saved. The exit code after `max_time` is 0.
         RunFailed: a loss is NaN or infinite.
     """
 
@@ -71,8 +75,8 @@ class ExactResume(Checkpoint):
         self._losses = NonFiniteLossGuard()
         self._saved_at = -1  # optimizer step of last.ckpt
         self._is_exact = True
-        # Set only while last.ckpt is written: epoch, batches done in it, and whether training has
-        # ended.
+        # Set only while last.ckpt is written: epoch, batches done in it, and whether
+        # training has ended.
         self._position: tuple[int, int, bool] | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -82,8 +86,9 @@ class ExactResume(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
         self.path = Path(self.dirpath, "last.ckpt")
         if stage == "fit":
-            # A checkpoint between two steps is written before any other callback starts the next
-            # step. The final one is written after all other callbacks have finished.
+            # A checkpoint between two steps is written before any other callback starts
+            # the next step. The final one is written after all other callbacks have
+            # finished.
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             others = [c for c in callbacks if c is not self and not isinstance(c, _FinalSave)]
             callbacks[:] = [self, *others, _FinalSave(self)]
@@ -145,8 +150,8 @@ class ExactResume(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is not None and self._restored["finished"] == self._limits(trainer):
-            # The run had already ended, possibly by early stopping. Lightning does not save
-            # `should_stop`.
+            # The run had already ended, possibly by early stopping. Lightning does not
+            # save `should_stop`.
             trainer.should_stop = True
 
     @staticmethod
@@ -185,8 +190,8 @@ class ExactResume(Checkpoint):
     def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
         step = trainer.global_step
         is_unsaved = step != self._saved_at
-        # A checkpoint does not contain accumulated gradients, so none is written before they are
-        # applied.
+        # A checkpoint does not contain accumulated gradients, so none is written before
+        # they are applied.
         if is_unsaved and batch_idx % trainer.accumulate_grad_batches:
             return
         save_due = is_unsaved and self._is_save_due(step, batch_idx)
@@ -246,7 +251,8 @@ class ExactResume(Checkpoint):
     ) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # All events up to a checkpoint must be on disk when a run resumes from it.
+                # All events up to a checkpoint must be on disk when a run resumes from
+                # it.
                 logger.experiment.flush()
         self._position = (epoch, batch_idx, finished)
         try:
@@ -269,8 +275,8 @@ class _FinalSave(pl.Callback):
 def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: int) -> None:
     """Adapt the state of a ModelCheckpoint to the folder in which the run resumes.
 
-    The folder may have moved. Its best checkpoint may be from a later step than the one from which
-    the run resumes; then it is removed from the state.
+    The folder may have moved. Its best checkpoint may be from a later step than the one
+    from which the run resumes; then it is removed from the state.
 
     Args:
         dirpath: the folder; None if the checkpoint starts a new run.

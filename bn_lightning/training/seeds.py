@@ -8,8 +8,9 @@ The contract, for the seed of `--seed_everything`:
 * augmentation of a sample: a function of (seed, epoch, sample);
 * everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank).
 
-Random numbers never depend on earlier computation. So a resumed run draws the same numbers as an
-uninterrupted run, and an epoch has the same samples for any number of processes.
+Random numbers never depend on earlier computation. So a resumed run draws the same
+numbers as an uninterrupted run, and an epoch has the same samples for any number of
+processes.
 """
 
 import random
@@ -33,8 +34,8 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 def for_samples(seed: int, epoch: int) -> np.random.Generator:
     """Return the generator of the augmentation in one epoch.
 
-    Draw numbers for the whole data set at once, and index them by sample. Then the numbers of a
-    sample do not depend on its position in the epoch.
+    Draw numbers for the whole data set at once, and index them by sample. Then the
+    numbers of a sample do not depend on its position in the epoch.
     """
     # The third number distinguishes it from the generator of `epoch_order`.
     return np.random.default_rng((seed, epoch, 1))

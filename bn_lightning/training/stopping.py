@@ -1,6 +1,7 @@
 """Early stopping of a run by a signal or the time limit.
 
-A stop is a collective decision: if one rank wants to stop, all ranks stop after the same step.
+A stop is a collective decision: if one rank wants to stop, all ranks stop after the
+    same step.
 
 Non-finite losses are handled in `losses`. A callback that monitors a metric sets
 `trainer.should_stop`, as Lightning's EarlyStopping does.
@@ -65,8 +66,8 @@ class StopRequests:
 
         def record(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
-            # Some programs send a signal to the process and to its group. Two signals within 0.3 s
-            # count as one.
+            # Some programs send a signal to the process and to its group. Two signals
+            # within 0.3 s count as one.
             if self._reason and now - self._received_at > 0.3:
                 os._exit(128 + number)
             self._reason, self._received_at = number, now
@@ -133,7 +134,8 @@ def end_all_ranks(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
     """End the process on each rank. Every rank must call this with the same error.
 
     Raises:
-        Stopped | RunFailed: `error` on rank 0, which reports it; Stopped on other ranks.
+        Stopped | RunFailed: `error` on rank 0, which reports it; Stopped on other
+        ranks.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.is_global_zero:

@@ -35,10 +35,12 @@ class Step(NamedTuple):
 class Task(pl.LightningModule):
     """Base class for tasks: a network with its loss, metrics, optimizer and scheduler.
 
-    A subclass passes its network and metrics to this constructor, and implements `step`. All of its
-    own arguments must be plain data: they become flags such as `--model.width`, and are saved in
-    checkpoints, which load with `weights_only=True`. `**training` forwards the arguments of this
-    class, so a subclass also accepts arguments that are added to it later:
+    A subclass passes its network and metrics to this constructor, and implements
+    `step`. All of its
+    own arguments must be plain data: they become flags such as `--model.width`, and are
+    saved in checkpoints, which load with `weights_only=True`. `**training` forwards the
+    arguments of this class, so a subclass also accepts arguments that are added to it
+    later:
 
         class Regression(Task):
             selects = ("val_rmse", "min")
@@ -49,35 +51,35 @@ class Task(pl.LightningModule):
                 )
 
             def step(self, batch, stage):
-                inputs, targets = batch
-                outputs = self(inputs)
-                return Step(F.mse_loss(outputs, targets), outputs, targets, len(targets))
+                inputs, targets = batch outputs = self(inputs) return
+                Step(F.mse_loss(outputs, targets), outputs, targets, len(targets))
 
     Args:
-        network: the network to train. Its weights have the prefix `network.` in a checkpoint.
-        metrics: metrics of torchmetrics by name, each updated with (outputs, targets). Their values
-            over an epoch are logged: `rmse` as `train_rmse`, `val_rmse` and `test_rmse`. The loss
-            is always logged.
+        network: the network to train. Its weights have the prefix `network.` in a
+            checkpoint.
+        metrics: metrics of torchmetrics by name, each updated with (outputs, targets).
+            Their values over an epoch are logged: `rmse` as `train_rmse`, `val_rmse`
+            and `test_rmse`. The loss is always logged.
         lr: learning rate; with OneCycleLR, the maximum.
         optimizer: class in `torch.optim`, or an import path.
         optimizer_args: other arguments of the optimizer, for example
             `--model.optimizer_args.momentum 0.9`.
-        scheduler: class in `torch.optim.lr_scheduler`, or an import path; null for a constant
-            learning rate. Schedulers that need the number of steps, such as OneCycleLR, are
-            updated after each step, all others after each epoch.
+        scheduler: class in `torch.optim.lr_scheduler`, or an import path; null for a
+            constant learning rate. Schedulers that need the number of steps, such as
+            OneCycleLR, are updated after each step, all others after each epoch.
         scheduler_args: other arguments of the scheduler, for example
             `--model.scheduler_args.pct_start 0.2`.
         compile: compile the network with `torch.compile`; checkpoints are not affected.
-        memory_format: memory format of the network; `auto` selects channels-last on a CPU if all
-            norm layers prefer it, otherwise contiguous.
+        memory_format: memory format of the network; `auto` selects channels-last on a
+            CPU if all norm layers prefer it, otherwise contiguous.
 
     Attributes:
-        selects: the metric that selects the best checkpoint, and whether the largest (`max`) or the
-            smallest (`min`) value is best.
-        import_paths: settings whose value may be an import path. An import path that comes only
-            from a checkpoint is not imported.
-        confusion: confusion matrix of the last test, (C, C), a row per true class and a column per
-            predicted class; None for a task without classes.
+        selects: the metric that selects the best checkpoint, and whether the largest
+            (`max`) or the smallest (`min`) value is best.
+        import_paths: settings whose value may be an import path. An import path that
+            comes only from a checkpoint is not imported.
+        confusion: confusion matrix of the last test, (C, C), a row per true class and a
+            column per predicted class; None for a task without classes.
         step_samples: number of samples of the last training step, over all ranks.
 
     Raises:
@@ -102,8 +104,8 @@ class Task(pl.LightningModule):
         memory_format: MemoryFormat = "auto",
     ) -> None:
         super().__init__()
-        # This also saves the arguments of the subclass. They are logged with the results, at the
-        # end of the run.
+        # This also saves the arguments of the subclass. They are logged with the
+        # results, at the end of the run.
         self.save_hyperparameters(ignore=self._objects(), logger=False)
         self.network = network
         self.optimization = Optimization(lr, optimizer, optimizer_args, scheduler, scheduler_args)
@@ -164,8 +166,8 @@ class Task(pl.LightningModule):
 
     def _measured_step(self, batch: Any, stage: Stage) -> Step:
         step = self.step(batch, stage)
-        # The loss is repeated for each sample instead of weighted, because torchmetrics 1.9 ignores
-        # weights if nan_strategy is "disable".
+        # The loss is repeated for each sample instead of weighted, because torchmetrics
+        # 1.9 ignores weights if nan_strategy is "disable".
         getattr(self, f"{stage}_loss").update(step.loss.detach().expand(step.num_samples))
         for name in self.metric_names[1:]:
             getattr(self, f"{stage}_{name}").update(step.outputs.detach(), step.targets)
@@ -192,16 +194,17 @@ class Task(pl.LightningModule):
         self._is_set_up = True
         layout = self.hparams["memory_format"]
         if layout == "auto":
-            # On a CPU, convolutions are faster in channels-last format. Norm layers may be slower:
-            # nn.BatchNorm2d takes 2 to 4 times as long if there are few channels.
+            # On a CPU, convolutions are faster in channels-last format. Norm layers may
+            # be slower: nn.BatchNorm2d takes 2 to 4 times as long if there are few
+            # channels.
             on_cpu = self.trainer.strategy.root_device.type == "cpu"
             if on_cpu and recognition.prefers_channels_last(self.network):
                 layout = "channels_last"
         if layout == "channels_last":
             self.network.to(memory_format=torch.channels_last)
         if self.hparams["compile"]:
-            # `Module.compile` works in place. A wrapper would add `_orig_mod` to the name of each
-            # weight.
+            # `Module.compile` works in place. A wrapper would add `_orig_mod` to the
+            # name of each weight.
             self.network.compile()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -211,9 +214,9 @@ class Task(pl.LightningModule):
         if world_size > 1:
             # Gradients are averaged over all ranks, and the shards may differ in size.
             loss = loss * (step.num_samples * world_size / self.step_samples)
-        # self.log takes as long as a small layer, so the loss is logged only in the steps that the
-        # logger records. Lightning keeps a logged metric until the end of the epoch, so each metric
-        # is logged only once per epoch.
+        # self.log takes as long as a small layer, so the loss is logged only in the
+        # steps that the logger records. Lightning keeps a logged metric until the end
+        # of the epoch, so each metric is logged only once per epoch.
         if not self._means_are_logged:
             self._log_means("train")
             self._means_are_logged = True
@@ -242,8 +245,8 @@ class Task(pl.LightningModule):
         self._restored_metrics = {}
 
     def on_train_epoch_end(self) -> None:
-        # A run that resumed after the last step of an epoch has not logged the metrics of this
-        # epoch, so Lightning does not reset them.
+        # A run that resumed after the last step of an epoch has not logged the metrics
+        # of this epoch, so Lightning does not reset them.
         if not self._means_are_logged:
             for metric in self._train_metrics().values():
                 metric.reset()
@@ -292,11 +295,12 @@ class Task(pl.LightningModule):
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):
                 data.refuse_other_data(checkpoint)
-            # Lightning loads the weights before it converts the module to its precision. Without
-            # this conversion, float64 weights would be rounded.
+            # Lightning loads the weights before it converts the module to its
+            # precision. Without this conversion, float64 weights would be rounded.
             self._trainer.precision_plugin.convert_module(self)
-        # A resumed optimizer has the learning rate of its checkpoint. The current settings take
-        # precedence, unless there is a scheduler, which continues unchanged.
+        # A resumed optimizer has the learning rate of its checkpoint. The current
+        # settings take precedence, unless there is a scheduler, which continues
+        # unchanged.
         before = checkpoint.get("hyper_parameters", {})
         self._overrides_checkpoint = any(
             before.get(name) != self.hparams[name] for name in ("lr", "optimizer_args")

@@ -1,6 +1,7 @@
 """Saving and restoring the metrics of an unfinished epoch.
 
-The state of each rank is saved separately. Sums in another order would be rounded differently.
+The state of each rank is saved separately. Sums in another order would be rounded
+differently.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim
 
 from bn_lightning.errors import UserError
 
-# Maps "METRIC.STATE" to a tensor (ranks, ...), or to a list of tensors per rank for a list state.
+# Maps "METRIC.STATE" to a tensor (ranks, ...), or to a list of tensors per rank for a
+# list state.
 States = dict[str, Any]
 
 
@@ -46,7 +48,8 @@ def restore(metrics: Mapping[str, Metric], saved: States, rank: int, world_size:
     """Set the states of the metrics on this rank.
 
     Raises:
-        UserError: the number of processes has changed, and a state cannot be redistributed.
+        UserError: the number of processes has changed, and a state cannot be
+            redistributed.
     """
     for key, by_rank in saved.items():
         name, _, state = key.partition(".")

@@ -102,7 +102,7 @@ def test_seeds_and_variants_can_be_added(main, tmp_path):
     code, out, err = main(*more)
     assert code == 0, err
     assert "[1/4]" not in out
-    assert "[2/4] none lr=1e30, seed 0: FAILED: non-finite loss in step" in out
+    assert "[2/4] none lr=1e30, seed 0: FAILED: non-finite loss at step" in out
     assert "0 of 2" in out and "4 runs, 2 failed" in out
     assert (tmp_path / "runs/some/thing/model.lr.png").is_file()
     code, again, _ = main(*more)

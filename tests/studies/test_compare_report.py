@@ -25,7 +25,7 @@ def run(variant, seed, error):
 def written(tmp_path, capsys):
     """The folder of a report, and the printed text."""
     runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
-    runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss in step 3, epoch 1"))
+    runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss at step 3, epoch 1"))
     compare_report.write(tmp_path, runs, VARIANTS, MIN, None)
     return tmp_path, capsys.readouterr().out
 
@@ -37,7 +37,7 @@ def test_tables_are_printed_and_written(written):
     heads = [line.split("  ")[0] for line in text.splitlines()]
     shown = ("train loss", "val rmse", "test rmse", "steps to 2.300", "samples per second")
     assert [head for head in heads if head in shown] == list(shown)
-    failure = "lr=2, seed 1: non-finite loss in step 3, epoch 1 (lr=2/1)"
+    failure = "lr=2, seed 1: non-finite loss at step 3, epoch 1 (lr=2/1)"
     assert f"failed: {failure}\n" in text
     assert f"- failed: {failure}" in (folder / "table.md").read_text()
     head = "| test rmse | n | mean ± sd | 95% interval | vs lr=1 (95%) | d |"

@@ -103,8 +103,8 @@ def test_a_finished_trial_is_not_ended_early(run):
 def test_a_non_finite_loss_prunes_the_trial(run):
     trial, line, _ = run([], failure="loss")
     assert trial.state == TrialState.PRUNED
-    assert trial.user_attrs["failure"] == "non-finite loss in step 7, epoch 1"
-    assert line.endswith("FAILED: non-finite loss in step 7, epoch 1")
+    assert trial.user_attrs["failure"] == "non-finite loss at step 7, epoch 1"
+    assert line.endswith("FAILED: non-finite loss at step 7, epoch 1")
 
 
 def test_any_other_failure_fails_the_trial(run):

@@ -135,7 +135,7 @@ def test_finished_and_failed_runs(tmp_path):
         failure = {"step": 1_000 + number, "epoch": 1, "batch": 0}
         (tmp_path / str(number) / "failure.json").write_text(json.dumps(failure))
     folder, message = study.failed_run(tmp_path)
-    assert (folder.name, message) == ("10", "non-finite loss in step 1,010, epoch 2")
+    assert (folder.name, message) == ("10", "non-finite loss at step 1,010, epoch 2")
 
 
 def test_short_names_are_unique():

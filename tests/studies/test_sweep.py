@@ -136,7 +136,7 @@ def test_trials_with_a_non_finite_loss_count_as_failed(main):
     Path("sweep.yaml").write_text(yaml.safe_dump(config))
     code, out, err = main("sweep", "--config", "sweep.yaml")
     assert code == 0, err
-    assert out.count("FAILED: non-finite loss in step") == 3
+    assert out.count("FAILED: non-finite loss at step") == 3
     assert "3 trials: 0 finished, 0 ended early, 3 failed" in out
     assert "there is no best trial" in out
     again = main("sweep", "--config", "sweep.yaml")[1]

@@ -27,7 +27,7 @@ def test_a_nan_loss_ends_the_run_before_its_weights_are_saved(main, tmp_path, mo
     settings = ("--checkpoint.every_n_train_steps", 4, "--trainer.callbacks+=bad.Bad")
     code, _, err = main("fit", *QUICK, *settings)
     assert code == 1
-    assert "The loss is nan in step 31 (epoch 2, batch 9)." in err
+    assert "The loss is nan at step 31 (epoch 2, batch 9)." in err
     assert "The last good checkpoint is from step 28" in err
     assert "Traceback" not in err
     failure = json.loads((tmp_path / "runs/lenet/0/failure.json").read_text())
@@ -72,7 +72,7 @@ def test_the_message_names_the_first_non_finite_loss_and_its_samples(trainer, tm
     with pytest.raises(RunFailed) as failed:
         guard.check(trainer, path, saved_at=-1)
     message = str(failed.value)
-    assert f"The loss is {bad} in step 4 (epoch 2, batch 3)." in message
+    assert f"The loss is {bad} at step 4 (epoch 2, batch 3)." in message
     assert "last good checkpoint" not in message
     found = json.loads((tmp_path / FAILURE).read_text())
     assert found["samples"] == trainer.datamodule.train_order(1)[50:75].tolist()

@@ -25,7 +25,8 @@ NOTE_WIDTH = 81
 def main(arguments: list[str], experiment: str) -> None:
     """Run `check NORM` and print the findings.
 
-    The exit code is 1 if a property fails or, with --identical, if an identity check differs.
+    The exit code is 1 if a property fails or, with --identical, if an identity check
+    differs.
 
     Args:
         arguments: the command line, starting with the command itself.

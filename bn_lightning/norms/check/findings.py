@@ -29,9 +29,10 @@ class Finding:
     Attributes:
         section: a key of `SECTIONS`.
         question: the property or value that was checked.
-        verdict: `pass` or `FAIL` for a property, `same` or `DIFFERS` for an identity, `measured`
-            for a measurement, or `n/a` if the check does not apply.
-        difference: the largest difference found. For a measurement, the ratio to PyTorch's layer.
+        verdict: `pass` or `FAIL` for a property, `same` or `DIFFERS` for an identity,
+            `measured` for a measurement, or `n/a` if the check does not apply.
+        difference: the largest difference found. For a measurement, the ratio to
+            PyTorch's layer.
         note: the cause of a difference, or the reason for `n/a`.
     """
 
@@ -85,7 +86,8 @@ def _check(
     return partial(Check, section, question, tolerance, advice)
 
 
-# The decorators used in `properties` and `processes`, in `identity`, and in `measurements`.
+# The decorators used in `properties` and `processes`, in `identity`, and in
+# `measurements`.
 norm_property = partial(_check, "property")
 batch_norm_identity = partial(_check, "identity")
 measurement = partial(_check, "measured")

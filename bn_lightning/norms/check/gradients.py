@@ -14,7 +14,8 @@ def slope(layer: nn.Module, x: Tensor, gradient: Tensor, directions: list[Tensor
     Args:
         x: the input. y is the layer's output for it.
         gradient: the weights of the sum, with the shape of y.
-        directions: the directions in which x and the parameters move, one tensor for each.
+        directions: the directions in which x and the parameters move, one tensor for
+            each.
     """
 
     def value(h: float) -> float:
@@ -30,8 +31,8 @@ def slope(layer: nn.Module, x: Tensor, gradient: Tensor, directions: list[Tensor
 def missing_part(x: Tensor, gradient: Tensor, dx: Tensor, eps: float) -> str:
     """Return which statistics a gradient treats as constants, or "" if none.
 
-    `dx`, the gradient with respect to the input, is compared with the gradients of batch
-    normalization whose mean, variance or both are detached.
+    `dx`, the gradient with respect to the input, is compared with the gradients of
+    batch normalization whose mean, variance or both are detached.
     """
     axes = all_but_channels(x.dim())
     for detached in (("variance",), ("mean",), ("mean", "variance")):

@@ -1,7 +1,8 @@
 """Identity checks: whether a norm gives the same results as PyTorch's BatchNorm.
 
-A norm of another kind, such as group normalization, should differ. Each check is one function with
-the decorator `batch_norm_identity`. The table lists them in the order of this file.
+A norm of another kind, such as group normalization, should differ. Each check is one
+function with the decorator `batch_norm_identity`. The table lists them in the order of
+this file.
 """
 
 import itertools
@@ -25,7 +26,8 @@ from bn_lightning.norms.check.probes import (
 
 AXES = {2: ("images", "channels"), 4: ("images", "channels", "height", "width")}
 
-# Common mistakes in running statistics: the weight of the newest batch, and the correction of m.
+# Common mistakes in running statistics: the weight of the newest batch, and the
+# correction of m.
 WRONG_RUNNING_STATS = {
     "The running variance is biased: it is divided by m instead of m - 1.": (0.1, 0),
     "The momentum is inverted: the newest batch has weight 0.9 instead of 0.1.": (0.9, 1),

@@ -1,7 +1,7 @@
 """Measurements: time and memory of a norm, as ratios to PyTorch's BatchNorm.
 
-Each measurement is one function with the decorator `measurement`. The table lists them in the order
-of this file.
+Each measurement is one function with the decorator `measurement`. The table lists them
+in the order of this file.
 """
 
 import statistics

@@ -35,7 +35,8 @@ def batch(num_dims: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 def each(make: Make) -> Iterator[tuple[int, nn.Module, Tensor]]:
     """Yield the number of dimensions, a new float64 layer in training mode, and a batch.
 
-    The first layer takes the output of a linear layer, the second that of a convolution.
+    The first layer takes the output of a linear layer, the second that of a
+    convolution.
     """
     for num_dims in SHAPES:
         yield num_dims, make(num_dims).double().train(), batch(num_dims)
@@ -76,7 +77,8 @@ def in_eval(layer: nn.Module, x: Tensor) -> Tensor:
 def difference(one: Any, other: Any) -> float:
     """Return the largest difference between two tensors, or between two sequences of tensors.
 
-    It is divided by the largest absolute value of the second tensor, if that is above 1.
+    It is divided by the largest absolute value of the second tensor, if that is above
+    1.
 
     Raises:
         ValueError: the shapes differ.

@@ -1,8 +1,8 @@
 """Properties that every norm should have.
 
-Each property is one function with the decorator `norm_property`. The function receives a `Make`,
-which builds new layers. It returns the largest difference and its cause, or "" if the cause is
-unknown. The table lists the properties in the order of this file.
+Each property is one function with the decorator `norm_property`. The function receives
+a `Make`, which builds new layers. It returns the largest difference and its cause, or
+"" if the cause is unknown. The table lists the properties in the order of this file.
 """
 
 import copy
@@ -156,8 +156,8 @@ def one_outlier_batch_does_not_dominate(make: Make) -> Answer:
         after_one = in_eval(layer, x)
         after_many = in_eval(after_many_steps(layer, outlier), x)
         total_move = (after_many - before).abs().max().item()
-        # The output is not linear in the statistics. The ratio is therefore not the momentum,
-        # but it increases with the momentum.
+        # The output is not linear in the statistics. The ratio is therefore not the
+        # momentum, but it increases with the momentum.
         move = (after_one - before).abs().max().item()
         moves.append(move / total_move if total_move > 1e-6 else 0.0)
     return max(moves), ""
