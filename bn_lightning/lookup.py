@@ -23,7 +23,9 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     # Settings must be plain data, because checkpoints contain them.
     if not isinstance(name, str):
         given = f"{getattr(name, '__module__', '?')}.{getattr(name, '__qualname__', '?')}"
-        raise UserError(f"The {kind} must be given by its name, as a string: {kind}={given!r}")
+        raise UserError(
+            f"The {kind} must be given as a string, not as an object. Use {kind}={given!r}."
+        )
     if name in known:
         return known[name]
     module_name, _, attribute = name.rpartition(".")

@@ -68,7 +68,7 @@ def test_the_cause_of_a_failed_import_is_reported(tmp_path, monkeypatch):
 
 def test_an_object_instead_of_a_name_is_refused():
     with pytest.raises(
-        UserError, match=r"The norm must be given by its name, as a string: norm='.*Batch"
+        UserError, match=r"The norm must be given as a string, not as an object. Use norm='.*Batch"
     ):
         lookup.find(BatchNorm, "norm", KNOWN)
     with pytest.raises(UserError, match="as a string"):

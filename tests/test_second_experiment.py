@@ -92,7 +92,7 @@ def test_export_of_a_table(friedman, tmp_path):
 def test_predict_needs_classes(friedman):
     assert friedman("fit", "--trainer.max_epochs", 1)[0] == 0
     code, _, err = friedman("predict", "--ckpt_path", BEST)
-    assert (code, err) == (2, "error: predict needs a task with classes, and this task has none.\n")
+    assert (code, err) == (2, "error: predict cannot be used: this task has no classes.\n")
 
 
 def test_errors_name_the_program_of_the_project(friedman):

@@ -57,8 +57,8 @@ class FashionMNIST(DataModule):
         mirrors: base URLs to download from.
         batch_size: number of images per batch, over all processes.
         val_images: number of training images held out for validation, scaled down for
-            the sample; 0 to validate on the test set, as in the article, without
-            selecting a checkpoint.
+            the sample. With 0, the test set is used for validation, as in the article,
+            and no checkpoint is selected.
         normalize: standardize pixels with the mean and standard deviation of the
             training set; otherwise they are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.

@@ -43,7 +43,10 @@ def download(root: Path, mirrors: Sequence[str] = MIRRORS) -> None:
         for file in missing:
             _download_file(file, target, mirrors)
     except OSError as error:
-        raise DataError(f"Fashion-MNIST cannot be stored in {target}: {error}.") from error
+        raise DataError(
+            f"Fashion-MNIST cannot be stored in {target}: {error}.\n"
+            "Choose another folder: --data.root FOLDER"
+        ) from error
 
 
 def _is_valid(root: Path, file: File) -> bool:

@@ -1,11 +1,11 @@
-"""Image files of the user, converted to the style of Fashion-MNIST.
+"""Conversion of a user's image files to the style of Fashion-MNIST.
 
 The steps are those of section 2 of Xiao, Rasul and Vollgraf 2017,
 https://arxiv.org/abs/1708.07747: trim the edges that have the colour of the corners,
-resize the longer side to 28 pixels, sharpen, centre, invert, convert to grey. Three
-points differ: resizing averages rows and columns instead of dropping some, sharpening
-has half the strength, and an image that its object fills is not trimmed. With these
-changes, enlarged images of the data set are converted back to the originals.
+resize the longer side to 28 pixels, sharpen, centre, invert, convert to grey. There are
+three differences. Resizing averages pixels instead of dropping rows and columns.
+Sharpening has half the strength. An image is not trimmed if the object fills it. With
+these changes, enlarged images of the data set are converted back to the originals.
 """
 
 import sys
@@ -24,21 +24,21 @@ from tqdm import tqdm
 from bn_lightning.errors import RunFailed, UserError
 
 SIDE = 28
-# If the object takes this fraction of the longer side, the image is not trimmed. The
-# objects of all 70,000 images of the data set take at least 25 of 28 pixels.
+# An image is not trimmed if its object takes at least this fraction of the longer side.
+# In all 70,000 images of the data set, the object takes at least 25 of 28 pixels.
 FILLED = 0.85
-# Tolerance of the background colour, as a fraction of the largest distance between two
-# colours.
+# A pixel belongs to the background if the distance of its colour from the background
+# colour is at most this fraction of the largest distance between two colours.
 TOLERANCE = 0.05
-# Pillow only identifies the first five of these formats, and runs Ghostscript to read
-# EPS.
+# Pillow can identify the first five of these formats, but not read them. To read EPS,
+# it runs Ghostscript.
 UNSUPPORTED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
-# Not a constant, because it makes Pillow import all of its plugins.
+# This is not a constant, because it makes Pillow import all of its plugins.
 @cache
 def formats() -> dict[str, str]:
-    """Return the supported formats by suffix."""
+    """Return the name of the image format of each supported file suffix."""
     return {
         suffix: name
         for suffix, name in Image.registered_extensions().items()
@@ -47,7 +47,7 @@ def formats() -> dict[str, str]:
 
 
 class PictureError(UserError):
-    """A file cannot be read as an image, or the image is empty."""
+    """A file cannot be read as an image, or the image has a single colour."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Picture:
     """A converted image.
 
     Attributes:
+        path: the image file.
         pixels: uint8 (28, 28), a bright object on a black background.
         inverted: whether brightness was inverted.
     """
@@ -65,7 +66,7 @@ class Picture:
 
 
 def find(names: Iterable[str]) -> list[Path]:
-    """Return the image files that are given by files, folders and patterns such as `*.jpg`.
+    """Return the image files that match files, folders and patterns such as `*.jpg`.
 
     Folders are searched recursively. The files of each folder or pattern are sorted,
     and duplicates are removed.
@@ -105,8 +106,8 @@ def read(path: Path, invert: bool | None = None) -> Picture:
 
     Args:
         invert: whether to invert brightness. By default, an image with a bright border
-            is inverted, for example a photo on a white background: the data set has
-            black backgrounds.
+            is inverted, for example a photo on a white background, because the images
+            of the data set have black backgrounds.
 
     Raises:
         PictureError: the file does not exist, is not a readable image, or has a single
@@ -122,7 +123,8 @@ def read(path: Path, invert: bool | None = None) -> Picture:
     if invert is None:
         grey = np.asarray(picture.convert("L"))
         border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-        # This is correct for all 70,000 images of the data set, inverted or not.
+        # This decision is correct for all 70,000 images of the data set, and for their
+        # inverted copies.
         invert = bool(border.mean() > 127)
     if picture.size != (SIDE, SIDE):
         picture = _trim_and_fit(picture, is_object, background)
@@ -131,9 +133,9 @@ def read(path: Path, invert: bool | None = None) -> Picture:
 
 
 def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Picture], int]:
-    """Return the images that can be read, and the number of those that cannot.
+    """Read image files, and return the images and the number of files that failed.
 
-    Each unreadable file is reported on stderr.
+    Each file that cannot be read is reported on stderr.
 
     Raises:
         RunFailed: no file can be read.
@@ -143,7 +145,7 @@ def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Pi
         try:
             pictures.append(read(path, invert))
         except PictureError as error:
-            tqdm.write(f"not read: {error}", file=sys.stderr)
+            tqdm.write(f"cannot read {error}", file=sys.stderr)
     if not pictures:
         raise RunFailed("No image could be read. The reasons are listed above.")
     return pictures, len(paths) - len(pictures)
@@ -157,7 +159,7 @@ def _open(path: Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns about unusual tags.
+            # Pillow's warnings about unusual tags are of no use to the user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=sorted(set(formats().values()))) as file:
@@ -166,14 +168,14 @@ def _open(path: Path) -> Image.Image:
         raise PictureError(f"{path}: the file does not exist") from None
     except UnidentifiedImageError as error:
         raise PictureError(f"{path}: not a readable image") from error
-    # Pillow's decoders raise errors of many classes, such as SyntaxError, struct.error,
-    # EOFError.
+    # Pillow's decoders raise exceptions of many classes, such as SyntaxError,
+    # struct.error and EOFError.
     except Exception as error:
         raise PictureError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    # Pillow would clip grey values of 16 and 32 bits at 255.
+    # Pillow would clip 16-bit and 32-bit grey values at 255.
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float64)
         white = next((white for white in (1, 255, 65_535) if values.max() <= white), 65_535)
@@ -188,7 +190,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _trim_and_fit(
     picture: Image.Image, is_object: np.ndarray, background: np.ndarray
 ) -> Image.Image:
-    """Trim to the object, resize the longer side to 28 pixels, sharpen and centre."""
+    """Trim an image to its object, resize it to 28 pixels, sharpen and centre it."""
     rows, columns = np.flatnonzero(is_object.any(1)), np.flatnonzero(is_object.any(0))
     box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
     if max(box[2] - box[0], box[3] - box[1]) < FILLED * max(picture.size):

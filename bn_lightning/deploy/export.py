@@ -157,7 +157,9 @@ def _serialize(form: Format, served: Served, example: Tensor, metadata: Mapping[
     except Exception as error:
         # torch raises errors of many classes for code that it cannot export.
         reason = describe_error(error)
-        raise RunFailed(f"torch cannot export the network: {reason}") from error
+        raise RunFailed(
+            f"torch cannot export the network: {reason}\nNo file was written."
+        ) from error
 
 
 def _write(out: Path, content: bytes) -> None:

@@ -1,8 +1,8 @@
 """Folding of normalization layers into the layers before them.
 
 A module of any class can be folded if it is an affine map per channel, y = a * x + b.
-Batch normalization in evaluation mode is such a map. Whether a module is one is
-measured, not looked up.
+Batch normalization in eval mode is such a map. This property is tested numerically, and
+does not depend on the class of the module.
 """
 
 import copy
@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 
 from bn_lightning.errors import describe_error
 
-# Layers that a map can be folded into. Their weights are (C, ...) for C output
+# Layers that a module can be folded into. Their weights are (C, ...), for C output
 # channels.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Modules from these files of torch are never norms. The notes do not mention them.
+# Modules whose classes are defined in these files of torch are never norms. The notes
+# do not mention them.
 NO_NORMS = {f"torch.nn.modules.{kind}" for kind in ("activation", "pooling", "dropout", "flatten")}
-# Relative to the largest value. If that is below 1, the tolerance is absolute.
+# Tolerance of the numerical test, relative to the largest values of each channel.
 TOLERANCE = 1e-5
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -28,21 +29,22 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
     """Fold each module that is an affine map per channel into the layer directly before it.
 
-    A module is tested with `x` and with random input. Its class does not matter.
+    Each module is tested with its own input for the batch `x`, and with random input.
 
     Args:
         network: a network in eval mode. It is not changed.
-        x: a batch of its input.
+        x: a batch of the network's input.
 
     Returns:
-        The folded network and its notes. There is one note for each folded module, and
-        one for each other module that could be a norm. If torch.fx cannot trace the
-        network, the network itself is returned with one note.
+        The folded network and notes for the user. There is one note for each folded
+        module, and one for each module that could be a norm but is not folded. If
+        torch.fx cannot trace the network, the unchanged network and one note are
+        returned.
     """
     try:
         graph = _Tracer().trace(network)
     except Exception as error:
-        # Tracing runs the network's own code, which may raise anything.
+        # Tracing runs the network's own code, which may raise any exception.
         reason = describe_error(error)
         return network, [f"nothing is folded: torch.fx cannot trace the network ({reason})"]
     folded = fx.GraphModule(copy.deepcopy(network), graph)
@@ -63,7 +65,7 @@ def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
             reason = (
                 "there is no layer that it can be folded into"
                 if layer is None
-                else "in evaluation it is not an affine map per channel"
+                else "in eval mode, it is not an affine map per channel"
             )
             notes.append(f"{node.target} ({type(module).__name__}) is not folded: {reason}")
     folded.delete_all_unused_submodules()
@@ -72,7 +74,10 @@ def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that enters only modules that contain layers. A norm is always a leaf."""
+    """A tracer that traces into a module only if it contains one of `LAYERS`.
+
+    A norm is therefore always a leaf of the graph.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, LAYERS) or not any(isinstance(part, LAYERS) for part in m.modules())
@@ -89,7 +94,10 @@ def _module_inputs(traced: fx.GraphModule, x: Tensor) -> dict[fx.Node, Tensor]:
 def _layer_before(
     folded: fx.GraphModule, node: fx.Node, module_input: Tensor, uses: Counter[fx.node.Target]
 ) -> Layer | None:
-    """Return the layer whose output is used by this call only, or None."""
+    """Return the layer directly before a module call, or None.
+
+    The layer must be called once, and its output must be used only by this call.
+    """
     before = node.all_input_nodes[0]
     if before.op != "call_module":
         return None
@@ -103,7 +111,7 @@ def _layer_before(
 def _affine_map(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return a and b, float64 (C,), such that module(x) = a * x + b.
 
-    Return None if the equation does not hold for `x`, (N, C, ...), and for random
+    Return None unless the equation holds both for `x`, (N, C, ...), and for random
     input.
     """
 
@@ -111,8 +119,8 @@ def _affine_map(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return t.transpose(0, 1).flatten(1).double()  # (C, values)
 
     module, x = copy.deepcopy(module).double(), x.double()
-    # The probes are at least as large as x. A norm may compute in float32, and rounding
-    # errors near 0 could then look like a different map.
+    # The random probes are about as large as x, or larger. Near 0, the rounding errors
+    # of a norm that computes in float32 could exceed the tolerance.
     size = float(x.abs().max().clamp(min=1))
     random = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     probes = (x, *(random * size * scale for scale in (1, 30, 1000)))
@@ -126,13 +134,13 @@ def _affine_map(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
             if y.shape != x.shape or not bool(is_close.all()):
                 return None
     except Exception:
-        # A module that fails on a probe, for any reason, is not folded.
+        # A module that raises any exception for a probe is not folded.
         return None
     return a.flatten(), b.flatten()
 
 
 def _fold_into(layer: Layer, a: Tensor, b: Tensor) -> None:
-    """Change the layer such that it returns a * y + b instead of y."""
+    """Change the parameters of a layer so that it returns a * y + b instead of y."""
     weight = layer.weight.double() * a.view(-1, *[1] * (layer.weight.dim() - 1))
     bias = b if layer.bias is None else layer.bias.double() * a + b
     dtype = layer.weight.dtype

@@ -44,7 +44,7 @@ class Format:
                 importlib.import_module(package)
             except ImportError as error:
                 raise UserError(
-                    f"A package that {self.name} needs cannot be imported: {error}\n"
+                    f"The format {self.name} needs a package that cannot be imported: {error}\n"
                     f'Install the extra: pip install -e ".[{self.extra}]"'
                 ) from error
 

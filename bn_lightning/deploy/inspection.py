@@ -218,15 +218,15 @@ def _parser() -> ArgumentParser:
         "ckpt",
         nargs="?",
         metavar="CKPT",
-        help="checkpoint, for example runs/NAME/N/checkpoints/best.ckpt",
+        help="Checkpoint to show, for example runs/NAME/N/checkpoints/best.ckpt.",
     )
     which.add_argument(
         "--run",
         metavar="FOLDER",
-        help="folder of a run, for example runs/NAME/N: show its result.json, and best.ckpt, or "
-        "last.ckpt if there is no best.ckpt",
+        help="Folder of a run, for example runs/NAME/N. Its result.json and one checkpoint are "
+        "shown: best.ckpt, or last.ckpt if there is no best.ckpt.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser
 
 

@@ -51,7 +51,8 @@ class PredictCLI(CLI):
             "--grid",
             type=str | None,
             default=None,
-            help="Image file to write, for example grid.png: the images with their predictions.",
+            help="Image file to write, for example grid.png. It shows the images with their "
+            "predictions.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -69,7 +70,7 @@ class PredictCLI(CLI):
         """Print the two most probable classes of each image."""
         settings, classes = self.config.predict, self.datamodule.classes
         if classes is None:
-            raise UserError("predict needs a task with classes, and this task has none.")
+            raise UserError("predict cannot be used: this task has no classes.")
         if self.trainer.world_size > 1:
             raise UserError(
                 "predict runs in a single process, to keep the order of the images. Use "

@@ -192,4 +192,7 @@ def _build(cls: type[Part], settings: dict[str, Any], path: str) -> Part:
 
 
 def _mismatch_error(path: str, cls: type[Task] | type[DataModule], error: Exception) -> UserError:
-    return UserError(f"Checkpoint {path!r} does not match {cls.__name__}: {error}")
+    return UserError(
+        f"Checkpoint {path!r} does not match {cls.__name__}: {error}\n"
+        "Use a checkpoint that fit has written with this version of the project."
+    )

@@ -77,8 +77,8 @@ class Verification:
         except Exception as error:
             # The network's own code may raise anything.
             raise RunFailed(
-                "The network has to run on batches of 1, 7 and 256 "
-                f"{self.eager.sample_noun}, but it fails: {describe_error(error)}"
+                "The network must accept batches of 1, 7 and 256 "
+                f"{self.eager.sample_noun}, but raises an error: {describe_error(error)}"
             ) from error
 
 

@@ -114,5 +114,6 @@ def add_graph(writer: Any, network: nn.Module, inputs: Tensor) -> None:
         except Exception as error:
             reason = describe_error(error)
     warnings.warn(
-        f"TensorBoard shows no graph, because the network cannot be traced: {reason}", stacklevel=2
+        f"TensorBoard does not show the network's graph, because it cannot be traced: {reason}",
+        stacklevel=2,
     )

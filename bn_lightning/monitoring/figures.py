@@ -115,7 +115,7 @@ class ClosingPictures(pl.Callback):
         figures: dict[str, Draw] = {}
         if counts is None:
             print(
-                "no confusion matrix or misclassified samples in TensorBoard: "
+                "TensorBoard shows no confusion matrix and no misclassified samples: "
                 "this task has no classes",
                 flush=True,
             )
@@ -139,7 +139,7 @@ class ClosingPictures(pl.Callback):
         pictures = data.draw(inputs[order]) if isinstance(data, DataModule) else None
         if pictures is None:
             print(
-                "no misclassified samples in TensorBoard: "
+                "TensorBoard shows no misclassified samples: "
                 "the data module does not implement draw()",
                 flush=True,
             )

@@ -1,10 +1,11 @@
-"""Batch normalization with few passes over memory and a gradient derived by hand.
+"""Batch normalization with few passes over memory and a hand-derived gradient.
 
-The results equal those of `definition.py`. On a CPU, most time is spent on reading and
-writing tensors of the input's size. Three rules reduce it: each tensor is read in
-memory order, at most one temporary tensor is allocated in addition to the result, and
-only the input is saved for the backward pass. With a process group, the statistics are
-those of all processes' batches together.
+The results equal those of `definition.py`. On a CPU, most of the time is spent on
+reading and writing tensors of the input's size. Three rules reduce this time. Each
+tensor is read in memory order. At most one temporary tensor of the input's size is
+allocated in addition to the result. The input is the only tensor of that size that is
+saved for the backward pass. With a process group, the statistics are computed over the
+batches of all its processes.
 """
 
 import math
@@ -26,8 +27,8 @@ class FastBatchNorm(torch.autograd.Function):
     """`definition.normalize_batch` with the gradient from section 3 of the paper.
 
     `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three
-    tensors. If `group` is a process group, the statistics are those of all its
-    processes' batches together.
+    tensors. If `group` is a process group, the statistics are computed over the batches
+    of all its processes.
     """
 
     @staticmethod
@@ -42,7 +43,7 @@ class FastBatchNorm(torch.autograd.Function):
         squares = _channel_sums((x - _broadcast(mean, width)).square_(), width)
         m_minus_1: int | Tensor = max(m - 1, 1)
         if group is not None:
-            mean, squares, total = _merge(mean, squares, count, group)
+            mean, squares, total = _merge_statistics(mean, squares, count, group)
             m, m_minus_1 = total.clamp(min=1), (total - 1).clamp(min=1)
 
         rstd = (squares / m).add_(eps).rsqrt_()
@@ -61,7 +62,7 @@ class FastBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to input, weight and bias.
 
-        With x_hat = (x - mean) * rstd, and sums over the m values of a channel:
+        The sums run over the m values of a channel, and x_hat = (x - mean) * rstd:
 
             d_bias   = sum(dy)
             d_weight = sum(dy * x_hat)
@@ -70,7 +71,8 @@ class FastBatchNorm(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         input, weight, mean, rstd, scale = ctx.saved_tensors
-        # Autograd records this backward pass only if a second derivative is needed.
+        # Gradients are enabled in a backward pass only with create_graph=True, that is
+        # for a second derivative.
         if torch.is_grad_enabled():
             return *_gradient_of_definition(ctx, input, weight, grad), None, None
 
@@ -80,14 +82,14 @@ class FastBatchNorm(torch.autograd.Function):
         d_weight = torch.addcmul(_channel_sums(x * dy, width), mean, d_bias, value=-1).mul_(rstd)
         sum_dy, sum_dy_x_hat = d_bias, d_weight
         if ctx.group is not None:
-            # dx needs the sums over all processes. DDP itself averages d_weight and
-            # d_bias.
+            # dx needs the sums over all processes. The returned d_weight and d_bias are
+            # those of this process, because DDP averages them.
             sums = torch.stack([d_bias, d_weight])
             dist.all_reduce(sums, group=ctx.group)
             sum_dy, sum_dy_x_hat = sums[0], sums[1]
 
-        # dx = scale * (dy - sum_dy / m - (x - mean) * slope / m)
-        # is expanded to a * dy + b * x + c, which takes fewer passes over memory.
+        # dx = scale * (dy - sum_dy / m - (x - mean) * slope / m) is computed as
+        # a * dy + b * x + c, which takes fewer passes over memory.
         slope, scale_by_m = sum_dy_x_hat * rstd, scale / -m
         shift = torch.addcmul(sum_dy, slope, mean, value=-1).mul_(scale_by_m)
         dx = _scale_and_shift(x, width, slope.mul_(scale_by_m), shift)
@@ -107,15 +109,15 @@ class FastBatchNorm(torch.autograd.Function):
 def _gradient_of_definition(
     ctx: Any, input: Tensor, weight: Tensor | None, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients from autograd, which can be differentiated again.
+    """Return the gradients of `definition.normalize_batch`, which are differentiable.
 
     Raises:
-        RuntimeError: the statistics are synchronized across processes.
+        RuntimeError: the statistics are synchronized between processes.
     """
     if ctx.group is not None:
         raise RuntimeError(
-            "Synchronized batch_norm has no second derivative. "
-            "Set sync_batchnorm to False, or use one process."
+            "Synchronized batch_norm does not support second derivatives. "
+            "Set sync_batchnorm to False, or train with one process."
         )
     y, _, _ = normalize_batch(at_least_float32(input), weight, None, ctx.eps)
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -130,17 +132,23 @@ def _gradient_of_definition(
     return d_input, d_weight, d_bias
 
 
-def _merge(mean: Tensor, squares: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_statistics(
+    mean: Tensor, squares: Tensor, count: int, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the statistics of all processes.
 
-    A deviation from the common mean is a deviation from the process's own mean plus the
-    deviation
-    of that mean, and the sums of their squares add up: Chan, Golub and LeVeque,
-    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979. A
-    process may have any number of values, including 0.
+    Each process adds two parts to the total sum of squared deviations: its `squares`,
+    and its count * (its mean - total mean)^2. See Chan, Golub and LeVeque, "Updating
+    Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979. A process
+    may have any number of values, including 0.
+
+    Args:
+        mean: the mean of this process, (C,).
+        squares: its sum of squared deviations from that mean, (C,).
+        count: its number of values per channel.
 
     Returns:
-        The mean, (C,), the sum of squared deviations, (C,), and m, a scalar.
+        The same three values over all processes. The count is a scalar tensor.
     """
     own = torch.cat([mean, squares, mean.new_tensor([count])])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -160,24 +168,27 @@ def normalize_with_running_stats(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Return `definition.normalize_with_running_stats`, computed in one pass over memory.
+    """Compute `definition.normalize_with_running_stats` in one pass over memory.
 
-    16-bit input is computed in float32.
+    16-bit input is converted to float32.
     """
     scale, shift = evaluation_scale_and_shift(running_mean, running_var, weight, bias, eps)
     width = _width(x)
     return _unview(_scale_and_shift(_view(x, width), width, scale, shift), width, x)
 
 
-# The helpers below work on a view of a tensor in memory order. `width` encodes the order:
-#   0: contiguous, viewed as (N, C, L).
-#   W: channels-last, viewed as rows (R, W * C). W is the size of the last spatial dimension.
-#   1: the tensor is (N, C), which has both orders, and is its own view.
-# With few channels, shorter rows (R * W, C) would leave a CPU's vector units idle.
+# The helpers below work on a view of a tensor, whose dimensions are in memory order.
+# `width` encodes the shape of the view:
+#   0: the tensor is contiguous; the view is (N, C, L), with L values per channel.
+#   W: the tensor is channels-last; the view is (R, W * C), with R rows. W is the size
+#      of the last spatial dimension.
+#   1: the tensor is (N, C), and so is the view.
+# The rows have W * C values, because rows of C values would leave a CPU's vector units
+# idle if C is small.
 
 
 def _width(x: Tensor) -> int:
-    """Return the memory order of x, encoded as above."""
+    """Return the `width` of x, as defined above."""
     if x.dim() == 2:
         return 1
     last = x.movedim(1, -1)
@@ -185,7 +196,10 @@ def _width(x: Tensor) -> int:
 
 
 def _view(x: Tensor, width: int) -> Tensor:
-    """Return x as a view in float32 or float64, or as a copy if its memory order is another."""
+    """Return the view of x, in float32 or float64.
+
+    It is a copy if x is neither contiguous nor channels-last, or if it is 16-bit.
+    """
     x = at_least_float32(x)
     if x.dim() == 2:
         return x
@@ -196,16 +210,16 @@ def _view(x: Tensor, width: int) -> Tensor:
 
 
 def _unview(view: Tensor, width: int, x: Tensor) -> Tensor:
-    """Return the tensor behind a view, with the shape of x. This is the inverse of `_view`."""
+    """Return a view in the shape of x. This is the inverse of `_view`."""
     if x.dim() == 2:
         return view
     return view.view(x.movedim(1, -1).shape).movedim(-1, 1) if width else view.view(x.shape)
 
 
 def _channel_sums(view: Tensor, width: int) -> Tensor:
-    """Return the sum of each channel of a view, (C,)."""
+    """Return the sum over each channel of a view, (C,)."""
     if not width:
-        # With few channels, this is several times faster than .sum((0, 2)).
+        # With few channels, two sums are several times faster than .sum((0, 2)).
         return view.sum(2).sum(0)
     row = view.sum(0)
     return row if width == 1 else row.view(width, -1).sum(0)
@@ -221,6 +235,6 @@ def _broadcast(v: Tensor, width: int) -> Tensor:
 def _scale_and_shift(view: Tensor, width: int, scale: Tensor, shift: Tensor) -> Tensor:
     """Return view * scale + shift, where scale and shift are (C,)."""
     scale, shift = _broadcast(scale, width), _broadcast(shift, width)
-    # addcmul needs one pass, but it is slow if two operands broadcast along the last
-    # dimension.
+    # addcmul takes one pass over memory. It is slow if two operands are broadcast along
+    # the last dimension, as in a view (N, C, L).
     return torch.addcmul(shift, view, scale) if width else (view * scale).add_(shift)

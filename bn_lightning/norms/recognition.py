@@ -1,12 +1,13 @@
-"""Recognition of normalization layers in any network, and what they declare about themselves.
+"""Recognition of normalization layers in any network, and of their properties.
 
 A norm layer is recognized by its parameters and buffers, not by its class. A layer may
-declare two class attributes. Both count as False if they are absent:
+declare two class attributes. An absent attribute counts as False:
 
-* `prefers_channels_last`: on a CPU, the layer is faster if its input is in channels-last order.
-* `only_writes_running_stats`: in training, the layer writes its running statistics but never reads
-  them. Several processes then synchronize these statistics before evaluation only. For
-  PyTorch's `_BatchNorm` classes, the default is True.
+* `prefers_channels_last`: on a CPU, the layer is faster if its input is in
+  channels-last order.
+* `only_writes_running_stats`: in training, the layer writes its running statistics but
+  never reads them. With several processes, these statistics are then synchronized only
+  before evaluation. For PyTorch's `_BatchNorm` classes, the default is True.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,27 +18,28 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.loss import _Loss
 
-# The name of each running statistic contains one of these.
+# A buffer is a running statistic if its name contains one of these words.
 STATISTICS = ("mean", "var", "std")
-# With one input or one output, the weights of these modules have the shapes of a
-# norm's.
+# These modules are not norms, although their parameters can have the shapes of a norm's
+# parameters, for example those of a linear layer with one output.
 NO_NORMS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, _Loss, nn.PReLU)
 
 
 def are_channel_values(tensors: Iterable[Tensor]) -> bool:
-    """Return whether tensors may belong to a norm: vectors or scalars only, and at least one.
+    """Return whether the tensors of a module have the shapes of a norm's tensors.
 
-    A vector may have further dimensions of size 1, such as (1, C, 1, 1).
+    There must be at least one tensor, and each must be a scalar or a vector. A vector
+    may have further dimensions of size 1, such as (1, C, 1, 1).
     """
     sizes = [(tensor.numel(), max(tensor.shape, default=1)) for tensor in tensors]
     return bool(sizes) and all(size == longest for size, longest in sizes)
 
 
 def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters and statistics of a norm layer under the paper's names.
+    """Return the parameters and running statistics of a norm layer by standard names.
 
-    The names are gamma, beta, running_mean and running_var. Absent ones are left out. A
-    running deviation is squared.
+    The names are gamma, beta, running_mean and running_var. Names that the layer does
+    not have are left out. A running standard deviation is converted to a variance.
 
     Args:
         tensors: the layer's parameters and buffers, by name.
@@ -48,7 +50,7 @@ def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     channels = max((tensor.numel() for tensor in tensors.values()), default=0)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        # This skips the number of batches.
+        # This skips a counter such as num_batches_tracked.
         if tensor.numel() < channels or not tensor.is_floating_point():
             continue
         values = tensor.detach().flatten().float()
@@ -68,8 +70,8 @@ def channel_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the normalization layers of a network, by name.
 
-    They are recognized by their parameters and buffers. A norm that has neither is not
-    found.
+    They are recognized by their parameters and buffers. A norm without parameters and
+    buffers is not found.
     """
 
     def is_norm(module: nn.Module) -> bool:
@@ -99,8 +101,8 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
 def prefers_channels_last(network: nn.Module) -> bool:
     """Return whether every norm layer of a network declares `prefers_channels_last`.
 
-    Return True for a network without norm layers: convolutions on a CPU are faster in
-        that order.
+    Return True for a network without norm layers, because convolutions on a CPU are
+    faster with channels-last input.
     """
     norms = [*layers(network).values(), *_torch_norms(network)]
     return all(getattr(norm, "prefers_channels_last", False) for norm in norms)

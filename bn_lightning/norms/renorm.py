@@ -71,7 +71,10 @@ class BatchRenorm(nn.Module):
         super().__init__()
         for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0), ("warmup", warmup, 0)):
             if not least <= value < float("inf"):
-                raise UserError(f"{name} is {value}. It must be finite and at least {least}.")
+                raise UserError(
+                    f"{name} is {value}; it must be finite and at least {least}, for example "
+                    f"{name}={least}."
+                )
         self.num_features, self.num_dims = num_features, num_dims
         self.eps, self.momentum = eps, momentum
         self.r_max, self.d_max, self.warmup = r_max, d_max, warmup

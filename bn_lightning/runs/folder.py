@@ -59,7 +59,8 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
-                f"The run in {str(path)!r} is in use by another process. Wait until it ends."
+                f"The run in {str(path)!r} is in use by another process. Wait until that process "
+                "ends."
             ) from None
         except OSError:
             if not resuming:

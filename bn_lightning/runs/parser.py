@@ -20,10 +20,10 @@ HELP = {
     "trainer.max_steps": "Number of optimizer steps; -1 for no limit.",
     "trainer.max_time": "Time limit as DD:HH:MM:SS.",
     "trainer.accelerator": "`cpu`, `gpu`, `mps` or `auto`.",
-    "trainer.devices": "Number of devices (of processes on a CPU), or `auto`.",
+    "trainer.devices": "Number of devices, or `auto`. On a CPU, the number of processes.",
     "trainer.precision": "`32-true` (the default), `bf16-mixed`, `16-mixed`, `64-true` or others.",
     "trainer.sync_batchnorm": "Synchronize the statistics of norm layers between processes.",
-    "trainer.default_root_dir": "Folder of all runs.",
+    "trainer.default_root_dir": "Folder in which all runs are stored.",
     "trainer.callbacks": "Import path of a callback to add: `--trainer.callbacks+=PATH`.",
     "trainer.fast_dev_run": "Run one batch of training, validation and test; write no files.",
 }

@@ -25,12 +25,12 @@ from bn_lightning.training.task import Task
 
 
 class CLI(SettingsCLI):
-    """The command line of an experiment: trains, tests, and writes the run's folder."""
+    """The command line of an experiment. It trains and tests a network."""
 
     model: Task
     datamodule: DataModule
     parts: trainer.TrainerParts
-    _run_folder: RunFolder | None = None  # on rank 0, once it is locked
+    _run_folder: RunFolder | None = None  # set on rank 0 when the folder is locked
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -68,8 +68,8 @@ class CLI(SettingsCLI):
             self.datamodule.prepare_data()
             run = self._open_folder()
         else:
-            # Only rank 0 writes. Lightning broadcasts the paths of checkpoints to other
-            # ranks.
+            # Only rank 0 writes to the folder. Lightning broadcasts the paths of
+            # checkpoints to the other ranks.
             self.folder = None
         if self.parts.wants_tensorboard:
             purge_step = self.resumes_at if self.resuming else None
@@ -101,8 +101,8 @@ class CLI(SettingsCLI):
             self._remove_empty_run()
             raise UserError(
                 f"The run's folder cannot be created in {str(parent)!r}: {error.strerror}.\n"
-                "Choose another place with --trainer.default_root_dir FOLDER, or another name with "
-                "--name NAME."
+                "Choose another folder with --trainer.default_root_dir FOLDER, or another name "
+                "with --name NAME."
             ) from error
         return self.folder
 
@@ -115,7 +115,7 @@ class CLI(SettingsCLI):
         return self._parser("fit").get_defaults()
 
     def _remove_empty_run(self) -> None:
-        """Remove the files of a run that has not trained a batch."""
+        """Remove the new files of a run if it has not trained any batch."""
         if self._run_folder is not None and not self._has_trained():
             if self.resuming and isinstance(self.trainer.logger, TensorBoard):
                 self.trainer.logger.experiment.close()
@@ -168,44 +168,47 @@ class CLI(SettingsCLI):
             self._finish(self.folder, found)
 
     def _end_stopped_run(self) -> None:
-        """Print how to resume, and write the results so far."""
+        """Print the command that resumes the run, and write the results so far."""
         self._print(f"resume with: {terminal.program()} fit --resume {self.folder}")
         if self.folder is not None:
             found = self._result("nothing yet", finished=False)
             result.write_json(self.folder / "result.json", found)
 
     def _raise_run_failed(self, error: BaseException) -> None:
-        """Raise RunFailed if the error is a disk error or the death of another process."""
+        """Raise RunFailed if a file operation failed or another process has died."""
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             reason = f"The run in {self.folder} cannot continue: {error}."
             when = "Fix the cause, then resume"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            # gloo raises RuntimeError. Its messages start with a position in gloo's
-            # source.
+            # gloo raises RuntimeError. Its messages start with a position in its source
+            # code, which is removed.
             cause = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])
             reason = f"Another process of this run has died: {cause}"
             when = "Resume from the last checkpoint"
         else:
             return
         if not self._has_trained() and not self.resuming:
-            raise RunFailed(f"{reason}\nNothing was trained, and no files are left.") from error
-        # Only rank 0 has the folder, but all ranks have the path of last.ckpt.
+            raise RunFailed(
+                f"{reason}\nNo step was completed, and the run's folder was removed."
+            ) from error
+        # Only rank 0 knows the folder, but all ranks know the path of last.ckpt.
         resume = self.parts.resume
         run = self.folder or (resume.path.parent.parent if resume else "FOLDER")
         raise RunFailed(f"{reason}\n{when}: fit --resume {run}") from error
 
     def _load_tested_weights(self) -> str:
-        """Load the weights to test, and return the name of their checkpoint."""
+        """Load the weights to test, and return the name or path of their checkpoint."""
         best, resume = self.parts.best, self.parts.resume
         path = best.best_model_path if best is not None else ""
         if not path and resume is not None and resume.path.exists():
             path = str(resume.path)
         if not path:
             return "the weights in memory"
-        # The trainer would also restore the callbacks, some of which replace the
-        # weights.
+        # The trainer does not load the checkpoint, because it would also restore the
+        # callbacks. Some callbacks replace the weights.
         self.model.load_state_dict(checkpoints.load(path)[1]["state_dict"])
-        # If no step was left to train, the best checkpoint may belong to another run.
+        # If no step was left to train, the best checkpoint may be in the folder of
+        # another run.
         is_own = resume is not None and Path(path).parent == resume.path.parent
         return Path(path).name if is_own else path
 
@@ -239,7 +242,8 @@ class CLI(SettingsCLI):
         self._print(self.model.test_report())
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        # The file from which the settings were read. A URL could give another file now.
+        # `ckpt_path` is the file from which the settings were read. If a URL was given,
+        # a second download could return another file.
         return kwargs | {"ckpt_path": self.ckpt_path, "weights_only": True}
 
     def _print(self, text: str) -> None:
@@ -248,7 +252,7 @@ class CLI(SettingsCLI):
 
 
 class Rehearsal(CLI):
-    """A command line that builds all objects of a run, without training or testing."""
+    """A command line that builds all objects of a run, but does not train or test."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -257,11 +261,12 @@ class Rehearsal(CLI):
 def command_line(
     arguments: list[str], reference: str, cls: type[CLI] = CLI, callbacks: Sequence[Callback] = ()
 ) -> CLI:
-    """Run a command, and return its command line with the objects that it has built.
+    """Run a command, and return its `CLI` object, which holds the objects of the run.
 
     Args:
         arguments: the command and its settings.
         reference: import path of the experiment, `package.module:NAME`.
+        cls: class of the command line.
         callbacks: callbacks to add to those of the settings.
 
     Raises:
@@ -271,7 +276,7 @@ def command_line(
     try:
         defaults = TRAINER_DEFAULTS | {"callbacks": list(callbacks)}
         return cls(reference, arguments, trainer_defaults=defaults)
-    # Lightning raises it for settings that cannot be combined.
+    # Lightning raises this exception for settings that cannot be combined.
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
@@ -283,11 +288,11 @@ def command_line(
         if not str(error).startswith("Error(s) in loading state_dict"):
             raise
         raise UserError(
-            f"The checkpoint does not fit the network of these settings: {error}\n"
+            f"The checkpoint does not fit the network that the settings define: {error}\n"
             "Remove the --model settings, so that those in the checkpoint are used."
         ) from error
     finally:
-        # Otherwise its threads end in an arbitrary order at exit.
+        # Otherwise the threads of the process group end in an arbitrary order at exit.
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 

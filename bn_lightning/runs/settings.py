@@ -101,8 +101,8 @@ class SettingsCLI(LightningCLI):
             metavar="FILE",
             type=str | None,
             default=None,
-            help="Checkpoint to load, with its settings: a path, a URL, or `last` for the last "
-            "checkpoint of the newest run in runs/NAME.",
+            help="Checkpoint to load: a path, a URL, or `last` for the last checkpoint of the "
+            "newest run in runs/NAME. Its settings are used unless flags override them.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -111,7 +111,8 @@ class SettingsCLI(LightningCLI):
             parser.set_defaults(dict(self.experiment.defaults))
         except KeyError as error:
             raise UserError(
-                f"The defaults of {self.reference!r} have an unknown setting: {error}"
+                f"The defaults of {self.reference!r} have an unknown setting: {error}\n"
+                "Correct the name in Experiment(defaults=...)."
             ) from error
 
     def add_command_arguments(self) -> None:
@@ -123,7 +124,8 @@ class SettingsCLI(LightningCLI):
             metavar="FOLDER",
             type=str | None,
             default=None,
-            help="Folder of a run, runs/NAME/N, to resume from last.ckpt with the same settings.",
+            help="Folder of the run to resume, runs/NAME/N. It continues from last.ckpt with the "
+            "same settings.",
         )
         self._parser("fit").add_argument(
             "--checkpoint.every_n_train_steps",
@@ -231,7 +233,8 @@ class SettingsCLI(LightningCLI):
             self._parser(command).set_defaults(settings_in(checkpoint, machine_settings))
         except KeyError as error:
             raise UserError(
-                f"{path!r} was not written by this project: it has an unknown setting: {error}"
+                f"{path!r} was not written by this project. It has an unknown setting: {error}\n"
+                "Use a checkpoint that fit has written."
             ) from error
         super().parse_arguments(parser, args)
         if command == "fit":

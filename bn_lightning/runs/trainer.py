@@ -121,7 +121,7 @@ def _refuse_averaging(task: Task, callbacks: list[Any]) -> None:
             "Lightning's StochasticWeightAveraging does not recognize norm layers such as "
             f"{type(ignored[0]).__name__}: their running statistics would not be updated for the "
             "averaged weights.\n"
-            "Use this one, which has the same arguments: "
+            "Use the class of this project, which has the same arguments: "
             "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging"
         )
 

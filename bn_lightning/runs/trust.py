@@ -46,7 +46,8 @@ def refuse_untrusted(
             continue
         flag = (flags or {}).get(name, f"--{name}")
         raise UserError(
-            f"{path!r} contains the import path {value!r} as {name.rpartition('.')[2]}. Importing "
-            "it would execute code that only this file names.\n"
-            f"If you trust it, set it on the command line: {flag} {value}"
+            f"{path!r} contains the import path {value!r} as {name.rpartition('.')[2]}. An "
+            "import path that only a checkpoint gives is not imported, because an import executes "
+            "code.\n"
+            f"If you trust the code, set it on the command line: {flag} {value}"
         )

@@ -42,7 +42,7 @@ def main(arguments: list[str], reference: str) -> None:
         except OSError as error:
             raise RunFailed(
                 f"The tables and plots cannot be written to {folder}: {error}\n"
-                "Run the same command again: it only writes them, and trains nothing."
+                "Fix the cause, then run the same command again. It does not repeat the training."
             ) from error
 
 

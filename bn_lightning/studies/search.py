@@ -22,27 +22,28 @@ from bn_lightning.studies import study, workers
 from bn_lightning.training import checkpoints
 
 SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-    # Running trials count as bad ones, so that processes do not try nearly the same
-    # settings.
+    # constant_liar gives running trials a bad value, so that several processes do not
+    # try nearly the same settings.
     "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
     "random": optuna.samplers.RandomSampler,
 }
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    # Only the best third of each rung continues. Li et al. 2020, "A System for
-    # Massively Parallel Hyperparameter Tuning", https://arxiv.org/abs/1810.05934.
+    # At each rung, only the best third of the trials continues. See Li et al. 2020, "A
+    # System for Massively Parallel Hyperparameter Tuning",
+    # https://arxiv.org/abs/1810.05934.
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     "none": optuna.pruners.NopPruner,
 }
 
-# In seconds. A process whose last heartbeat is older than the grace period is
-# considered dead, and another process retries its trials.
+# Both are in seconds. If the last heartbeat of a trial is older than the grace period,
+# its process counts as dead, and another process retries the trial.
 HEARTBEAT_INTERVAL, GRACE_PERIOD = 2, 15
 
 Direction = Literal["minimize", "maximize"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
-# Optuna marks heartbeats and retries as experimental.
+# Optuna warns that heartbeats and retries are experimental.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 retry = RetryHeartbeatStaleTrialCallback()
 
@@ -55,11 +56,12 @@ class Search:
         options: command-line options of `sweep`.
         direction: "minimize" or "maximize".
         settings: settings that must be the same when the study is resumed.
-        defaults: defaults of the settings, for those that did not exist when the study
-            started.
+        defaults: default values of the settings. They are used for settings that did
+            not exist when the study was started.
 
     Raises:
-        UserError: the storage cannot be used, or the study has other settings.
+        UserError: the storage cannot be used, the study was started with other
+            settings, or the folder contains the runs of another study.
     """
 
     def __init__(
@@ -80,30 +82,35 @@ class Search:
             before = self.study.user_attrs["settings"]
             study.refuse_changes(repr(options.name), before, now, defaults)
         self._refuse_runs_of_another_study()
-        # Only one thread at a time decides whether to start a trial, and starts it.
-        # Otherwise two threads could both start the last trial.
+        # A thread holds this lock while it decides whether to start a trial, and starts
+        # it. Without the lock, two threads could both start the last trial.
         self._start_lock = threading.Lock()
-        # The trial of each thread.
+        # Values of each thread: `trial` is the number of its trial, `error` the
+        # exception of the objective, and `holds_lock` whether it holds the lock.
         self._local = threading.local()
         self._requeue_lost_trials()
 
     def _refuse_runs_of_another_study(self) -> None:
-        """Refuse a folder with the runs of another storage, whose trials have the same numbers."""
+        """Refuse a folder that contains the runs of another study.
+
+        The trials of both studies could have the same numbers, and thus the same
+        folders.
+        """
         own_id, file = self.study.user_attrs["id"], self.folder / "study-id"
         if not file.exists() and not any(self.folder.glob("trial-*")):
             checkpoints.write_atomically(file, own_id.encode())
         if not file.exists() or file.read_text() != own_id:
             raise UserError(
-                f"The folder {str(self.folder)!r} contains the runs of another study, whose trials "
-                "are in another storage.\n"
-                "Use that storage (--storage URL), or start another study: --name NAME"
+                f"The folder {str(self.folder)!r} contains the runs of another study. The "
+                "trials of that study are not in the storage of this command.\n"
+                "Use the storage of that study (--storage URL), or start another study: --name NAME"
             )
 
     def _requeue_lost_trials(self) -> None:
-        """Queue a retry of each trial that failed with its process and has no retry yet.
+        """Queue a retry of each trial whose process died, if it has no retry yet.
 
-        The process that marked the trial as failed normally queues the retry, but it
-        may have died in between.
+        The process that marks such a trial as failed also queues its retry, but it may
+        die between these two steps.
         """
         trials = self.study.get_trials(deepcopy=False)
         retried = {number for trial in trials for number in retry.retry_history(trial)}
@@ -112,17 +119,17 @@ class Search:
             if is_lost and trial.number not in retried:
                 completed = trial.datetime_complete
                 age = time.time() - completed.timestamp() if completed else 0
-                # Another process may still queue the retry of a trial that failed
-                # recently.
+                # If the trial was marked recently, another process may be about to
+                # queue its retry.
                 if age > GRACE_PERIOD:
                     retry(self.study, trial)
 
     def get_trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Return the trials with these states, or all trials."""
+        """Return the trials with the given states, or without states, all trials."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def done(self) -> list[FrozenTrial]:
-        """Return the trials that are finished, pruned, or failed with their run.
+        """Return the trials that were completed or pruned, or whose run failed.
 
         Trials whose process died are not included, because they are retried.
         """
@@ -130,7 +137,14 @@ class Search:
         return [*self.get_trials(*FINISHED), *failed]
 
     def run_trials(self, objective: Callable[[Trial], float], stopped: threading.Event) -> None:
-        """Run trials until there are enough and none is running. Several threads may call this."""
+        """Run trials until enough trials are done and no trial is running.
+
+        Several threads may call this method at the same time.
+
+        Args:
+            objective: trains the run of a trial, and returns the value of its metric.
+            stopped: ends the loop before the next trial when it is set.
+        """
         while not stopped.is_set():
             self._start_lock.acquire()
             self._local.holds_lock, self._local.trial, self._local.error = True, None, None
@@ -152,12 +166,12 @@ class Search:
                 retry(self.study, self.study.get_trials()[self._local.trial])
                 raise
             except (ValueError, UpdateFinishedTrialError):
-                # Optuna raises these errors for a trial that is already marked as
-                # failed.
+                # Optuna raises these errors if another process has already marked the
+                # trial as failed.
                 if not self._was_taken_over():
                     raise
                 print(
-                    f"trial {self._local.trial}: no heartbeat for {GRACE_PERIOD} s; "
+                    f"trial {self._local.trial} had no heartbeat for {GRACE_PERIOD} s; "
                     "another process retries it",
                     flush=True,
                 )
@@ -166,7 +180,7 @@ class Search:
                 self._release_start_lock()
             if not self.get_trials(TrialState.RUNNING):
                 return
-            # A running trial needs a retry if its process dies.
+            # If the process of a running trial dies, this process has to retry it.
             stopped.wait(1)
 
     def _release_start_lock(self) -> None:
@@ -175,7 +189,11 @@ class Search:
             self._start_lock.release()
 
     def _is_trial_due(self) -> bool:
-        """Return whether another trial has to be started."""
+        """Return whether another trial has to be started.
+
+        Before that, trials of dead processes are marked as failed, and their retries
+        are queued.
+        """
         fail_stale_trials(self.study)
         running = len(self.get_trials(TrialState.RUNNING))
         waiting = self.get_trials(TrialState.WAITING)
@@ -196,13 +214,14 @@ def _open_study(
     """Create or load the study, and return whether it is new."""
     url = options.storage or f"sqlite:///{(folder / 'study.db').as_posix()}"
     if url.startswith(("postgresql://", "postgres://")):
-        # psycopg is the driver in the extra `study`.
+        # The extra `study` installs the driver psycopg.
         url = f"postgresql+psycopg://{url.partition('://')[2]}"
     try:
         try:
             storage = _open_storage(url)
         except sqlalchemy.exc.DatabaseError:
-            # If two processes create the tables at the same time, one of them fails.
+            # If two processes create the tables at the same time, one of them fails. It
+            # then opens the existing tables.
             time.sleep(1)
             storage = _open_storage(url)
         arguments = {
@@ -219,7 +238,7 @@ def _open_study(
     except (*STORAGE_ERRORS, ImportError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The storage of the study cannot be used: {str(error).splitlines()[0]}\n"
-            "Give a server as --storage postgresql://USER:PASSWORD@HOST/DATABASE, or remove "
+            "Use a server, --storage postgresql://USER:PASSWORD@HOST/DATABASE, or remove "
             "--storage to use a file."
         ) from error
 
@@ -236,7 +255,8 @@ def _open_storage(url: str) -> RDBStorage:
 def _has_settings(found: optuna.Study) -> bool:
     """Return whether the process that created the study has stored its settings.
 
-    Wait up to 5 seconds for them. A process that takes longer has died.
+    Wait up to 5 seconds for the settings. If they are missing after this time, that
+    process is assumed to have died.
     """
     for _ in range(5):
         if "settings" in found.user_attrs:

@@ -42,7 +42,7 @@ def _distribution(name: str, values: Any) -> BaseDistribution:
         error = caught
     reason = f" ({error})" if error else ""
     raise UserError(
-        f"The space of {name} is invalid: {values}{reason}\n"
+        f"The search space of {name} is invalid: {values}{reason}\n"
         "Give a list of values, or a range such as {low: 0.01, high: 1.0}.\n"
         "A range may also have `log: true` or `step: 0.1`. "
         "If both ends are integers, only integers are tried.\n"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from scipy import stats
 
-# Column names in the CSV and JSON files that differ from the names of the fields here.
+# The columns of the CSV and JSON files that are not named like the fields of `Row`.
 KEYS = {
     "metric": "figure",
     "variant": "choice",
@@ -20,9 +20,13 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The validation metric that selects checkpoints, and whether lower or higher is better.
+    """The validation metric that selects checkpoints, and its direction.
 
     Runs are compared by the same metric.
+
+    Attributes:
+        metric: name of the metric, such as `val_loss`.
+        mode: "min" if lower values are better, "max" if higher values are better.
     """
 
     metric: str
@@ -30,12 +34,12 @@ class Selection:
 
     @property
     def label(self) -> str:
-        """The name of the metric in tables and plots: `val loss` for `val_loss`."""
+        """The label of the metric in tables and plots: `val loss` for `val_loss`."""
         return self.metric.replace("_", " ")
 
     @property
     def test_metric(self) -> str:
-        """The same metric on the test set: `test_loss` for `val_loss`."""
+        """The name of this metric on the test set: `test_loss` for `val_loss`."""
         return f"test_{self.metric.removeprefix('val_')}"
 
     @property
@@ -44,7 +48,7 @@ class Selection:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """The direction in Optuna's terms."""
+        """The direction of optimization, as Optuna names it."""
         return "maximize" if self.mode == "max" else "minimize"
 
     def has_reached(self, value: float, threshold: float) -> bool:
@@ -55,7 +59,7 @@ class Selection:
         return min(values) if self.mode == "max" else max(values)
 
     def rank(self, value: float | None) -> float:
-        """Return a key that sorts values from best to worst, missing ones last."""
+        """Return a sort key that puts the best values first and missing values last."""
         if value is None or math.isnan(value):
             return math.inf
         return -value if self.mode == "max" else value
@@ -69,10 +73,10 @@ class Run:
         variant: name of the variant.
         seed: seed of the run.
         folder: folder of the run.
-        failure: why the run has no result, or None if it has one.
+        failure: the reason if the run has no result, otherwise None.
         result: content of result.json.
         epochs: training metrics of each epoch.
-        validations: step and metrics of each validation.
+        validations: the step and the metrics of each validation.
     """
 
     variant: str
@@ -93,10 +97,10 @@ class Run:
 
 @dataclass(frozen=True)
 class ReportedMetric:
-    """A metric in the table of a comparison.
+    """A metric in the tables of a comparison.
 
     Attributes:
-        name: header of the metric's table.
+        name: name of the metric, and header of its table.
         value_of: returns the metric of a run, or None if the run does not have it.
         compared_by: whether runs are compared by their difference or by their ratio.
         digits: number of decimals in the table.
@@ -112,23 +116,26 @@ class ReportedMetric:
 class Row:
     """One metric over all runs of one variant.
 
-    Intervals are 95% intervals of the mean over seeds, by Student's t. A ratio is the
-    geometric mean of the ratios of all pairs. Its interval is computed from their
-    logarithms. The effect size is Cohen's d of the pairs: the mean of their differences
-    divided by the standard deviation. For ratios, it is computed from their logarithms
-    too.
+    Intervals are 95% confidence intervals of the mean over seeds, from Student's t
+    distribution. A variant is compared with its baseline by pairs of runs with the same
+    seed. The mean ratio is the geometric mean of the ratios of the pairs. Its interval
+    and effect size are computed from the logarithms of the ratios.
 
     Attributes:
+        metric: name of the metric.
+        variant: name of the variant.
         runs: number of runs of this variant.
         n: number of runs with this metric.
         failed: number of runs without a result.
         mean, sd: mean and standard deviation over seeds.
-        low, high: ends of the interval of the mean.
+        low, high: lower and upper end of the interval of the mean.
         compared_by: "difference" or "ratio".
         baseline: the variant that this one is compared with.
         pairs: number of seeds for which both variants have the metric.
         compared: mean difference from the baseline, or mean ratio to it.
-        compared_low, compared_high: ends of its interval.
+        compared_low, compared_high: lower and upper end of the interval of `compared`.
+        effect_size: Cohen's d of the pairs: the mean of their differences divided by
+            the standard deviation of these differences.
     """
 
     metric: str
@@ -161,10 +168,10 @@ def validated_on_test_set(runs: Iterable[Run]) -> bool:
 def default_threshold(runs: Iterable[Run], selection: Selection) -> float | None:
     """Return a threshold that every variant reaches, on average over its seeds.
 
-    It is the final value of the worst variant, rounded so that this variant still
-    reaches it. A metric such as accuracy, for which higher is better, is rounded down
-    to a multiple of 0.005. Other metrics are rounded up to two significant digits.
-    Return None without such a threshold.
+    The threshold is the final value of the worst variant, rounded to a value that this
+    variant reaches too. If higher values are better, as for accuracy, it is rounded
+    down to a multiple of 0.005. If lower values are better, it is rounded up to two
+    significant digits. Return None if there is no such threshold.
     """
     finals: dict[str, list[float]] = {}
     for run in runs:
@@ -184,16 +191,20 @@ def default_threshold(runs: Iterable[Run], selection: Selection) -> float | None
 def reported_metrics(
     runs: Iterable[Run], selection: Selection, threshold: float | None
 ) -> list[ReportedMetric]:
-    """Return the reported metrics: train loss, validation, test, steps to a threshold, speed."""
+    """Return the metrics to report, in the order of their tables.
+
+    They are the training loss, the validation and test metrics, the number of steps to
+    the threshold if there is one, and the speed.
+    """
     names = {
         "train_loss": "train loss",
         selection.metric: selection.label,
         selection.test_metric: selection.test_label,
     }
     if validated_on_test_set(runs):
-        # Validation and test metric are the same, and no checkpoint was selected. The
-        # metric of the last epoch is noisy, so the best epoch and a mean are reported
-        # too.
+        # The validation metric equals the test metric, and no checkpoint was selected.
+        # The metric of the last epoch is noisy, so the best epoch and the mean of the
+        # last three validations are reported too.
         del names[selection.metric]
         names |= {
             f"{selection.metric}_best": f"{selection.test_label}, best epoch",
@@ -205,7 +216,7 @@ def reported_metrics(
         if any(run.result.get(name) is not None for run in runs)
     ]
     if threshold is not None:
-        name = f"steps to {_short(threshold)}"
+        name = f"steps to {_format_number(threshold)}"
         found.append(
             ReportedMetric(name, lambda run: run.steps_to(threshold, selection), "ratio", 0)
         )
@@ -217,8 +228,8 @@ def _from_result(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.result.get(name)
 
 
-def _short(value: float) -> str:
-    """Return a number with three decimals, or with six digits if it is very small or large."""
+def _format_number(value: float) -> str:
+    """Format a number with 3 decimals, or a very small or large one with 6 digits."""
     return f"{value:.3f}" if 0.01 <= abs(value) < 1_000 or value == 0 else f"{value:g}"
 
 
@@ -228,8 +239,7 @@ def rows(
     """Return a row for each metric and variant.
 
     Args:
-        baselines: the name of each variant, and of the variant that it is compared
-            with.
+        baselines: for each variant, the name of the variant that it is compared with.
     """
     return [_row(runs, metric, *pair) for metric in metrics for pair in baselines.items()]
 
@@ -271,7 +281,12 @@ def _by_seed(runs: Iterable[Run], metric: ReportedMetric) -> dict[int, float]:
 def _compare(
     pairs: Iterable[tuple[float, float]], by: Literal["difference", "ratio"]
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Return mean difference or ratio of pairs, lower and upper end of its interval, Cohen's d."""
+    """Compare the values of pairs; see `Row`.
+
+    Returns:
+        The mean difference or ratio, the lower and upper end of its interval, and the
+        effect size.
+    """
     if by == "difference":
         mean, sd, *ends = mean_and_interval([a - b for a, b in pairs])
         found = [mean, *ends]
@@ -285,12 +300,14 @@ def _compare(
 def mean_and_interval(
     values: Sequence[float],
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Return mean, standard deviation, and lower and upper end of the 95% interval of the mean.
+    """Return statistics of values. With fewer than two values, the last three are None.
 
-    With fewer than two values, the last three are None.
+    Returns:
+        The mean, the standard deviation, and the lower and upper end of the 95%
+        confidence interval of the mean.
     """
     if len(values) < 2:
         return (values[0] if values else None), None, None, None
     mean, sd = statistics.mean(values), statistics.stdev(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
-    return mean, sd, mean - half, mean + half
+    half_width = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    return mean, sd, mean - half_width, mean + half_width

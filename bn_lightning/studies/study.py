@@ -1,4 +1,4 @@
-"""A study: the settings of its runs, its folder, and what may be resumed."""
+"""A study: the settings of its runs, the lock of its folder, and the runs to resume."""
 
 import json
 import signal
@@ -17,12 +17,12 @@ from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.losses import FAILURE
 
-# Flags on the command line override these. Monitors are useful for single runs only.
-# Several runs use the hardware better by --jobs than by --trainer.devices.
+# Default flags of each run; flags on the command line override them. Monitors are
+# useful only for single runs. With several runs, --jobs uses the hardware better than
+# --trainer.devices.
 DEFAULTS = ("--monitor", "false", "--trainer.devices", "1")
 
-# The key under which a study stores the metric that the task selects by, and its
-# direction.
+# A study stores under this key the metric that selects checkpoints, and its direction.
 SELECTS = "task.selects"
 
 HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
@@ -62,32 +62,33 @@ def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
     defaults: dict[str, Any] = {}
     roots, modules, holds_out = set(), [], True
     for arguments in runs:
-        # Keep only the data module. Many networks would take a lot of memory.
+        # Only the data module of each run is kept, because the networks of many runs
+        # would take a lot of memory.
         cli = run.command_line(["fit", *arguments], reference, run.Rehearsal)
-        _refuse_settings(cli)
-        settings.append(_named(cli, cli.config.fit))
+        _refuse_unsupported_settings(cli)
+        settings.append(_result_settings(cli, cli.config.fit))
         roots.add(Path(cli.config.fit.trainer.default_root_dir))
         modules.append(cli.datamodule)
         holds_out &= _holds_out(cli)
-        defaults = defaults or _named(cli, cli.defaults())
+        defaults = defaults or _result_settings(cli, cli.defaults())
     if len(roots) > 1:
         raise UserError(
             "All runs of a study are stored in the same folder, but --trainer.default_root_dir "
             "differs between them.\nSet it once, for all runs."
         )
-    _prepare(modules)
+    _prepare_data(modules)
     return Plan(roots.pop(), settings, defaults, holds_out)
 
 
-def _prepare(modules: Sequence[DataModule]) -> None:
-    """Prepare the data of all runs. The same data is read only once."""
+def _prepare_data(modules: Sequence[DataModule]) -> None:
+    """Prepare the data of all runs. Data that several runs share are read only once."""
     for number, module in enumerate(modules):
         for earlier in modules[:number]:
             module.reuse(earlier)
         module.prepare_data()
 
 
-def _refuse_settings(cli: run.CLI) -> None:
+def _refuse_unsupported_settings(cli: run.CLI) -> None:
     """Raise a UserError for settings of `fit` that a study does not support."""
     settings = cli.config.fit
     for name in ("ckpt_path", "resume"):
@@ -99,8 +100,8 @@ def _refuse_settings(cli: run.CLI) -> None:
     if settings.trainer.fast_dev_run or settings.trainer.enable_checkpointing is False:
         raise UserError(
             "--trainer.fast_dev_run and --trainer.enable_checkpointing false cannot be used in a "
-            "study: results are read from each run's folder, and these flags write none.\n"
-            "Remove the flag."
+            "study: with either flag, a run writes no results.\n"
+            "Remove these flags."
         )
     if cli.trainer.world_size > 1:
         raise UserError(
@@ -110,8 +111,8 @@ def _refuse_settings(cli: run.CLI) -> None:
         )
 
 
-def _named(cli: run.CLI, settings: Any) -> dict[str, Any]:
-    """Return settings by name, without those that do not affect the result of a run."""
+def _result_settings(cli: run.CLI, settings: Any) -> dict[str, Any]:
+    """Return the settings that affect the result of a run, by name."""
     found = folder.flat(cli.as_plain_data(settings))
     return {name: value for name, value in found.items() if name not in folder.NOT_RECORDED}
 
@@ -140,7 +141,7 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"The folder {str(path)!r} cannot be created: {error.strerror}.\n"
-            "Choose another place for all studies with --trainer.default_root_dir FOLDER"
+            "Choose another folder for all runs with --trainer.default_root_dir FOLDER"
         ) from error
     try:
         yield
@@ -151,9 +152,9 @@ def locked(path: Path) -> Iterator[None]:
 def refuse_changes(
     name: str, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Refuse to resume a study with other settings than those it was started with.
+    """Refuse to resume a study if its settings have changed since it was started.
 
-    A setting that did not exist when the study was started had its default value.
+    Settings that did not exist when the study was started count as their defaults.
 
     Raises:
         UserError: settings have changed. The message lists them.
@@ -171,17 +172,18 @@ def refuse_changes(
 
 
 def finished_run(parent: Path) -> Path | None:
-    """Return the folder of the last finished run in `parent/N`."""
-    finished = [path for path in _runs(parent) if result.read_result(path).get("finished")]
+    """Return the last folder `parent/N`, for a number N, of a finished run, or None."""
+    finished = [path for path in _numbered_runs(parent) if result.read_result(path).get("finished")]
     return finished[-1] if finished else None
 
 
 def failed_run(parent: Path) -> tuple[Path, str] | None:
-    """Return the folder of the last run in `parent/N` with a non-finite loss, and a message.
+    """Return the last folder `parent/N` of a run that failed, and a message, or None.
 
-    Such a run cannot be resumed with the same settings.
+    A run has failed if a loss was not finite. It cannot be resumed with the same
+    settings.
     """
-    failed = [path for path in _runs(parent) if (path / FAILURE).is_file()]
+    failed = [path for path in _numbered_runs(parent) if (path / FAILURE).is_file()]
     if not failed:
         return None
     failure = json.loads((failed[-1] / FAILURE).read_text(encoding="utf-8"))
@@ -190,7 +192,7 @@ def failed_run(parent: Path) -> tuple[Path, str] | None:
     )
 
 
-def _runs(parent: Path) -> list[Path]:
+def _numbered_runs(parent: Path) -> list[Path]:
     numbered = [path for path in parent.glob("*") if path.name.isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name))
 
@@ -199,13 +201,15 @@ def _runs(parent: Path) -> list[Path]:
 def start_workers(
     reference: str, jobs: int, total: int, done: int
 ) -> Iterator[tuple[workers.Workers, StudyProgress]]:
-    """Start workers for the remaining runs. Within the context, SIGTERM acts like Ctrl-C.
+    """Start workers for the remaining runs.
+
+    Within the context, SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
 
     Args:
         reference: import path of the experiment.
-        jobs: number of runs in parallel.
+        jobs: number of runs to train in parallel.
         total: number of runs in the study.
-        done: number of runs that are already done.
+        done: number of runs that have already ended.
 
     Raises:
         KeyboardInterrupt: the study was stopped. A message about resuming it has been
@@ -226,7 +230,7 @@ def start_workers(
                 yield pool, progress
             except (KeyboardInterrupt, workers.Interrupted):
                 print(
-                    "\nStopped. Finished work is saved; the same command resumes the study.",
+                    "\nStopped. Finished runs are saved; the same command resumes the study.",
                     flush=True,
                 )
                 raise KeyboardInterrupt from None
@@ -237,8 +241,8 @@ def start_workers(
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Return a short name for each setting.
 
-    It is the part after the last dot, or the whole name if several settings share that
-    part.
+    The short name is the part after the last dot. If several settings share that part,
+    the whole name is used.
     """
     ends = {name: name.rpartition(".")[2] for name in names}
     return {

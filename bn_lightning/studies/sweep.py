@@ -45,7 +45,7 @@ A config with a `sweep` section (all other settings are those of fit):
             model.lr: {low: 0.01, high: 1.0, log: true}
             data.batch_size: [64, 128, 256]
 
-The same command resumes a study. --trials may be increased.
+The same command resumes a study. To add trials, increase --trials.
 """
 
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file; one of them must contain a `sweep` section.",
+        help="YAML file. The option can be repeated; one file must contain a `sweep` section.",
     )
     parser.add_argument(
         "--trials",
@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="Database, postgresql://USER:PASSWORD@HOST/DATABASE (default: a file in runs/NAME).",
+        help="URL of a database server: postgresql://USER:PASSWORD@HOST/DATABASE "
+        "(default: a file in runs/NAME).",
     )
     return parser
 
@@ -126,7 +127,11 @@ def _read_config(file: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError as error:
         raise UserError(f"The config {file!r} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"{file!r} is not a valid config: {error}") from error
+        raise UserError(
+            f"{file!r} is not a valid config: {error}\n"
+            "A config is a YAML mapping from settings to values. For an example, see: "
+            f"{terminal.program()} sweep --help"
+        ) from error
 
 
 def _merge(options: argparse.Namespace, section: dict[str, Any]) -> None:
@@ -135,7 +140,7 @@ def _merge(options: argparse.Namespace, section: dict[str, Any]) -> None:
     if unknown := section.keys() - set(allowed):
         raise UserError(
             f"Unknown settings in the `sweep` section: {', '.join(sorted(unknown))}.\n"
-            f"Use {', '.join(allowed)}."
+            f"Allowed settings: {', '.join(allowed)}."
         )
     for name, default in (("trials", 30), ("sampler", "tpe"), ("pruner", "asha")):
         if getattr(options, name) is None:
@@ -150,7 +155,9 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("trials", "jobs"):
         value = getattr(options, name)
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}, but must be an integer of at least 1.")
+            raise UserError(
+                f"{name} is {value!r}; it must be an integer of at least 1, for example --{name} 2."
+            )
 
 
 def main(arguments: list[str], reference: str) -> None:

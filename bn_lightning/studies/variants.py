@@ -13,7 +13,7 @@ from bn_lightning.studies import study
 
 DESCRIPTION = "Train norms or settings with several seeds, and compare them in tables and plots."
 EPILOG = """\
-All settings of fit can be set too, and apply to all runs. For example: --config configs/X.yaml
+All settings of fit are accepted, and apply to all runs. For example: --config configs/X.yaml
 --trainer.max_epochs 3. The same command resumes a comparison: it resumes unfinished runs, and
 skips finished ones.
 """
@@ -127,13 +127,16 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace, varied: Iterable[str], common: Sequence[str]) -> None:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1.")
+            raise UserError(
+                f"--{name} is {getattr(options, name)}; it must be at least 1, for example "
+                f"--{name} 2."
+            )
     names = [flag.partition(".")[2] for flag in varied]
     for name in ("seed_everything", "name", "ckpt_path", "trainer.default_root_dir"):
         if name in names:
             raise UserError(
                 f"{name} cannot be varied.\n"
-                "Use --seeds N for the number of seeds, and --name NAME for the study."
+                "Use --seeds N to set the number of seeds, and --name NAME to name the study."
             )
     if options.norm and NORM in names:
         raise UserError(

@@ -50,9 +50,10 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
                 raise UserError(
                     f"The running statistics of {name}, a {type(layer).__name__}, cannot be "
                     "recomputed for averaged weights.\n"
-                    "Use --model.norm custom or builtin. Your own layer needs num_batches_tracked, "
-                    "reset_running_stats() and a momentum; with a momentum of None it must give "
-                    "all batches the same weight."
+                    "Use --model.norm custom or builtin. A layer of your own needs the "
+                    "attributes num_batches_tracked and momentum, and the method "
+                    "reset_running_stats(). If momentum is None, its running statistics must be "
+                    "means over all batches with equal weights."
                 )
         return bool(layers)
 

@@ -17,38 +17,38 @@ IDENTITY = "data"
 
 
 class DataModule(pl.LightningDataModule):
-    """Base class of the data of a run.
+    """Base class of data modules.
 
     A subclass implements `setup` and the loaders, and overrides the attributes and
-    methods below as needed. All of its arguments must be plain data: they become flags
-    such as `--data.batch_size`, and are saved in checkpoints. `**loading` forwards the
-    arguments of this class:
+    methods below as needed. All arguments of its `__init__` must be plain data: they
+    become flags such as `--data.batch_size`, and are saved in checkpoints. A subclass
+    accepts the arguments of this class as `**loading`, and forwards them:
 
         class Table(DataModule):
             def __init__(self, rows: int = 1_000, **loading: Any) -> None:
                 super().__init__(**loading)
 
     Args:
-        batch_size: number of samples per batch, over all processes.
+        batch_size: total number of samples per batch. All processes share each batch.
         seed: seed of the data split and of the order of samples; set by
             `--seed_everything`.
 
     Attributes:
         classes: names of the classes, indexed by label; None if the data have no
             classes.
-        preprocessing: maps raw samples to the input of the network. The loaders,
-            `export` and `predict` share this module.
+        preprocessing: a module that maps raw samples to the input of the network. The
+            loaders, `export` and `predict` use it.
         train_indices: indices of the training samples, int64 (M,); set by
             `train_batches`.
-        machine_settings: settings of the machine, such as folders. They are neither
-            restored from a checkpoint nor logged, and may differ between the machines
-            of a study.
-        source_settings: settings that locate the data. They are restored from a
-            checkpoint, and may differ between the machines of a study.
-        fixed_settings: settings that must not change when a run is resumed, each with
-            the reason.
-        import_paths: settings whose value may be an import path. An import path that
-            comes only from a checkpoint is not imported.
+        machine_settings: names of the settings that depend on the machine, such as
+            folders. They are neither restored from a checkpoint nor logged, and may
+            differ between the machines of a study.
+        source_settings: names of the settings that locate the data. They are restored
+            from a checkpoint, and may differ between the machines of a study.
+        fixed_settings: names of the settings that must not change when a run is
+            resumed, each with what would happen otherwise.
+        import_paths: names of the settings whose value may be an import path. An import
+            path that only a checkpoint contains is not imported.
 
     Raises:
         UserError: the batch size is below 1, or the seed is negative.
@@ -65,8 +65,8 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
-        # This also saves the arguments of the subclass. They are logged with the
-        # results, at the end of the run.
+        # This also saves the arguments of the subclass. They are not logged here, but
+        # with the results at the end of the run.
         self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise UserError(
@@ -85,7 +85,7 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def validates_on_test_set(self) -> bool:
-        """Whether the validation loader returns the test set.
+        """Whether validation uses the test set.
 
         If so, no best checkpoint is selected.
         """
@@ -96,11 +96,12 @@ class DataModule(pl.LightningDataModule):
         return type(self).__name__
 
     def identity(self) -> dict[str, Any]:
-        """Return plain data that identify the data set, such as a checksum or a number of rows.
+        """Return values that identify the data, such as a checksum or a number of rows.
 
-        They are saved in each checkpoint and in result.json. A run is resumed only if
-        they are equal. The optional entry `source` names the origin of the data and is
-        not compared.
+        The values must be plain data. They are saved in each checkpoint and in
+        result.json. A run is resumed only if the values of the current data equal those
+        in the checkpoint. The optional entry `source` names the origin of the data. It
+        is not compared.
         """
         return {}
 
@@ -109,13 +110,14 @@ class DataModule(pl.LightningDataModule):
         return None
 
     def reuse(self, other: Self) -> None:
-        """Reuse the data that another module of this class has loaded, if its settings match.
+        """Reuse the data of another module of this class, if its settings match.
 
-        A process that trains several runs calls this before `prepare_data`.
+        A process that trains several runs calls this before `prepare_data`, so that the
+        data are loaded only once.
         """
 
     def predict_dataloader(self) -> Any:
-        """Return the loader for `predict`; by default it returns the test samples."""
+        """Return the loader for `predict`. By default, it loads the test samples."""
         return self.batches(*self.test_samples())
 
     def test_samples(self) -> tuple[Tensor, Tensor]:
@@ -125,18 +127,19 @@ class DataModule(pl.LightningDataModule):
             UserError: the data module does not implement this method.
         """
         raise UserError(
-            f"{type(self).__name__} has no test_samples(), which export and predict require."
+            f"{type(self).__name__} has no test_samples(). Implement this method: export and "
+            "predict require it."
         )
 
     def example_input(self) -> Tensor:
-        """Return raw samples (7, ...), used for tracing and to determine the input shape."""
+        """Return raw samples (7, ...), to trace the network and find its input shape."""
         inputs, _ = self.test_samples()
         return inputs[:7].clone()
 
     def draw(self, inputs: Tensor) -> Tensor | None:
         """Return network inputs as images, uint8 (N, H, W) or (N, H, W, 3).
 
-        None means that the data cannot be drawn.
+        Return None if the data cannot be shown as images.
         """
         return None
 
@@ -147,24 +150,27 @@ class DataModule(pl.LightningDataModule):
 
         Args:
             names: files, folders and glob patterns.
-            invert: whether to invert brightness; None decides for each file.
+            invert: whether to invert brightness; if None, this is decided for each
+                file.
 
         Returns:
-            Raw samples (N, ...), a dict of information on each, and the number of
-            unreadable files.
+            The raw samples (N, ...), a dict of information on each sample, and the
+            number of files that cannot be read.
 
         Raises:
             UserError: the data module does not implement this method.
         """
         raise UserError(
-            f"{type(self).__name__} does not read files. Remove --data.images to predict the test "
+            f"{type(self).__name__} cannot read files. Remove --data.images to predict the test "
             "set."
         )
 
     # Loaders of tensors in memory
 
     def train_batches(self, inputs: Tensor, targets: Tensor, indices: Tensor) -> TensorBatches:
-        """Return the training loader of the samples at `indices`, which supports exact resume.
+        """Return the training loader of the samples at `indices`.
+
+        It supports exact resuming, also within an epoch.
 
         Raises:
             UserError: the last batch of an epoch has fewer samples than there are
@@ -184,7 +190,10 @@ class DataModule(pl.LightningDataModule):
     def batches(
         self, inputs: Tensor, targets: Tensor, indices: Tensor | None = None
     ) -> TensorBatches:
-        """Return a loader of the samples at `indices`, or of all samples, in that order."""
+        """Return a loader of the samples at `indices`, in that order.
+
+        By default, it loads all samples.
+        """
         if indices is None:
             indices = torch.arange(len(inputs))
         return self._tensor_batches(inputs, targets, indices)
@@ -196,7 +205,7 @@ class DataModule(pl.LightningDataModule):
         return self.train_indices[seeds.epoch_order(len(self.train_indices), self.seed, epoch)]
 
     def _epoch(self) -> Epoch:
-        """Return the trainer's current epoch, from its first batch that is not trained yet."""
+        """Return the current epoch, starting at the first batch to train."""
         number = self.trainer.current_epoch if self.trainer else 0
         first = lightning_internals.first_batch(self.trainer) if self.trainer else 0
         return Epoch(self.train_order(number), first, self.augmentation(number))
@@ -212,12 +221,12 @@ class DataModule(pl.LightningDataModule):
             inputs, targets, indices, self.batch_size, epoch, rank, world_size, self.preprocessing
         )
 
-    # Data in a checkpoint
+    # Comparison with the data of a checkpoint
 
     @classmethod
     def identity_in(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the `identity` of the data of a checkpoint; empty if unknown."""
-        # Version 0.1.0 saved it under the name of the class.
+        """Return the `identity` that a checkpoint contains, or an empty dict."""
+        # Version 0.1.0 saved the identity under the name of the class.
         return dict(checkpoint.get(IDENTITY) or checkpoint.get(cls.__qualname__) or {})
 
     def refuse_other_data(self, checkpoint: Mapping[str, Any]) -> None:

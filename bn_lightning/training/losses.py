@@ -69,6 +69,11 @@ class NonFiniteLossGuard:
                 "Resume from it with another setting, for example "
                 f"fit --resume {run} --model.lr 0.1",
             ]
+        else:
+            lines.append(
+                "This run has no checkpoint yet. Start a new run with another setting, for example "
+                "a smaller --model.lr."
+            )
         end_all_ranks(trainer, RunFailed("\n".join(lines)))
 
 

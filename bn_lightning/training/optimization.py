@@ -76,8 +76,8 @@ class Optimization:
         steps = get_num_steps() if lengths else 0
         if steps == float("inf"):
             raise UserError(
-                f"{self.scheduler.__name__} needs the length of the run, but the run has no "
-                "limit.\nSet --trainer.max_epochs, --trainer.max_steps or "
+                f"{self.scheduler.__name__} needs the number of training steps, but the run "
+                "has no limit.\nSet --trainer.max_epochs, --trainer.max_steps or "
                 f"--model.scheduler_args.{lengths[0]}."
             )
         scheduler = self.scheduler(optimizer, **self._scheduler_arguments(int(steps)))
@@ -129,7 +129,9 @@ class Optimization:
 def _find(name: str, kind: str, known: Mapping[str, type]) -> Any:
     found = lookup.find(name, kind, known)
     if not inspect.isclass(found):
-        raise UserError(f"The {kind} {name!r} is not a class.")
+        raise UserError(
+            f"The {kind} {name!r} is not a class. Use the name or the import path of a class."
+        )
     return found
 
 

@@ -1,10 +1,11 @@
 """Early stopping of a run by a signal or the time limit.
 
-A stop is a collective decision: if one rank wants to stop, all ranks stop after the
-    same step.
+A stop is a collective decision: if one rank has to stop, all ranks stop after the same
+step.
 
-Non-finite losses are handled in `losses`. A callback that monitors a metric sets
-`trainer.should_stop`, as Lightning's EarlyStopping does.
+Other reasons to stop are handled elsewhere. Non-finite losses are handled in `losses`.
+A callback that stops a run by a metric sets `trainer.should_stop`, as Lightning's
+EarlyStopping does.
 """
 
 import os
@@ -26,35 +27,47 @@ from lightning.pytorch.callbacks import Timer
 from bn_lightning.errors import RunFailed
 from bn_lightning.training import lightning_internals
 
-# Reading the stop flag synchronizes ranks, and reading a GPU loss blocks the host.
-# In both cases it is read every 10 steps only.
+# Exchanging stop requests synchronizes the ranks, and reading a loss on a GPU blocks
+# the host. In both cases, the check is made only every 10 batches.
 CHECK_INTERVAL = 10
 
-# A stop reason, as an integer that is not a signal number.
+# The stop reason of the time limit. Other stop reasons are signal numbers.
 OUT_OF_TIME = 1_000
 
 
 class Stopped(SystemExit):
-    """The exit of a run that was stopped on request. Its code is 128 + the signal number, or 0."""
+    """The exit of a run that was stopped by a request.
+
+    On rank 0, the exit code is 0 after the time limit or SLURM's requeue signal.
+    After any other signal, it is 128 + the signal number.
+    """
 
 
 def is_check_due(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Return whether to check for stop requests before the given batch."""
+    """Return whether stop requests have to be checked before a batch."""
     is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
     return is_cheap or batch_idx % CHECK_INTERVAL == 0
 
 
 class StopRequests:
-    """Requests to stop a run: signals, and `max_time`, which is counted from `begin`."""
+    """Requests to stop a run.
+
+    Args:
+        max_time: time limit, counted from the call of `begin`; None for no limit.
+    """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None) -> None:
         self._timer = Timer(max_time, interval="step")
         self._requeue_signal: int | None = None
-        self._reason = 0  # a signal's number, or OUT_OF_TIME
+        self._reason = 0  # a signal number, OUT_OF_TIME, or 0 without a request
         self._received_at = 0.0
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the timer and replace Lightning's signal handlers; Lightning restores them."""
+        """Start the timer, and replace Lightning's signal handlers.
+
+        Lightning restores the original handlers at the end of the run. A second signal
+        ends the process at once.
+        """
         self._timer.on_train_start(trainer, pl_module)
         if threading.current_thread() is not threading.main_thread():
             return
@@ -66,19 +79,22 @@ class StopRequests:
 
         def record(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
-            # Some programs send a signal to the process and to its group. Two signals
-            # within 0.3 s count as one.
+            # Some programs send a signal both to the process and to its group. Two
+            # signals within 0.3 s therefore count as one.
             if self._reason and now - self._received_at > 0.3:
                 os._exit(128 + number)
             self._reason, self._received_at = number, now
 
         for number in numbers:
             signal.signal(number, record)
-        # `pending` exchanges the requests of all ranks, and does so less often.
+        # `pending` replaces this broadcast, and communicates less often.
         lightning_internals.disable_sigterm_broadcast(trainer)
 
     def pending(self, trainer: pl.Trainer) -> int:
-        """Return the stop reason of any rank, the same on all ranks; 0 for none."""
+        """Return a stop reason if any rank has one, otherwise 0.
+
+        All ranks must call this. All of them get the same value.
+        """
         left = self._timer.time_remaining()
         reason = self._reason or (OUT_OF_TIME if left is not None and left <= 0 else 0)
         if trainer.world_size > 1:
@@ -93,7 +109,7 @@ class StopRequests:
         """End all processes of the run.
 
         Args:
-            saved: what was saved and where, for the message.
+            saved: part of the message, which states what was saved and where.
 
         Raises:
             Stopped: always.
@@ -109,12 +125,16 @@ class StopRequests:
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether the time limit ended the run."""
+        """Whether the stop reason is the time limit."""
         return self._reason == OUT_OF_TIME
 
 
 def _requeue() -> None:
-    """Requeue the SLURM job. Lightning's own handler would save in the middle of a step."""
+    """Requeue the SLURM job.
+
+    Lightning's own handler is not used, because it would save a checkpoint in the
+    middle of a step.
+    """
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -141,6 +161,7 @@ def end_all_ranks(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
     if trainer.is_global_zero:
         raise error
     if isinstance(environment, LightningEnvironment):
-        # On any other code, Lightning would kill rank 0, which may still be writing.
+        # With any other exit code, Lightning would kill rank 0, which may still be
+        # writing files.
         raise Stopped(0)
     raise Stopped(error.code if isinstance(error, Stopped) else error.exit_code)

@@ -79,7 +79,8 @@ def _redistribute(by_rank: Any, metric: Metric, name: str, state: str, rank: int
     elif reduction is dim_zero_min:
         return by_rank.amin(0)
     raise UserError(
-        f"Within an epoch, the metric {name} cannot be resumed with another number of processes: "
-        f"its state {state!r} is not a sum, maximum, minimum or list.\n"
+        "The checkpoint is in the middle of an epoch, and was written by "
+        f"{len(by_rank)} process(es). The metric {name} cannot be resumed with another number of "
+        f"processes: its state {state!r} is not a sum, maximum, minimum or list.\n"
         f"Resume with {len(by_rank)} process(es)."
     )

@@ -165,7 +165,7 @@ def test_unreadable_files_are_reported_and_the_others_are_read(tmp_path, capsys)
     assert (read.path, num_unreadable) == (tmp_path / "good.png", 21)
     err = capsys.readouterr().err
     for name in [*names, "missing.png"]:
-        assert f"not read: {tmp_path / name}: " in err, name
+        assert f"cannot read {tmp_path / name}: " in err, name
     with pytest.raises(RunFailed, match="No image could be read"):
         pictures.read_all([tmp_path / "half.png"])
 

@@ -111,7 +111,7 @@ def test_every_registered_norm_is_exported(tmp_path, norm, suffix):
     assert_matches_checkpoint(out, ckpt, "sample")
     if norm == "group":
         assert exported.notes == [
-            f"norm{i} (GroupNorm) is not folded: in evaluation it is not an affine map per channel"
+            f"norm{i} (GroupNorm) is not folded: in eval mode, it is not an affine map per channel"
             for i in range(1, 5)
         ]
     else:
@@ -128,7 +128,7 @@ def test_a_norm_by_import_path_is_exported_if_a_flag_names_it(main, tmp_path, su
         "export", ckpt, out, "--source", "sample", "--norm", f"{__name__}.RMSNorm"
     )
     assert code == 0
-    assert "norm1 (RMSNorm) is not folded: in evaluation it is not an affine map" in printed
+    assert "norm1 (RMSNorm) is not folded: in eval mode, it is not an affine map" in printed
     assert_matches_checkpoint(out, ckpt, "sample")
 
 
@@ -244,7 +244,7 @@ def test_errors_state_why_a_checkpoint_cannot_be_exported(main, tmp_path):
     }
     content["hyper_parameters"]["norm"] = "none"
     torch.save(content, tmp_path / "diverged.ckpt")
-    cannot_run = "The network has to run on batches of 1, 7 and 256 images, but it fails"
+    cannot_run = "The network must accept batches of 1, 7 and 256 images, but raises an error"
     by_batch = write_checkpoint(
         tmp_path / "by_batch.ckpt", norm="builtin", norm_args={"track_running_stats": False}
     )

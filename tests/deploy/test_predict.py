@@ -99,7 +99,7 @@ def test_unreadable_files_are_listed_and_the_others_are_predicted(tmp_path, trai
     )
     assert code == 1
     for name in [*names, "missing.png"]:
-        assert f"not read: {folder / name}: " in err, name
+        assert f"cannot read {folder / name}: " in err, name
     assert "Traceback" not in err
     assert "error: 21 of 22 images could not be read" in err
     header, row = out.strip().splitlines()
@@ -123,7 +123,7 @@ def test_a_task_without_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt = write_regression(tmp_path / "some.ckpt", "SGD")
     arguments = ["predict", "--ckpt_path", str(ckpt), "--trainer.accelerator", "cpu"]
-    message = "predict needs a task with classes, and this task has none"
+    message = "predict cannot be used: this task has no classes"
     with pytest.raises(UserError, match=message):
         predict.main(arguments, FRIEDMAN)
 
@@ -158,5 +158,5 @@ def test_a_data_set_without_images_has_predictions_but_no_sheet(tmp_path, monkey
     with pytest.raises(UserError, match="--grid cannot be used: this data set has no images"):
         predict.main([*arguments, "--grid", "grid.png"], reference)
     assert capsys.readouterr().out == "" and not (tmp_path / "grid.png").exists()
-    with pytest.raises(UserError, match=r"HighOrLow does not read files. Remove --data.images"):
+    with pytest.raises(UserError, match=r"HighOrLow cannot read files. Remove --data.images"):
         predict.main([*arguments, "--data.images", "some.ckpt"], reference)

@@ -180,7 +180,7 @@ class Untraceable(nn.Module):
 
 
 def test_a_run_whose_network_cannot_be_traced_succeeds(main, tmp_path):
-    expected = "no graph, because the network cannot be traced: RuntimeError: not in a"
+    expected = "the network's graph, because it cannot be traced: RuntimeError: not in a"
     with pytest.warns(UserWarning, match=expected):
         code, out, _ = main(
             "fit", *QUICK, "--model.norm", f"{__name__}.Untraceable", "--trainer.max_epochs", 1

@@ -92,7 +92,8 @@ def test_a_task_without_classes_has_no_figures_of_classes(tmp_path, capsys):
     tags = tags_after_test(tmp_path, Regression(), Table())
     assert tags["images"] == [] and tags["graph"]
     message = (
-        "no confusion matrix or misclassified samples in TensorBoard: this task has no classes"
+        "TensorBoard shows no confusion matrix and no misclassified samples: "
+        "this task has no classes"
     )
     assert capsys.readouterr().out.splitlines().count(message) == 1
 
@@ -111,7 +112,9 @@ def loader(samples=50, size=28):
 def test_data_that_cannot_be_drawn_have_no_figure_of_mistakes(tmp_path, capsys):
     tags = tags_after_test(tmp_path, Classifier(), loader())
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
-    message = "no misclassified samples in TensorBoard: the data module does not implement draw()"
+    message = (
+        "TensorBoard shows no misclassified samples: the data module does not implement draw()"
+    )
     assert capsys.readouterr().out.splitlines().count(message) == 1
 
 
@@ -154,7 +157,7 @@ def test_a_module_that_returns_no_logits_has_no_figure_of_mistakes(tmp_path, ret
     assert tags["images"] == [TAGS[0], TAGS[2]] and tags["graph"]
 
 
-@pytest.mark.filterwarnings("ignore:TensorBoard shows no graph")
+@pytest.mark.filterwarnings("ignore:TensorBoard does not show the network's graph")
 @pytest.mark.parametrize(
     ("dataset", "has_graph"),
     [([0, 1], False), ([{"a": torch.ones(2)}], False), ([torch.ones(2)], True)],

@@ -186,7 +186,7 @@ def test_a_run_that_fails_before_training_leaves_no_files(here):
     full = OSError(28, "No space left on device")
     with pytest.raises(RunFailed) as failed:
         fit(callback=Fails(full))
-    assert str(failed.value).endswith("Nothing was trained, and no files are left.")
+    assert str(failed.value).endswith("No step was completed, and the run's folder was removed.")
     assert list(here.glob("runs/friedman/*")) == []
 
 

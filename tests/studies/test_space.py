@@ -31,13 +31,13 @@ def test_lists_and_ranges_become_distributions():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"low": 2.0, "high": 1.0}, "The space of model.lr is invalid"),
-        ([], "The space of model.lr is invalid"),
+        ({"low": 2.0, "high": 1.0}, "The search space of model.lr is invalid"),
+        ([], "The search space of model.lr is invalid"),
         ({"low": "1e-3", "high": 1.0}, "1e-3 as text"),
-        ({"low": 0.0, "high": 1.0, "log": True}, "The space of model.lr is invalid"),
-        ({"low": 0.1}, "The space of model.lr is invalid"),
+        ({"low": 0.0, "high": 1.0, "log": True}, "The search space of model.lr is invalid"),
+        ({"low": 0.1}, "The search space of model.lr is invalid"),
         ({"low": 0.1, "high": 1.0, "steps": 3}, "steps"),
-        (0.5, "The space of model.lr is invalid: 0.5"),
+        (0.5, "The search space of model.lr is invalid: 0.5"),
     ],
 )
 def test_invalid_spaces_are_refused(values, message):

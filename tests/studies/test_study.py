@@ -70,7 +70,7 @@ def test_other_experiments_can_be_planned(monkeypatch):
     [
         (("--ckpt_path", "last"), "--ckpt_path cannot be used in a study"),
         (("--trainer.fast_dev_run", "true"), "--trainer.fast_dev_run and"),
-        (("--trainer.enable_checkpointing", "false"), "results are read from each run's folder"),
+        (("--trainer.enable_checkpointing", "false"), "a run writes no results"),
         (("--trainer.devices", "2"), "Each run of a study uses one process"),
         (("--trainer.default_root_dir", "there"), "stored in the same folder"),
         (("--data.source", "elsewhere"), "elsewhere"),

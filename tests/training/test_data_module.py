@@ -69,7 +69,7 @@ def test_defaults_of_a_minimal_data_module():
     for missing in (data.test_samples, data.example_input):
         with pytest.raises(UserError, match=r"Numbers has no test_samples\(\)"):
             missing()
-    with pytest.raises(UserError, match=r"Numbers does not read files\. Remove --data\.images"):
+    with pytest.raises(UserError, match=r"Numbers cannot read files\. Remove --data\.images"):
         data.read_files(["a.png"], None)
 
 

@@ -42,7 +42,7 @@ def two_processes_equal_one(make: Make) -> Answer:
     except UserError as error:
         raise NotApplicable(
             "The layer has no attribute sync_batchnorm. "
-            "fit --trainer.sync_batchnorm true rejects it."
+            "fit --trainer.sync_batchnorm true rejects such a layer."
         ) from error
     one_process = step(layer, batch(4))
     two_processes = _step_on_two_processes(make)
