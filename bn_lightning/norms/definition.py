@@ -19,6 +19,8 @@ Shapes: N is the number of samples in the batch, and C the number of channels. A
 is (N, C) after a linear layer, and (N, C, H, W) after a 2-dimensional convolution.
 """
 
+import math
+
 from torch import Tensor
 
 
@@ -70,13 +72,15 @@ def update_running_stats(
     """Move the running statistics towards those of a batch, in place: algorithm 2, step 10.
 
     The paper averages over batches after training. This is an exponential moving
-    average, as in
-    PyTorch: running = (1 - momentum) * running + momentum * value. All four tensors are
-        (C,).
+    average, as in PyTorch: running = (1 - momentum) * running + momentum * value. The
+    four tensors are (C,). 16-bit running statistics are computed in float32, and
+    rounded once. A momentum that is a tensor has at least 32 bits.
     """
     for running, value in ((running_mean, mean), (running_var, unbiased_var)):
-        same_dtype = value if value.dtype == running.dtype else value.to(running.dtype)
-        running.lerp_(same_dtype, momentum)
+        wide = at_least_float32(running)
+        wide.lerp_(value.to(wide.dtype), momentum)
+        if wide is not running:
+            running.copy_(wide)
 
 
 def normalize_with_running_stats(
@@ -87,39 +91,28 @@ def normalize_with_running_stats(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Normalize each channel of x, (N, C, ...), by the running statistics: algorithm 2, step 11."""
-    scale, shift = evaluation_scale_and_shift(running_mean, running_var, weight, bias, eps)
-    return x * per_channel(scale, x) + per_channel(shift, x)  # (N, C, ...)
+    """Normalize each channel of x, (N, C, ...), by the running statistics: algorithm 2, step 11.
 
-
-def evaluation_scale_and_shift(
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, (C,) each, such that y = scale * x + shift in eval mode.
-
-    All terms but x are constants in eval mode, so the whole layer is one affine
-    function:
-    scale = gamma / sqrt(var + eps), and shift = beta - mean * scale.
+    The mean is subtracted before anything is multiplied. The equivalent
+    scale * x + shift would lose precision in the gradient of gamma, if the mean is
+    large relative to the deviation.
     """
+    centered = at_least_float32(x) - per_channel(running_mean, x)  # (N, C, ...)
     scale = (at_least_float32(running_var) + eps).rsqrt()  # (C,)
     if weight is not None:
         scale = scale * weight
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale  # (C,)
-    return scale, shift
+    y = centered * per_channel(scale, x)  # (N, C, ...)
+    return y if bias is None else y + per_channel(bias, x)
 
 
 def values_per_channel(x: Tensor) -> int:
     """Return the number of values in each channel of x, (N, C, ...). The paper calls it m."""
-    return x.numel() // x.size(1)
+    return x.size(0) * math.prod(x.shape[2:])
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """Return v, (C,), as (1, C, 1, ...), which broadcasts against x, (N, C, ...)."""
-    return v.view((1, -1) + (1,) * (x.dim() - 2))
+    return v.view((1, v.numel()) + (1,) * (x.dim() - 2))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

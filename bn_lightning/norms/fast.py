@@ -8,128 +8,218 @@ saved for the backward pass. With a process group, the statistics are computed o
 batches of all its processes.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from bn_lightning.norms.definition import (
-    at_least_float32,
-    evaluation_scale_and_shift,
-    normalize_batch,
-    values_per_channel,
-)
+from bn_lightning.norms.definition import at_least_float32, per_channel, values_per_channel
+from bn_lightning.norms.memory_order import MemoryOrder
 
 
-class FastBatchNorm(torch.autograd.Function):
-    """`definition.normalize_batch` with the gradient from section 3 of the paper.
+def normalize_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Any = None,
+    track: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Return y of `definition.normalize_batch`, in the dtype of the input.
 
-    `FastBatchNorm.apply(input, weight, bias, eps, group)` returns the same three
-    tensors. If `group` is a process group, the statistics are computed over the batches
-    of all its processes.
+    Args:
+        input: (N, C) or (N, C, ...), of any floating-point dtype.
+        weight, bias, eps: see `definition.normalize_batch`.
+        group: a process group. The statistics are then computed over the batches of all
+            its processes, and second derivatives raise a RuntimeError.
+        track: is called with the mean and the unbiased variance, (C,) each.
+    """
+    y: Tensor = Normalize.apply(input, weight, bias, None, eps, group, track)
+    return y
+
+
+def normalize_with_running_stats(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return `definition.normalize_with_running_stats`, in the dtype of the input.
+
+    The gradient does not depend on later updates of the running statistics.
+    """
+    y: Tensor = Normalize.apply(input, weight, bias, (running_mean, running_var), eps, None, None)
+    return y
+
+
+def needs_plain_operations() -> bool:
+    """Return whether PyTorch must see each operation instead of this module's function.
+
+    torch.compile fuses separate operations. The function supports neither tracing,
+    forward-mode AD, torch.func nor batched gradients.
+    """
+    # PyTorch has no public equivalent of the private names.
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+    )
+
+
+class Normalize(torch.autograd.Function):
+    """Normalization by running statistics or by those of the batch, with its gradient.
+
+    With rstd = 1 / sqrt(var + eps) and x_hat = (x - mean) * rstd, the output is
+    y = weight * x_hat + bias. Sums run over the m values of a channel, and d_v is the
+    gradient of the loss with respect to v:
+
+        d_bias = sum(d_y)        d_weight = sum(d_y * x_hat)
+
+    Running statistics are constants, so d_x = weight * rstd * d_y. The statistics of the
+    batch depend on x, so d_x has three terms. Let g = weight * d_y be the gradient of
+    x_hat:
+
+        directly:              rstd * g
+        through the mean:      -rstd * sum(g) / m
+        through the variance:  -rstd * x_hat * sum(g * x_hat) / m
+
+    The third term is the product of sum(g * (x - mean)), which is the gradient of rstd,
+    with d rstd / d var = -rstd^3 / 2 and d var / d x = 2 * (x - mean) / m. The sum of the
+    terms is the gradient in section 3 of the paper:
+
+        d_x = weight * rstd * (d_y - d_bias / m - x_hat * d_weight / m)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        width = _width(input)
-        x = _view(input, width)
-        count = values_per_channel(input)
-        m: int | Tensor = max(count, 1)
-        mean = _channel_sums(x, width).div_(m)
-        squares = _channel_sums((x - _broadcast(mean, width)).square_(), width)
-        m_minus_1: int | Tensor = max(m - 1, 1)
-        if group is not None:
-            mean, squares, total = _merge_statistics(mean, squares, count, group)
-            m, m_minus_1 = total.clamp(min=1), (total - 1).clamp(min=1)
-
-        rstd = (squares / m).add_(eps).rsqrt_()
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_stats: tuple[Tensor, Tensor] | None,
+        eps: float,
+        group: Any,
+        track: Callable[[Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        order = MemoryOrder.of(input)
+        x = order.view(input)
+        m: int | Tensor | None = None
+        if running_stats is None:
+            count = values_per_channel(input)
+            mean, var, unbiased_var, m = _batch_statistics(x, order, count, group)
+            # This must precede save_for_backward. Activation checkpointing may end its
+            # second forward pass there.
+            if track is not None:
+                track(mean, unbiased_var)
+        else:
+            mean, var = (at_least_float32(value) for value in running_stats)
+            # The mean is saved for the backward pass, and the next training step changes
+            # the buffer.
+            mean = mean.clone()
+        rstd = (var + eps).rsqrt_()
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-        y = _unview(_scale_and_shift(x, width, scale, shift), width, input)
 
+        # y itself is not a view. Autograd refuses to change views in place that come from
+        # a function with a gradient of its own.
+        y = order.empty_like(input)
+        order.scale_and_shift(x, scale, shift, out=order.view(y))
         ctx.save_for_backward(input, weight, mean, rstd, scale)
-        ctx.width, ctx.m, ctx.eps, ctx.group = width, m, eps, group
-        unbiased_var = squares.div_(m_minus_1)
-        ctx.mark_non_differentiable(mean, unbiased_var)
-        ctx.set_materialize_grads(False)
-        return y if y.dtype == input.dtype else y.to(input.dtype), mean, unbiased_var
+        ctx.order, ctx.m, ctx.eps, ctx.group = order, m, eps, group
+        return y.to(input.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to input, weight and bias.
-
-        The sums run over the m values of a channel, and x_hat = (x - mean) * rstd:
-
-            d_bias   = sum(dy)
-            d_weight = sum(dy * x_hat)
-            dx       = weight * rstd * (dy - d_bias / m - x_hat * d_weight / m)
-        """
-        if grad is None:
-            return None, None, None, None, None
-        input, weight, mean, rstd, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> Any:
         # Gradients are enabled in a backward pass only with create_graph=True, that is
         # for a second derivative.
-        if torch.is_grad_enabled():
-            return *_gradient_of_definition(ctx, input, weight, grad), None, None
+        if torch.is_grad_enabled() or needs_plain_operations():
+            return *_gradients_in_plain_operations(ctx, grad), None, None, None, None
 
-        width, m = ctx.width, ctx.m
-        x, dy = _view(input, width), _view(grad, width)
-        d_bias = _channel_sums(dy, width)
-        d_weight = torch.addcmul(_channel_sums(x * dy, width), mean, d_bias, value=-1).mul_(rstd)
-        sum_dy, sum_dy_x_hat = d_bias, d_weight
-        if ctx.group is not None:
-            # dx needs the sums over all processes. The returned d_weight and d_bias are
-            # those of this process, because DDP averages them.
-            sums = torch.stack([d_bias, d_weight])
-            dist.all_reduce(sums, group=ctx.group)
-            sum_dy, sum_dy_x_hat = sums[0], sums[1]
+        input, _, mean, rstd, scale = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        order, m = ctx.order, ctx.m
+        x, dy = order.view(input), order.view(grad)
+        d_input: Any = None
+        d_weight: Any = None
+        d_bias: Any = None
+        if needs_bias or m is not None:
+            d_bias = order.sums(dy)
+        if needs_weight or m is not None:
+            # sum(x * dy) - mean * sum(dy) takes less time. But a mean that is large
+            # relative to the deviation would cancel, and precision would be lost.
+            d_weight = order.sums((x - order.broadcast(mean)).mul_(dy)).mul_(rstd)
+        if needs_input and m is None:
+            d_input = order.unview(dy * order.broadcast(scale), input)
+        elif needs_input:
+            sum_dy, sum_dy_x_hat = d_bias, d_weight
+            if ctx.group is not None:
+                # d_x needs the sums over all processes. The returned d_weight and d_bias
+                # are those of this process, because DDP averages them.
+                sums = torch.stack([d_bias, d_weight])
+                dist.all_reduce(sums, group=ctx.group)
+                sum_dy, sum_dy_x_hat = sums[0], sums[1]
+            # d_x is computed as a * x + b + scale * d_y, which takes fewer passes over
+            # memory than the formula.
+            slope, scale_by_m = sum_dy_x_hat * rstd, scale / -m
+            shift = torch.addcmul(sum_dy, slope, mean, value=-1).mul_(scale_by_m)
+            dx = order.scale_and_shift(x, slope.mul_(scale_by_m), shift)
+            d_input = order.unview(dx.addcmul_(dy, order.broadcast(scale)), input)
+        d_weight, d_bias = d_weight if needs_weight else None, d_bias if needs_bias else None
+        return d_input, d_weight, d_bias, None, None, None, None
 
-        # dx = scale * (dy - sum_dy / m - (x - mean) * slope / m) is computed as
-        # a * dy + b * x + c, which takes fewer passes over memory.
-        slope, scale_by_m = sum_dy_x_hat * rstd, scale / -m
-        shift = torch.addcmul(sum_dy, slope, mean, value=-1).mul_(scale_by_m)
-        dx = _scale_and_shift(x, width, slope.mul_(scale_by_m), shift)
-        dx = dx.addcmul_(dy, _broadcast(scale, width))
 
-        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        d_input = _unview(dx, width, input)
-        return (
-            d_input,
-            d_weight if needs_weight else None,
-            d_bias if needs_bias else None,
-            None,
-            None,
-        )
-
-
-def _gradient_of_definition(
-    ctx: Any, input: Tensor, weight: Tensor | None, grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of `definition.normalize_batch`, which are differentiable.
+def _gradients_in_plain_operations(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients with respect to input, weight and bias, which are differentiable.
 
     Raises:
         RuntimeError: the statistics are synchronized between processes.
     """
     if ctx.group is not None:
         raise RuntimeError(
-            "Synchronized batch_norm does not support second derivatives. "
-            "Set sync_batchnorm to False, or train with one process."
+            "Synchronized batch_norm supports neither second derivatives nor batched "
+            "gradients. Set sync_batchnorm to False, or train with one process."
         )
-    y, _, _ = normalize_batch(at_least_float32(input), weight, None, ctx.eps)
-    needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    candidates = ((input, needs_input), (weight, needs_weight))
-    inputs = [t for t, needed in candidates if t is not None and needed]
-    grads: list[Tensor] = []
-    if inputs:
-        grads += torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=True)
-    d_input = grads.pop(0) if needs_input else None
-    d_weight = grads.pop(0) if needs_weight else None
-    d_bias = grad.sum([d for d in range(grad.dim()) if d != 1]) if needs_bias else None
-    return d_input, d_weight, d_bias
+    input, weight, mean, rstd, _ = ctx.saved_tensors
+    x, dy = at_least_float32(input), at_least_float32(grad)
+    all_but_channels = [d for d in range(x.dim()) if d != 1]
+    if ctx.m is not None:
+        # The statistics are functions of x, and have a gradient too.
+        mean = x.sum(all_but_channels) / ctx.m
+        var = (x - per_channel(mean, x)).square().sum(all_but_channels) / ctx.m
+        rstd = (var + ctx.eps).rsqrt()
+    x_hat = (x - per_channel(mean, x)) * per_channel(rstd, x)
+    d_bias = dy.sum(all_but_channels)
+    d_weight = (dy * x_hat).sum(all_but_channels)
+    if ctx.m is not None:
+        dy = dy - per_channel(d_bias / ctx.m, x) - x_hat * per_channel(d_weight / ctx.m, x)
+    d_input = dy * per_channel(rstd if weight is None else rstd * weight, x)
+    needed = zip((d_input, d_weight, d_bias), ctx.needs_input_grad, strict=False)
+    return tuple(gradient if is_needed else None for gradient, is_needed in needed)
+
+
+def _batch_statistics(
+    x: Tensor, order: MemoryOrder, count: int, group: Any
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+    """Return the statistics of a view: mean, variance and unbiased variance, (C,) each, and m.
+
+    `count` is the number of values per channel in this process, and m in the whole group. An
+    empty batch has m = 1, which makes its gradients 0 instead of NaN.
+    """
+    m: int | Tensor = max(count, 1)
+    m_minus_1: int | Tensor = max(count - 1, 1)
+    mean = order.sums(x).div_(m)
+    squares = order.sums((x - order.broadcast(mean)).square_())
+    if group is not None:
+        mean, squares, total = _merge_statistics(mean, squares, count, group)
+        m, m_minus_1 = total.clamp(min=1), (total - 1).clamp(min=1)
+    return mean, squares / m, squares / m_minus_1, m
 
 
 def _merge_statistics(
@@ -158,83 +248,3 @@ def _merge_statistics(
     total = counts.sum()
     mean = (means * counts).sum(0) / total.clamp(min=1)
     return mean, (all_squares + counts * (means - mean).square()).sum(0), total
-
-
-def normalize_with_running_stats(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Compute `definition.normalize_with_running_stats` in one pass over memory.
-
-    16-bit input is converted to float32.
-    """
-    scale, shift = evaluation_scale_and_shift(running_mean, running_var, weight, bias, eps)
-    width = _width(x)
-    return _unview(_scale_and_shift(_view(x, width), width, scale, shift), width, x)
-
-
-# The helpers below work on a view of a tensor, whose dimensions are in memory order.
-# `width` encodes the shape of the view:
-#   0: the tensor is contiguous; the view is (N, C, L), with L values per channel.
-#   W: the tensor is channels-last; the view is (R, W * C), with R rows. W is the size
-#      of the last spatial dimension.
-#   1: the tensor is (N, C), and so is the view.
-# The rows have W * C values, because rows of C values would leave a CPU's vector units
-# idle if C is small.
-
-
-def _width(x: Tensor) -> int:
-    """Return the `width` of x, as defined above."""
-    if x.dim() == 2:
-        return 1
-    last = x.movedim(1, -1)
-    return last.size(-2) if last.is_contiguous() and not x.is_contiguous() else 0
-
-
-def _view(x: Tensor, width: int) -> Tensor:
-    """Return the view of x, in float32 or float64.
-
-    It is a copy if x is neither contiguous nor channels-last, or if it is 16-bit.
-    """
-    x = at_least_float32(x)
-    if x.dim() == 2:
-        return x
-    if width:
-        rows = x.size(0) * math.prod(x.shape[2:-1])
-        return x.movedim(1, -1).reshape(rows, width * x.size(1))
-    return x.reshape(x.size(0), x.size(1), math.prod(x.shape[2:]))
-
-
-def _unview(view: Tensor, width: int, x: Tensor) -> Tensor:
-    """Return a view in the shape of x. This is the inverse of `_view`."""
-    if x.dim() == 2:
-        return view
-    return view.view(x.movedim(1, -1).shape).movedim(-1, 1) if width else view.view(x.shape)
-
-
-def _channel_sums(view: Tensor, width: int) -> Tensor:
-    """Return the sum over each channel of a view, (C,)."""
-    if not width:
-        # With few channels, two sums are several times faster than .sum((0, 2)).
-        return view.sum(2).sum(0)
-    row = view.sum(0)
-    return row if width == 1 else row.view(width, -1).sum(0)
-
-
-def _broadcast(v: Tensor, width: int) -> Tensor:
-    """Return v, (C,), reshaped to broadcast against a view."""
-    if not width:
-        return v.unsqueeze(1)
-    return v if width == 1 else v.expand(width, -1).reshape(-1)
-
-
-def _scale_and_shift(view: Tensor, width: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return view * scale + shift, where scale and shift are (C,)."""
-    scale, shift = _broadcast(scale, width), _broadcast(shift, width)
-    # addcmul takes one pass over memory. It is slow if two operands are broadcast along
-    # the last dimension, as in a view (N, C, L).
-    return torch.addcmul(shift, view, scale) if width else (view * scale).add_(shift)

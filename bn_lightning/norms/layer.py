@@ -6,12 +6,12 @@ calls one of the two. The layer `BatchNorm` keeps the parameters and the running
 statistics, and calls the function.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from bn_lightning.norms import definition, fast
 from bn_lightning.norms.definition import at_least_float32, values_per_channel
@@ -64,25 +64,29 @@ def batch_norm(
             "Expected more than 1 value per channel in training, "
             f"got input of shape {tuple(input.shape)}."
         )
-    use_definition = _needs_plain_operations()
+    use_definition = fast.needs_plain_operations()
 
     if not training:
         assert running_mean is not None and running_var is not None  # see check_input
-        normalize = fast.normalize_with_running_stats
+        statistics = (running_mean, running_var)
         if use_definition:
-            normalize = definition.normalize_with_running_stats
-        return normalize(input, running_mean, running_var, weight, bias, eps).to(input.dtype)
+            y = definition.normalize_with_running_stats(input, *statistics, weight, bias, eps)
+            return y.to(input.dtype)
+        return fast.normalize_with_running_stats(input, *statistics, weight, bias, eps)
 
-    if use_definition and process_group is None:
-        y, mean, var = definition.normalize_batch(at_least_float32(input), weight, bias, eps)
-    else:
-        y, mean, var = fast.FastBatchNorm.apply(input, weight, bias, eps, process_group)
-    if running_mean is None or running_var is None:
-        return y.to(input.dtype)
-    # With a process group, mean and var are defined even if this process's shard is
+    track = None
+    # With a process group, the statistics are defined even if this process's shard is
     # empty.
-    if input.numel() or process_group is not None:
-        definition.update_running_stats(running_mean, running_var, mean, var, momentum)
+    has_values = input.numel() > 0 or process_group is not None
+    if running_mean is not None and running_var is not None and has_values:
+        track = partial(
+            definition.update_running_stats, running_mean, running_var, momentum=momentum
+        )
+    if process_group is not None or not use_definition:
+        return fast.normalize_batch(input, weight, bias, eps, process_group, track)
+    y, mean, var = definition.normalize_batch(at_least_float32(input), weight, bias, eps)
+    if track is not None:
+        track(mean, var)
     return y.to(input.dtype)
 
 
@@ -139,20 +143,6 @@ def check_num_dims(input: Tensor, num_dims: int | None) -> None:
             f"Expected {num_dims}-dimensional input, "
             f"got {input.dim()} dimensions: {tuple(input.shape)}."
         )
-
-
-def _needs_plain_operations() -> bool:
-    """Return whether PyTorch must see each operation instead of the custom autograd function.
-
-    torch.compile fuses separate operations. The custom autograd function supports
-    neither forward-mode AD nor torch.func.
-    """
-    # The last two names are private. PyTorch has no public equivalent.
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 class BatchNorm(nn.Module):
@@ -266,7 +256,9 @@ class BatchNorm(nn.Module):
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None and self.running_mean is not None:
-                momentum = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+                # 16 bits could not represent the count.
+                dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
+                momentum = 1 / self.num_batches_tracked.to(dtype)
 
         use_batch_stats = self.training or self.running_mean is None
         # track_running_stats may be set to False later. Then the buffers are not

@@ -4,6 +4,8 @@ Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-No
 Models", 2017, https://arxiv.org/abs/1702.03275, algorithm 1.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,11 @@ class BatchRenorm(nn.Module):
     If nothing is clipped, y = gamma * (x - M) / S + beta, which is the output in eval
     mode. With r = 1 and d = 0, it is batch normalization. r and d carry no gradient.
     Each process uses the statistics of its own batch.
+
+    Training reads M and S. They stay in float32 if the layer is converted to 16 bits,
+    because 16 bits cannot represent the small steps of a moving average. With activation
+    checkpointing, the second forward pass reuses r and d of the first and leaves M and S
+    unchanged. The layer must then be called once per backward pass.
 
     The paper's limits are r_max = 3 from step 40,000 and d_max = 5 from step 25,000.
     The default warmup of 500 batches suits runs of about 2,000 steps. After it, the
@@ -80,9 +87,11 @@ class BatchRenorm(nn.Module):
         self.r_max, self.d_max, self.warmup = r_max, d_max, warmup
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_std", torch.ones(num_features))
+        self.register_buffer("running_mean", at_least_float32(torch.zeros(num_features)))
+        self.register_buffer("running_std", at_least_float32(torch.ones(num_features)))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+        # The mean, r and d of the newest batch. Activation checkpointing needs them again.
+        self._newest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C) or (N, C, ...). 16-bit input is computed in float32.
@@ -108,16 +117,31 @@ class BatchRenorm(nn.Module):
             mean = x.mean(all_but_channels)  # (C,)
             centered = x - per_channel(mean, x)  # (N, C, ...)
             std = (centered.square().mean(all_but_channels) + self.eps).sqrt()  # (C,)
-            r, d = self._correct_and_track(mean.detach(), std.detach())
+            r, d = self._corrections(mean.detach(), std.detach())
             scale, shift = self.weight * r / std, self.bias + self.weight * d
         else:
             centered = x - per_channel(self.running_mean, x)
-            scale, shift = self.weight / at_least_float32(self.running_std), self.bias
+            # A copy, because the next training step changes the buffer.
+            scale, shift = self.weight / self.running_std.clone(), self.bias
         y = centered * per_channel(scale, x) + per_channel(shift, x)
         return y.to(input.dtype)
 
-    def _correct_and_track(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r and d, (C,), then update the moving averages with this batch."""
+    def _corrections(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return r and d, (C,). Update the moving averages, unless the batch is recomputed.
+
+        Raises:
+            RuntimeError: the batch is recomputed in a backward pass, and is not the newest.
+        """
+        # Within a backward pass, only activation checkpointing calls a layer. PyTorch has no
+        # public equivalent of the private name.
+        if self._newest is not None and torch._C._current_graph_task_id() != -1:
+            newest_mean, r, d = self._newest
+            if not torch.all((mean - newest_mean).abs() <= 1e-3 * std):
+                raise RuntimeError(
+                    "A BatchRenorm with activation checkpointing was called more than once "
+                    "before the backward pass. Call it once, or turn checkpointing off."
+                )
+            return r, d
         # The count stays a tensor. Reading its value would block the host on a GPU.
         seen = self.num_batches_tracked.to(std.dtype)
         progress = torch.where(seen < self.warmup, seen / max(self.warmup, 1), 1.0)
@@ -127,7 +151,18 @@ class BatchRenorm(nn.Module):
         for running, value in ((self.running_mean, mean), (self.running_std, std)):
             running.lerp_(value.to(running.dtype), self.momentum)
         self.num_batches_tracked.add_(1)
+        self._newest = mean, r, d
         return r, d
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchRenorm":
+        before = self.running_mean, self.running_std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in zip(("running_mean", "running_std"), before, strict=True):
+            converted = getattr(self, name)
+            if converted.dtype.itemsize < 4:
+                setattr(self, name, value.to(converted.device, torch.float32))
+        self._newest = None
+        return self
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "r_max", "d_max", "warmup")

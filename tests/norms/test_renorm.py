@@ -2,12 +2,14 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import UserError
 from bn_lightning.norms import registry
@@ -294,3 +296,44 @@ def test_is_built_by_its_import_path(num_dims):
     norm = registry.make("bn_lightning.norms.renorm.BatchRenorm", 3, num_dims, {"d_max": 2.5})
     assert (norm.num_features, norm.num_dims, norm.d_max) == (3, num_dims, 2.5)
     assert norm(scattered(num_dims, dtype=torch.float32)).shape == SHAPES[num_dims]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_results_of_a_plain_step(reentrant):
+    results = []
+    for run in (lambda f, x: f(x), partial(checkpoint, use_reentrant=reentrant)):
+        norm = layer(warmup=0)
+        for seed in range(3):
+            x = scattered(4, seed).requires_grad_()
+            y = run(norm, x)
+            y.pow(3).sum().backward()
+        results.append((y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_two_checkpointed_calls_before_one_backward_pass_are_rejected():
+    norm = layer(warmup=0)
+    y = sum(
+        checkpoint(norm, scattered(4, seed).requires_grad_(), use_reentrant=False).sum()
+        for seed in (0, 1)
+    )
+    with pytest.raises(RuntimeError, match="called more than once before the backward pass"):
+        y.backward()
+
+
+def test_moving_averages_keep_32_bits_in_a_layer_of_16_bits():
+    """In bfloat16, a moving average stops at a distance of momentum / 2^-9 units of its value."""
+    torch.manual_seed(0)
+    with_default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    created = BatchRenorm(3)
+    torch.set_default_dtype(with_default)
+    converted = BatchRenorm(3).bfloat16()
+    for norm in (created, converted):
+        assert norm.weight.dtype == torch.bfloat16
+        for _ in range(1000):
+            norm(torch.randn(32, 3).bfloat16() + 1)
+        torch.testing.assert_close(norm.running_mean, torch.ones(3), atol=0.05, rtol=0)
+        assert norm.eval()(torch.randn(32, 3).bfloat16()).dtype == torch.bfloat16
+    assert BatchRenorm(3).double().running_mean.dtype == torch.float64

@@ -39,7 +39,8 @@ def two_steps(layer, x, gradient):
     for _ in range(2):
         layer.zero_grad()
         leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        y = layer(leaf)
+        # Operations in place must work behind the layer.
+        y = layer(leaf).mul_(2)
         y.backward(gradient)
     return y.detach(), leaf.grad
 

@@ -1,0 +1,93 @@
+"""Views of a tensor whose dimensions are in memory order, and operations on such views.
+
+On a CPU, operations on these views take a fraction of the time of the same operations on
+a tensor (N, C, H, W), above all if it is channels-last and C is small.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bn_lightning.norms.definition import at_least_float32
+
+
+@dataclass(frozen=True)
+class MemoryOrder:
+    """The memory order of a tensor with channels in dimension 1.
+
+    Attributes:
+        width: encodes the shape of the views:
+
+            * 0: the tensor is contiguous. A view is (N, C, L), with L values per channel.
+            * W: the tensor is channels-last. A view is (R, W * C), with R rows. W is the
+              size of the last spatial dimension. Rows of C values would leave the vector
+              units of a CPU idle if C is small.
+            * 1: the tensor is (N, C), and so is a view.
+    """
+
+    width: int
+
+    @staticmethod
+    def of(x: Tensor) -> "MemoryOrder":
+        """Return the order of x. It is contiguous if x is neither contiguous nor channels-last."""
+        if x.dim() == 2:
+            return MemoryOrder(1)
+        is_channels_last = x.stride(1) == 1 and not x.is_contiguous()
+        return MemoryOrder(x.size(-1) if is_channels_last else 0)
+
+    def view(self, x: Tensor) -> Tensor:
+        """Return a view of x in this order, in float32 or float64.
+
+        It is a copy if x is 16-bit, has another order, or has gaps in memory.
+        """
+        x = at_least_float32(x)
+        if x.dim() == 2:
+            return x
+        if self.width:
+            rows = x.size(0) * math.prod(x.shape[2:-1])
+            return x.movedim(1, -1).reshape(rows, self.width * x.size(1))
+        return x.reshape(x.size(0), x.size(1), math.prod(x.shape[2:]))
+
+    def unview(self, view: Tensor, x: Tensor) -> Tensor:
+        """Return a view with the shape of x. This is the inverse of `view`."""
+        if x.dim() == 2:
+            return view
+        if self.width:
+            return view.view(x.movedim(1, -1).shape).movedim(-1, 1)
+        return view.view(x.shape)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Return a new tensor with the shape of x in this order, in float32 or float64."""
+        is_channels_last = self.width and x.dim() > 2
+        order = torch.preserve_format if is_channels_last else torch.contiguous_format
+        return torch.empty_like(at_least_float32(x), memory_format=order)
+
+    def sums(self, view: Tensor) -> Tensor:
+        """Return the sum over each channel of a view, (C,)."""
+        if not self.width:
+            # With few channels, two sums are several times faster than .sum((0, 2)). The
+            # second sum is small, so it can have the precision that a large mean needs.
+            # MPS has no float64.
+            wide = view.dtype if view.device.type == "mps" else torch.float64
+            return view.sum(2).sum(0, dtype=wide).to(view.dtype)
+        row = view.sum(0)
+        return row if self.width == 1 else row.view(self.width, -1).sum(0)
+
+    def broadcast(self, v: Tensor) -> Tensor:
+        """Return v, (C,), reshaped to broadcast against a view."""
+        if not self.width:
+            return v.unsqueeze(1)
+        return v if self.width == 1 else v.expand(self.width, -1).reshape(-1)
+
+    def scale_and_shift(
+        self, view: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Return view * scale + shift, where scale and shift are (C,). `out` may receive it."""
+        scale, shift = self.broadcast(scale), self.broadcast(shift)
+        # addcmul takes one pass over memory. It is slow if two operands are broadcast along
+        # the last dimension, as in a view (N, C, L).
+        if self.width:
+            return torch.addcmul(shift, view, scale, out=out)
+        return torch.mul(view, scale, out=out).add_(shift)
