@@ -7,6 +7,9 @@ so that they can be compared with `layer.BatchNorm`:
 * The mode follows `torch.is_grad_enabled()`, not `module.training`.
 * The moving variance is biased: it averages batch variances that are divided by m, not m - 1.
 * Momentum is the weight of the old value (0.9). PyTorch's is the weight of the new one (0.1).
+
+The first has a consequence: reentrant activation checkpointing runs the forward pass
+without gradients, and therefore in eval mode. Use it with `use_reentrant=False`.
 """
 
 from typing import ClassVar

@@ -212,14 +212,13 @@ def _batch_statistics(
     `count` is the number of values per channel in this process, and m in the whole group. An
     empty batch has m = 1, which makes its gradients 0 instead of NaN.
     """
-    m: int | Tensor = max(count, 1)
-    m_minus_1: int | Tensor = max(count - 1, 1)
-    mean = order.sums(x).div_(m)
+    mean = order.mean(x, max(count, 1))
     squares = order.sums((x - order.broadcast(mean)).square_())
-    if group is not None:
-        mean, squares, total = _merge_statistics(mean, squares, count, group)
-        m, m_minus_1 = total.clamp(min=1), (total - 1).clamp(min=1)
-    return mean, squares / m, squares / m_minus_1, m
+    if group is None:
+        return mean, squares / max(count, 1), squares / max(count - 1, 1), max(count, 1)
+    mean, squares, total = _merge_statistics(mean, squares, count, group)
+    m = total.clamp(min=1)
+    return mean, squares / m, squares / (total - 1).clamp(min=1), m
 
 
 def _merge_statistics(

@@ -67,13 +67,18 @@ class MemoryOrder:
     def sums(self, view: Tensor) -> Tensor:
         """Return the sum over each channel of a view, (C,)."""
         if not self.width:
-            # With few channels, two sums are several times faster than .sum((0, 2)). The
-            # second sum is small, so it can have the precision that a large mean needs.
-            # MPS has no float64.
-            wide = view.dtype if view.device.type == "mps" else torch.float64
-            return view.sum(2).sum(0, dtype=wide).to(view.dtype)
+            # With few channels, two sums are several times faster than .sum((0, 2)).
+            return view.sum(2).sum(0)
         row = view.sum(0)
         return row if self.width == 1 else row.view(self.width, -1).sum(0)
+
+    def mean(self, view: Tensor, m: int) -> Tensor:
+        """Return the mean over the m values of each channel, (C,)."""
+        if self.width or view.device.type == "mps":
+            return self.sums(view) / m
+        # float64 keeps the digits that a mean needs if it is large relative to the
+        # deviation. This sum is small. MPS has no float64.
+        return (view.sum(2).sum(0, dtype=torch.float64) / m).to(view.dtype)
 
     def broadcast(self, v: Tensor) -> Tensor:
         """Return v, (C,), reshaped to broadcast against a view."""

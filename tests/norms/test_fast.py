@@ -93,7 +93,7 @@ def test_a_large_mean_costs_no_more_precision_than_in_pytorchs_layer(run, traini
     """The formulas sum(x * dy) - mean * sum(dy) and E[x^2] - E[x]^2 fail this test."""
     channels, kind = shape[1], TORCH[len(shape)]
     torch.manual_seed(0)
-    for offset in (0, 10, 100, 1000, 10_000):
+    for offset in (0, 100, 10_000):
         x = LAYOUTS[layout](torch.randn(shape) + offset)
         gradient, weight = torch.randn(shape), torch.rand(channels) + 0.5
         results = {}
@@ -113,7 +113,9 @@ def test_a_large_mean_costs_no_more_precision_than_in_pytorchs_layer(run, traini
         for exact, ours, theirs in zip(*results.values(), strict=True):
             error, their_error = ((v - exact).square().mean().sqrt() for v in (ours, theirs))
             # Plain operations sum in one step, which loses some digits of the batch mean.
-            assert error <= (4 if run is backward else 20) * their_error, (offset, exact.shape)
+            factor = 4 if run is backward else 20
+            rounding = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+            assert error <= factor * their_error + rounding, (offset, exact.shape)
 
 
 @pytest.mark.parametrize("norm", ["custom", "renorm"])

@@ -82,6 +82,9 @@ def test_synchronized_processes_give_the_results_of_one_process(world_size):
     queue = torch.multiprocessing.get_context(processes.START_METHOD).SimpleQueue()
     arguments = (world_size, processes.free_port(), queue)
     ranks = processes.start(results_of_rank, arguments, world_size, join=False)
+    while queue.empty():
+        # This raises if a rank has failed.
+        ranks.join(timeout=0.1)
     results = queue.get()
     ranks.join()
     assert len(results) == len(SHARDS[world_size]) * len(CASES)
