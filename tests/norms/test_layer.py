@@ -174,7 +174,7 @@ def test_layer_on_the_meta_device_equals_a_new_layer_after_reset():
         assert torch.equal(layer.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("momentum", "batches"),
     [(0.1, 1000), (None, 1000), pytest.param(None, 100_000, marks=pytest.mark.slow)],
