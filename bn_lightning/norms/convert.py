@@ -1,8 +1,9 @@
 """Conversion between PyTorch's batch normalization layers and the one from scratch.
 
-The two have the same parameters and buffers, so only the class of a layer changes. Some
-tools accept PyTorch's class only, and `BatchNorm` does not inherit from it. Examples
-are `torch.optim.swa_utils.update_bn`, `torch.func.replace_all_batch_norm_modules_`, and
+The two have the same parameters and buffers, so the layers stay the same objects and
+change their class. Subclasses are left unchanged, because they may do more. Some tools
+accept only PyTorch's class, from which `BatchNorm` does not inherit: for example,
+`torch.optim.swa_utils.update_bn`, `torch.func.replace_all_batch_norm_modules_`, and
 tools that fold a norm into the preceding layer.
 """
 
@@ -29,7 +30,7 @@ def to_torch(network: nn.Module) -> nn.Module:
         ValueError: a `BatchNorm` has no `num_dims` from 2 to 5, so that PyTorch's class
             for it is unknown. The network is then unchanged.
     """
-    layers = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    layers = [module for module in network.modules() if type(module) is BatchNorm]
     for layer in layers:
         if layer.num_dims not in TORCH:
             raise ValueError(
@@ -47,10 +48,11 @@ def from_torch(network: nn.Module) -> nn.Module:
 
     Return the network.
     """
+    # BatchNorm1d accepts 2 or 3 dimensions.
+    num_dims: dict[type[nn.Module], int | None]
+    num_dims = {nn.BatchNorm1d: None, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            # BatchNorm1d accepts 2 or 3 dimensions, so num_dims is None for it.
-            num_dims = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(module))
-            module.__dict__.update(num_dims=num_dims, sync_batchnorm=False)
-            module.__class__ = BatchNorm  # type: ignore[assignment]
+        if type(module) in num_dims:
+            module.__dict__.update(num_dims=num_dims[type(module)], sync_batchnorm=False)
+            module.__class__ = BatchNorm
     return network

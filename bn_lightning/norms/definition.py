@@ -12,8 +12,8 @@ Every function normalizes each channel separately:
 
 gamma and beta are learned. They are called `weight` and `bias`, as in PyTorch. In
 training, mean and var are the statistics of the batch. In eval mode, they are running
-statistics: averages over the batches of training. The result for one sample then does
-not depend on the others.
+statistics: averages over the batches of training. In eval mode, the result for one
+sample therefore does not depend on the others.
 
 Shapes: N is the number of samples in the batch, and C the number of channels. A batch
 is (N, C) after a linear layer, and (N, C, H, W) after a 2-dimensional convolution.
@@ -72,15 +72,12 @@ def update_running_stats(
     """Move the running statistics towards those of a batch, in place: algorithm 2, step 10.
 
     The paper averages over batches after training. This is an exponential moving
-    average, as in PyTorch: running = (1 - momentum) * running + momentum * value. The
-    four tensors are (C,). 16-bit running statistics are computed in float32, and
-    rounded once. A momentum that is a tensor has at least 32 bits.
+    average, as in PyTorch. The four tensors are (C,). 16-bit running statistics are
+    computed in float32, and rounded once.
     """
     for running, value in ((running_mean, mean), (running_var, unbiased_var)):
         wide = at_least_float32(running)
-        wide.lerp_(value.to(wide.dtype), momentum)
-        if wide is not running:
-            running.copy_(wide)
+        running.copy_((1 - momentum) * wide + momentum * value)
 
 
 def normalize_with_running_stats(
@@ -93,9 +90,9 @@ def normalize_with_running_stats(
 ) -> Tensor:
     """Normalize each channel of x, (N, C, ...), by the running statistics: algorithm 2, step 11.
 
-    The mean is subtracted before anything is multiplied. The equivalent
-    scale * x + shift would lose precision in the gradient of gamma, if the mean is
-    large relative to the deviation.
+    The mean is subtracted before the multiplication. If autograd differentiated
+    scale * x + shift instead, the gradient of gamma would lose precision wherever the
+    mean is large relative to the deviation.
     """
     centered = at_least_float32(x) - per_channel(running_mean, x)  # (N, C, ...)
     scale = (at_least_float32(running_var) + eps).rsqrt()  # (C,)

@@ -1,11 +1,11 @@
 """Batch normalization with few passes over memory and a hand-derived gradient.
 
-The results equal those of `definition.py`. On a CPU, most of the time is spent on
-reading and writing tensors of the input's size. Three rules reduce this time. Each
-tensor is read in memory order. At most one temporary tensor of the input's size is
-allocated in addition to the result. The input is the only tensor of that size that is
-saved for the backward pass. With a process group, the statistics are computed over the
-batches of all its processes.
+The results equal those of `definition.py`, up to rounding. On a CPU, most of the time is
+spent on reading and writing tensors of the input's size. Three rules reduce this time.
+Each tensor is read in memory order. For 32-bit input, at most one temporary tensor of
+its size is allocated in addition to the result. The input is the only tensor of that
+size that is saved for the backward pass. With a process group, the statistics are
+computed over the batches of all its processes.
 """
 
 from collections.abc import Callable
@@ -60,13 +60,14 @@ def normalize_with_running_stats(
 def needs_plain_operations() -> bool:
     """Return whether PyTorch must see each operation instead of this module's function.
 
-    torch.compile fuses separate operations. The function supports neither tracing,
-    forward-mode AD, torch.func nor batched gradients.
+    torch.compile fuses separate operations. Tracing, forward-mode AD, torch.func and
+    batched gradients do not support the function.
     """
-    # PyTorch has no public equivalent of the private names.
+    # PyTorch has no public equivalents of the private names.
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
@@ -90,9 +91,13 @@ class Normalize(torch.autograd.Function):
         through the mean:      -rstd * sum(g) / m
         through the variance:  -rstd * x_hat * sum(g * x_hat) / m
 
-    The third term is the product of sum(g * (x - mean)), which is the gradient of rstd,
-    with d rstd / d var = -rstd^3 / 2 and d var / d x = 2 * (x - mean) / m. The sum of the
-    terms is the gradient in section 3 of the paper:
+    The third term is a product of three factors:
+
+        gradient of rstd:  sum(g * (x - mean))
+        d rstd / d var:    -rstd^3 / 2
+        d var / d x:       2 * (x - mean) / m
+
+    The sum of the three terms is the gradient in section 3 of the paper:
 
         d_x = weight * rstd * (d_y - d_bias / m - x_hat * d_weight / m)
     """
@@ -114,8 +119,8 @@ class Normalize(torch.autograd.Function):
         if running_stats is None:
             count = values_per_channel(input)
             mean, var, unbiased_var, m = _batch_statistics(x, order, count, group)
-            # This must precede save_for_backward. Activation checkpointing may end its
-            # second forward pass there.
+            # With activation checkpointing, PyTorch's layer tracks both forward passes. The
+            # second may end at save_for_backward, so this must precede it.
             if track is not None:
                 track(mean, unbiased_var)
         else:
@@ -131,7 +136,7 @@ class Normalize(torch.autograd.Function):
         # a function with a gradient of its own.
         y = order.empty_like(input)
         order.scale_and_shift(x, scale, shift, out=order.view(y))
-        ctx.save_for_backward(input, weight, mean, rstd, scale)
+        ctx.save_for_backward(input, weight, mean, rstd)
         ctx.order, ctx.m, ctx.eps, ctx.group = order, m, eps, group
         return y.to(input.dtype)
 
@@ -142,7 +147,8 @@ class Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or needs_plain_operations():
             return *_gradients_in_plain_operations(ctx, grad), None, None, None, None
 
-        input, _, mean, rstd, scale = ctx.saved_tensors
+        input, weight, mean, rstd = ctx.saved_tensors
+        scale = rstd if weight is None else rstd * weight
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         order, m = ctx.order, ctx.m
         x, dy = order.view(input), order.view(grad)
@@ -186,7 +192,7 @@ def _gradients_in_plain_operations(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
             "Synchronized batch_norm supports neither second derivatives nor batched "
             "gradients. Set sync_batchnorm to False, or train with one process."
         )
-    input, weight, mean, rstd, _ = ctx.saved_tensors
+    input, weight, mean, rstd = ctx.saved_tensors
     x, dy = at_least_float32(input), at_least_float32(grad)
     all_but_channels = [d for d in range(x.dim()) if d != 1]
     if ctx.m is not None:
@@ -224,20 +230,13 @@ def _batch_statistics(
 def _merge_statistics(
     mean: Tensor, squares: Tensor, count: int, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the statistics of all processes.
+    """Return mean, sum of squared deviations and number of values per channel, over all processes.
 
-    Each process adds two parts to the total sum of squared deviations: its `squares`,
-    and its count * (its mean - total mean)^2. See Chan, Golub and LeVeque, "Updating
-    Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979. A process
-    may have any number of values, including 0.
-
-    Args:
-        mean: the mean of this process, (C,).
-        squares: its sum of squared deviations from that mean, (C,).
-        count: its number of values per channel.
-
-    Returns:
-        The same three values over all processes. The count is a scalar tensor.
+    The arguments are those of this process. The mean and the sum are (C,). The returned
+    number is a scalar tensor. Each process adds two parts to the total sum of squared
+    deviations: its `squares`, and its count * (its mean - total mean)^2. See Chan, Golub
+    and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", 1979. A process may have any number of values, including 0.
     """
     own = torch.cat([mean, squares, mean.new_tensor([count])])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

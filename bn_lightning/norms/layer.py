@@ -44,19 +44,19 @@ def batch_norm(
         input: (N, C) or (N, C, ...), floating point. 16-bit input is normalized in
             float32. The result has the input's dtype and memory format.
         running_mean, running_var, weight, bias: (C,) each, or None. Their dtype is that
-            of the input, or float32 if the input has 16 bits. `weight` is gamma, and
-            `bias` is beta.
+            of the input. With 16-bit input, it may also be float32. `weight` is gamma,
+            and `bias` is beta.
         momentum: the weight of the current batch in the running statistics.
         process_group: in training, compute the statistics over the batches of all its
             processes.
 
     Raises:
         ValueError: a shape or dtype does not fit; the running statistics are missing in
-            eval mode; or, in training, each channel has only one value, so that its
-            variance is 0.
+            eval mode; or, in training, eps is not positive, or each channel has only
+            one value, so that its variance is 0.
     """
     if input.dim() == 1 and not input.numel():
-        # There is nothing to normalize. PyTorch accepts this input too.
+        # There is nothing to normalize. PyTorch's function accepts this input too.
         return input.clone()
     check_input(input, running_mean, running_var, training, eps, weight, bias)
     if training and process_group is None and values_per_channel(input) == 1:
@@ -173,10 +173,9 @@ class BatchNorm(nn.Module):
             processes of the default group. `Trainer(sync_batchnorm=True)` sets it with
             the plugin in `sync.py`.
         prefers_channels_last: True. On a CPU, the layer is faster in channels-last
-            format.
+            format. See `recognition.py`.
         only_writes_running_stats: True. In training, the layer writes its running
-            statistics but never reads them. `recognition.py` explains this attribute
-            and the one before.
+            statistics but never reads them. See `recognition.py`.
     """
 
     prefers_channels_last: ClassVar[bool] = True
@@ -280,9 +279,10 @@ class BatchNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Layers saved before PyTorch 0.4.1 have no num_batches_tracked.
-        version = args[0].get("version")
-        if (version is None or version < 2) and self.num_batches_tracked is not None:
-            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        version, count = args[0].get("version"), self.num_batches_tracked
+        if (version is None or version < 2) and count is not None:
+            count = torch.tensor(0) if count.is_meta else count
+            state_dict.setdefault(prefix + "num_batches_tracked", count)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 """Views of a tensor whose dimensions are in memory order, and operations on such views.
 
 On a CPU, operations on these views take a fraction of the time of the same operations on
-a tensor (N, C, H, W), above all if it is channels-last and C is small.
+a tensor (N, C, H, W). The difference is largest if the tensor is channels-last and C is
+small.
 """
 
 import math
@@ -12,33 +13,44 @@ from torch import Tensor
 
 from bn_lightning.norms.definition import at_least_float32
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 @dataclass(frozen=True)
 class MemoryOrder:
-    """The memory order of a tensor with channels in dimension 1.
+    """The memory order in which a tensor, with channels in dimension 1, is processed.
 
     Attributes:
         width: encodes the shape of the views:
 
-            * 0: the tensor is contiguous. A view is (N, C, L), with L values per channel.
-            * W: the tensor is channels-last. A view is (R, W * C), with R rows. W is the
-              size of the last spatial dimension. Rows of C values would leave the vector
-              units of a CPU idle if C is small.
-            * 1: the tensor is (N, C), and so is a view.
+            * 0: the order is contiguous. A view is (N, C, L), with L values per channel.
+            * W > 0: the order is channels-last. A view is (R, W * C), with R rows. W is the
+              size of the last spatial dimension, and 1 for a tensor (N, C). Rows of C
+              values would leave the vector units of a CPU idle if C is small.
     """
 
     width: int
 
     @staticmethod
     def of(x: Tensor) -> "MemoryOrder":
-        """Return the order of x. It is contiguous if x is neither contiguous nor channels-last."""
+        """Return the order of the output of PyTorch's layer for x.
+
+        It is channels-last if x has 4 or 5 dimensions and its strides are in that order,
+        even if x has gaps in memory. Otherwise it is contiguous.
+        """
         if x.dim() == 2:
             return MemoryOrder(1)
-        is_channels_last = x.stride(1) == 1 and not x.is_contiguous()
-        return MemoryOrder(x.size(-1) if is_channels_last else 0)
+        if x.dim() not in CHANNELS_LAST or x.is_contiguous():
+            return MemoryOrder(0)
+        least = 1
+        for d in (1, *range(x.dim() - 1, 1, -1), 0):
+            if x.stride(d) < least:
+                return MemoryOrder(0)
+            least = x.stride(d) * x.size(d)
+        return MemoryOrder(x.size(-1))
 
     def view(self, x: Tensor) -> Tensor:
-        """Return a view of x in this order, in float32 or float64.
+        """Return x in the shape of a view, in float32 or float64.
 
         It is a copy if x is 16-bit, has another order, or has gaps in memory.
         """
@@ -60,9 +72,9 @@ class MemoryOrder:
 
     def empty_like(self, x: Tensor) -> Tensor:
         """Return a new tensor with the shape of x in this order, in float32 or float64."""
-        is_channels_last = self.width and x.dim() > 2
-        order = torch.preserve_format if is_channels_last else torch.contiguous_format
-        return torch.empty_like(at_least_float32(x), memory_format=order)
+        layout = CHANNELS_LAST[x.dim()] if self.width and x.dim() > 2 else torch.contiguous_format
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
     def sums(self, view: Tensor) -> Tensor:
         """Return the sum over each channel of a view, (C,)."""
@@ -77,7 +89,7 @@ class MemoryOrder:
         if self.width or view.device.type == "mps":
             return self.sums(view) / m
         # float64 keeps the digits that a mean needs if it is large relative to the
-        # deviation. This sum is small. MPS has no float64.
+        # deviation. The second sum has N * C values only. MPS has no float64.
         return (view.sum(2).sum(0, dtype=torch.float64) / m).to(view.dtype)
 
     def broadcast(self, v: Tensor) -> Tensor:

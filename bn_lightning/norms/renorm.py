@@ -5,6 +5,7 @@ Models", 2017, https://arxiv.org/abs/1702.03275, algorithm 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ class BatchRenorm(nn.Module):
     mode. With r = 1 and d = 0, it is batch normalization. r and d carry no gradient.
     Each process uses the statistics of its own batch.
 
-    Training reads M and S. They stay in float32 if the layer is converted to 16 bits,
-    because 16 bits cannot represent the small steps of a moving average. With activation
-    checkpointing, the second forward pass reuses r and d of the first and leaves M and S
-    unchanged. The layer must then be called once per backward pass.
+    M and S stay in float32 if the layer is converted to 16 bits, because 16 bits cannot
+    represent the small steps of a moving average. With activation checkpointing, the
+    second forward pass reuses r and d of the first, and leaves M and S unchanged. The
+    layer must then be called once between two backward passes. If it is compiled too,
+    checkpoint inside the compiled function.
 
     The paper's limits are r_max = 3 from step 40,000 and d_max = 5 from step 25,000.
     The default warmup of 500 batches suits runs of about 2,000 steps. After it, the
@@ -64,6 +66,8 @@ class BatchRenorm(nn.Module):
     running_mean: Tensor
     running_std: Tensor
     num_batches_tracked: Tensor
+    # Mean, standard deviation, r and d of the newest batch, for activation checkpointing.
+    _newest: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -90,8 +94,6 @@ class BatchRenorm(nn.Module):
         self.register_buffer("running_mean", at_least_float32(torch.zeros(num_features)))
         self.register_buffer("running_std", at_least_float32(torch.ones(num_features)))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        # The mean, r and d of the newest batch. Activation checkpointing needs them again.
-        self._newest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C) or (N, C, ...). 16-bit input is computed in float32.
@@ -130,16 +132,22 @@ class BatchRenorm(nn.Module):
         """Return r and d, (C,). Update the moving averages, unless the batch is recomputed.
 
         Raises:
-            RuntimeError: the batch is recomputed in a backward pass, and is not the newest.
+            RuntimeError: in a backward pass, the batch is not the newest.
         """
-        # Within a backward pass, only activation checkpointing calls a layer. PyTorch has no
-        # public equivalent of the private name.
-        if self._newest is not None and torch._C._current_graph_task_id() != -1:
-            newest_mean, r, d = self._newest
-            if not torch.all((mean - newest_mean).abs() <= 1e-3 * std):
+        # In a backward pass, activation checkpointing calls the layer again. PyTorch has no
+        # public equivalent of the private name. torch.compile does not call it again.
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager and self._newest is not None and torch._C._current_graph_task_id() != -1:
+            newest_mean, newest_std, r, d = self._newest
+            # A comparison with NaN is False, so that NaN counts as equal.
+            differs = ((mean - newest_mean).abs() > 1e-3 * std) | (
+                (std / newest_std - 1).abs() > 1e-3
+            )
+            if differs.any():
                 raise RuntimeError(
-                    "A BatchRenorm with activation checkpointing was called more than once "
-                    "before the backward pass. Call it once, or turn checkpointing off."
+                    "BatchRenorm was called in a backward pass, with another batch than the "
+                    "newest. With activation checkpointing, it must be called once between two "
+                    "backward passes."
                 )
             return r, d
         # The count stays a tensor. Reading its value would block the host on a GPU.
@@ -151,7 +159,8 @@ class BatchRenorm(nn.Module):
         for running, value in ((self.running_mean, mean), (self.running_std, std)):
             running.lerp_(value.to(running.dtype), self.momentum)
         self.num_batches_tracked.add_(1)
-        self._newest = mean, r, d
+        if is_eager:
+            self._newest = mean, std, r, d
         return r, d
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchRenorm":
@@ -161,8 +170,10 @@ class BatchRenorm(nn.Module):
             converted = getattr(self, name)
             if converted.dtype.itemsize < 4:
                 setattr(self, name, value.to(converted.device, torch.float32))
-        self._newest = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_newest": None}
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "r_max", "d_max", "warmup")

@@ -97,3 +97,16 @@ def test_freezing_with_train_bn_trains_converted_norms_only():
     BaseFinetuning.freeze(network, train_bn=True)
     assert network.norm1.weight.requires_grad
     assert not network.conv1.weight.requires_grad
+
+
+def test_subclasses_keep_their_class():
+    class NormAndReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    class OwnNormAndReLU(BatchNorm):
+        pass
+
+    network = nn.Sequential(NormAndReLU(3), OwnNormAndReLU(3, num_dims=4))
+    assert [type(m) for m in from_torch(network)] == [NormAndReLU, OwnNormAndReLU]
+    assert [type(m) for m in to_torch(network)] == [NormAndReLU, OwnNormAndReLU]

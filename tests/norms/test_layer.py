@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from bn_lightning import BatchNorm, batch_norm
@@ -159,6 +160,30 @@ def test_state_of_pytorch_0_4_0_loads():
     for layer in (BatchNorm(5), nn.BatchNorm2d(5)):
         with pytest.raises(RuntimeError, match="num_batches_tracked"):
             layer.load_state_dict(state)
+
+
+def test_old_state_is_assigned_to_a_layer_on_the_meta_device():
+    state = nn.BatchNorm2d(5).state_dict()
+    del state["num_batches_tracked"]
+    del state._metadata
+    layer = BatchNorm(5, device="meta")
+    layer.load_state_dict(state, assign=True)
+    assert layer.num_batches_tracked.item() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_traced_graph_has_the_output_of_the_layer(training):
+    layer, x = BatchNorm(5).train(training), scattered((8, 5, 6, 4))
+    traced = make_fx(copy.deepcopy(layer))(x)
+    torch.testing.assert_close(traced(x), copy.deepcopy(layer)(x))
+
+
+def test_running_variance_that_overflows_is_infinite():
+    x = torch.randn(64, 5).half() * 1000
+    for layer in (BatchNorm(5).half(), nn.BatchNorm1d(5).half()):
+        for _ in range(20):
+            layer(x)
+        assert layer.running_var.isinf().all()
 
 
 def test_layer_on_the_meta_device_equals_a_new_layer_after_reset():

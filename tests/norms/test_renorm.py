@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from functools import partial
 
 import pytest
@@ -318,8 +319,32 @@ def test_two_checkpointed_calls_before_one_backward_pass_are_rejected():
         checkpoint(norm, scattered(4, seed).requires_grad_(), use_reentrant=False).sum()
         for seed in (0, 1)
     )
-    with pytest.raises(RuntimeError, match="called more than once before the backward pass"):
+    with pytest.raises(RuntimeError, match="it must be called once between two backward passes"):
         y.backward()
+
+
+def test_checkpointed_batches_may_contain_nan():
+    x = scattered(4)
+    x[0, 0] = torch.nan
+    x.requires_grad_()
+    checkpoint(layer(), x, use_reentrant=False).sum().backward()
+    assert x.grad[:, 0].isnan().all()
+    assert not x.grad[:, 1:].isnan().any()
+
+
+def test_a_layer_that_has_trained_compiles_copies_and_pickles():
+    norm, x = layer(), scattered(4)
+    torch.func.grad(lambda x: functional_call(norm, clones(norm), x).pow(3).sum())(x)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        torch.compiler.reset()
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        expected = copy.deepcopy(norm)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), expected(x))
+
+
+def clones(norm):
+    return {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
 def test_moving_averages_keep_32_bits_in_a_layer_of_16_bits():

@@ -10,6 +10,10 @@ LAYOUTS = {
     "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    # Channels are innermost, but the other dimensions are not in channels-last order.
+    "reordered": lambda x: (
+        x.transpose(0, -1).movedim(1, -1).contiguous().movedim(-1, 1).transpose(0, -1)
+    ),
 }
 
 
