@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bn_lightning.norms.batch_statistics import batch_statistics
 from bn_lightning.norms.definition import at_least_float32, per_channel, values_per_channel
 from bn_lightning.norms.memory_order import MemoryOrder
 
@@ -53,7 +54,10 @@ def normalize_with_running_stats(
 
     The gradient does not depend on later updates of the running statistics.
     """
-    y: Tensor = Normalize.apply(input, weight, bias, (running_mean, running_var), eps, None, None)
+    arguments = (input, weight, bias, (running_mean, running_var), eps, None, None)
+    if not torch.is_grad_enabled():
+        return _normalize(*arguments)[0]
+    y: Tensor = Normalize.apply(*arguments)
     return y
 
 
@@ -103,42 +107,13 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_stats: tuple[Tensor, Tensor] | None,
-        eps: float,
-        group: Any,
-        track: Callable[[Tensor, Tensor], None] | None,
-    ) -> Tensor:
-        order = MemoryOrder.of(input)
-        x = order.view(input)
-        m: int | Tensor | None = None
-        if running_stats is None:
-            count = values_per_channel(input)
-            mean, var, unbiased_var, m = _batch_statistics(x, order, count, group)
-            # With activation checkpointing, PyTorch's layer tracks both forward passes. The
-            # second may end at save_for_backward, so this must precede it.
-            if track is not None:
-                track(mean, unbiased_var)
-        else:
-            mean, var = (at_least_float32(value) for value in running_stats)
-            # The mean is saved for the backward pass, and the next training step changes
-            # the buffer.
-            mean = mean.clone()
-        rstd = (var + eps).rsqrt_()
-        scale = rstd if weight is None else rstd * weight
-        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-
-        # y itself is not a view. Autograd refuses to change views in place that come from
-        # a function with a gradient of its own.
-        y = order.empty_like(input)
-        order.scale_and_shift(x, scale, shift, out=order.view(y))
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, *arguments: Any) -> Tensor:
+        y, mean, rstd, ctx.m = _normalize(input, weight, *arguments)
+        # The next training step may change a buffer. The backward pass needs this value.
+        mean = mean if ctx.m is not None else mean.clone()
         ctx.save_for_backward(input, weight, mean, rstd)
-        ctx.order, ctx.m, ctx.eps, ctx.group = order, m, eps, group
-        return y.to(input.dtype)
+        _, _, ctx.eps, ctx.group, _ = arguments
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -150,7 +125,7 @@ class Normalize(torch.autograd.Function):
         input, weight, mean, rstd = ctx.saved_tensors
         scale = rstd if weight is None else rstd * weight
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        order, m = ctx.order, ctx.m
+        order, m = MemoryOrder.of(input), ctx.m
         x, dy = order.view(input), order.view(grad)
         d_input: Any = None
         d_weight: Any = None
@@ -181,6 +156,39 @@ class Normalize(torch.autograd.Function):
         return d_input, d_weight, d_bias, None, None, None, None
 
 
+def _normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_stats: tuple[Tensor, Tensor] | None,
+    eps: float,
+    group: Any,
+    track: Callable[[Tensor, Tensor], None] | None,
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor | None]:
+    """Return y, mean, rstd and m. With running statistics, m is None."""
+    order = MemoryOrder.of(input)
+    x = order.view(input)
+    m: int | Tensor | None = None
+    if running_stats is None:
+        count = values_per_channel(input)
+        mean, var, unbiased_var, m = batch_statistics(x, order, count, group)
+        # With activation checkpointing, PyTorch's layer tracks both forward passes. The
+        # second may end at save_for_backward, so this must precede it.
+        if track is not None:
+            track(mean, unbiased_var)
+    else:
+        mean, var = (at_least_float32(value) for value in running_stats)
+    rstd = (var + eps).rsqrt_()
+    scale = rstd if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+
+    # y itself is not a view. Autograd refuses to change views in place that come from a
+    # function with a gradient of its own.
+    y = order.empty_like(input)
+    order.scale_and_shift(x, scale, shift, out=order.view(y))
+    return y.to(input.dtype), mean, rstd, m
+
+
 def _gradients_in_plain_operations(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients with respect to input, weight and bias, which are differentiable.
 
@@ -208,41 +216,3 @@ def _gradients_in_plain_operations(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     d_input = dy * per_channel(rstd if weight is None else rstd * weight, x)
     needed = zip((d_input, d_weight, d_bias), ctx.needs_input_grad, strict=False)
     return tuple(gradient if is_needed else None for gradient, is_needed in needed)
-
-
-def _batch_statistics(
-    x: Tensor, order: MemoryOrder, count: int, group: Any
-) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-    """Return the statistics of a view: mean, variance and unbiased variance, (C,) each, and m.
-
-    `count` is the number of values per channel in this process, and m in the whole group. An
-    empty batch has m = 1, which makes its gradients 0 instead of NaN.
-    """
-    mean = order.mean(x, max(count, 1))
-    squares = order.sums((x - order.broadcast(mean)).square_())
-    if group is None:
-        return mean, squares / max(count, 1), squares / max(count - 1, 1), max(count, 1)
-    mean, squares, total = _merge_statistics(mean, squares, count, group)
-    m = total.clamp(min=1)
-    return mean, squares / m, squares / (total - 1).clamp(min=1), m
-
-
-def _merge_statistics(
-    mean: Tensor, squares: Tensor, count: int, group: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, sum of squared deviations and number of values per channel, over all processes.
-
-    The arguments are those of this process. The mean and the sum are (C,). The returned
-    number is a scalar tensor. Each process adds two parts to the total sum of squared
-    deviations: its `squares`, and its count * (its mean - total mean)^2. See Chan, Golub
-    and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances", 1979. A process may have any number of values, including 0.
-    """
-    own = torch.cat([mean, squares, mean.new_tensor([count])])
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    size = len(mean)
-    means, all_squares, counts = torch.stack(gathered).tensor_split([size, 2 * size], dim=1)
-    total = counts.sum()
-    mean = (means * counts).sum(0) / total.clamp(min=1)
-    return mean, (all_squares + counts * (means - mean).square()).sum(0), total
