@@ -25,6 +25,14 @@ def batches_done(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def is_epoch_done(trainer: pl.Trainer) -> bool:
+    """Return whether all batches of the current epoch have been trained.
+
+    A loader without a length ends its epoch with the batch that Lightning marks as last.
+    """
+    return batches_done(trainer) >= trainer.num_training_batches or is_last_batch(trainer)
+
+
 def is_last_batch(trainer: pl.Trainer) -> bool:
     """Return whether the current batch is the last of its epoch."""
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)

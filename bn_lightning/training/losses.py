@@ -25,11 +25,16 @@ class NonFiniteLossGuard:
         self._unchecked: list[tuple[int, int, int, Tensor]] = []  # (epoch, batch, step, loss)
 
     def add(self, trainer: pl.Trainer, outputs: Any, batch_idx: int) -> None:
-        """Add the output of a training step: a loss, or a dict with the entry `loss`."""
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            step = trainer.global_step
-            self._unchecked.append((trainer.current_epoch, batch_idx, step, loss.detach()))
+        """Add the output of a training step: a loss, a dict with the entry `loss`, or neither.
+
+        A step may skip its batch, and with manual optimization it need not return a loss.
+        """
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):
+            # A finite value, so that all ranks have the same number of losses.
+            loss = torch.zeros((), device=trainer.strategy.root_device)
+        position = (trainer.current_epoch, batch_idx, trainer.global_step)
+        self._unchecked.append((*position, loss.detach()))
 
     def check(self, trainer: pl.Trainer, path: Path, saved_at: int) -> None:
         """End the run if a loss is not finite, before a checkpoint contains such weights.

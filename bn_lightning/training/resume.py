@@ -86,6 +86,9 @@ class ExactResume(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
         self.path = Path(self.dirpath, "last.ckpt")
         if stage == "fit":
+            # The callback may have served an earlier fit.
+            self.resumed_at, self._saved_at, self._restored = [], -1, None
+            self._losses = NonFiniteLossGuard()
             # A checkpoint between two steps is written before any other callback starts
             # the next step. The final one is written after all other callbacks have
             # finished.
@@ -234,14 +237,15 @@ class ExactResume(Checkpoint):
             self._losses.check(trainer, self.path, self._saved_at)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        done = lightning_internals.batches_done(trainer)
-        if done < trainer.num_training_batches and trainer.global_step != self._saved_at:
+        is_unsaved = trainer.global_step != self._saved_at
+        if is_unsaved and not lightning_internals.is_epoch_done(trainer):
             # max_steps ended the run within an epoch. A longer run resumes from here.
+            done = lightning_internals.batches_done(trainer)
             self._save(trainer, trainer.current_epoch, done, finished=True)
 
     def save_at_end(self, trainer: pl.Trainer) -> None:
         """Save the state after all callbacks have finished."""
-        if lightning_internals.batches_done(trainer) >= trainer.num_training_batches:
+        if lightning_internals.is_epoch_done(trainer):
             self._save(trainer, trainer.current_epoch, 0, finished=True)
         if self.stop_requests.pending(trainer) and not self.stop_requests.is_out_of_time:
             self._stop(trainer)

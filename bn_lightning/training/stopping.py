@@ -60,14 +60,15 @@ class StopRequests:
         self._timer = Timer(max_time, interval="step")
         self._requeue_signal: int | None = None
         self._reason = 0  # a signal number, OUT_OF_TIME, or 0 without a request
-        self._received_at = 0.0
+        self._received_at: float | None = None  # the time of this process's first signal
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the timer, and replace Lightning's signal handlers.
 
         Lightning restores the original handlers at the end of the run. A second signal
-        ends the process at once.
+        ends the process at once. Requests from before are discarded.
         """
+        self._reason, self._received_at = 0, None
         self._timer.on_train_start(trainer, pl_module)
         if threading.current_thread() is not threading.main_thread():
             return
@@ -81,7 +82,7 @@ class StopRequests:
             now = time.monotonic()
             # Some programs send a signal both to the process and to its group. Two
             # signals within 0.3 s therefore count as one.
-            if self._reason and now - self._received_at > 0.3:
+            if self._received_at is not None and now - self._received_at > 0.3:
                 os._exit(128 + number)
             self._reason, self._received_at = number, now
 

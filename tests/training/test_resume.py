@@ -346,7 +346,6 @@ def test_a_stopped_run_with_a_plain_loader_resumes_at_the_end_of_an_epoch(
     assert (result["steps"], result["resumed_at_steps"]) == (20, str(saved))
 
 
-@pytest.mark.xfail(reason="ExactResume considers its epochs unfinished", strict=True)
 def test_a_loader_without_a_length_resumes_at_the_end_of_its_last_epoch(here):
     stream = "tests.support.plain_loader:STREAM"
     assert plain_fit(reference=stream) == [0] * 10 + [10] * 10
@@ -370,29 +369,75 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_any_module_with_any_loader_is_saved_and_resumed(tmp_path, capsys):
-    def fit(epochs, ckpt_path=None):
-        module = Line()
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            callbacks=[ExactResume()],
-            plugins=[WholeCheckpointIO()],
-        )
-        # Without shuffling, a resumed run is the same.
-        loader = DataLoader(rows_of_a_line(), 8)
-        trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
-        return module.layer.weight.item()
+def fit_line(folder, epochs, ckpt_path=None, module=None, resume=None):
+    """Train a module on a plain DataLoader. Without shuffling, a resumed run is the same."""
+    module = module or Line()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[resume or ExactResume()],
+        plugins=[WholeCheckpointIO()],
+    )
+    loader = DataLoader(rows_of_a_line(), 8)
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+    return module.layer.weight.item()
 
-    uninterrupted = fit(3)
+
+def global_step_of(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+
+
+def test_any_module_with_any_loader_is_saved_and_resumed(tmp_path, capsys):
+    uninterrupted = fit_line(tmp_path, 3)
     assert "(DataLoader) cannot be resumed within an epoch" in capsys.readouterr().out
-    fit(1)
-    assert fit(3, ckpt_path=tmp_path / "checkpoints/last.ckpt") == uninterrupted
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 15
+    fit_line(tmp_path, 1)
+    assert fit_line(tmp_path, 3, tmp_path / "checkpoints/last.ckpt") == uninterrupted
+    assert global_step_of(tmp_path) == 15
+
+
+class Skips(Line):
+    """Skips every second batch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx % 2 == 0 else None
+
+
+class Manual(Line):
+    """Optimizes manually, and returns no loss or a dict without a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.mse_loss(self.layer(batch[0]), batch[1]))
+        optimizer.step()
+        return {"rows": len(batch[0])} if batch_idx % 2 else None
+
+
+@pytest.mark.parametrize("module", [Skips, Manual])
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_without_a_loss_are_saved_and_resumed(tmp_path, module):
+    uninterrupted = fit_line(tmp_path, 3, module=module())
+    fit_line(tmp_path, 1, module=module())
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert fit_line(tmp_path, 3, last, module=module()) == uninterrupted
+    assert global_step_of(tmp_path) == 15
+
+
+def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
+    resume = ExactResume()
+    fit_line(tmp_path / "first", 3, resume=resume)
+    resume.dirpath = None
+    alone = fit_line(tmp_path / "alone", 2)
+    assert fit_line(tmp_path / "second", 2, resume=resume) == alone
+    assert global_step_of(tmp_path / "second") == 10
 
 
 def test_an_exact_loader_causes_no_message(trained):

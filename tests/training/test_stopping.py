@@ -197,6 +197,28 @@ def test_a_signal_stops_with_its_exit_code(number, capsys):
     assert printed == f"\nStopped by {number.name} after step 0; all is saved\n"
 
 
+@pytest.mark.parametrize("reason", [signal.SIGTERM, stopping.OUT_OF_TIME])
+def test_the_first_signal_after_another_request_does_not_end_the_process(reason, monkeypatch):
+    """The other request comes from another rank or from the time limit."""
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit with {code}"))
+    _, requests, handlers = requests_in_a_trainer()
+    trainer = trainer_with(world_size=2)
+    trainer.strategy.reduce = lambda own, reduce_op: torch.tensor(int(reason))
+    assert requests.pending(trainer) == reason
+    handlers[signal.SIGINT](signal.SIGINT, None)
+
+
+def test_begin_discards_the_requests_of_an_earlier_fit():
+    trainer, requests, handlers = requests_in_a_trainer()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert requests.pending(trainer) == signal.SIGTERM
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    requests.begin(trainer, pl.LightningModule())
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert requests.pending(trainer) == 0
+
+
 def test_the_time_limit_counts_from_the_start_of_training(capsys):
     trainer, requests, _ = requests_in_a_trainer(max_time={"milliseconds": 80})
     assert requests.pending(trainer) == 0
