@@ -85,6 +85,9 @@ def _write_onnx(served: Served, example: Tensor, metadata: Mapping[str, Any]) ->
     )
     assert exported is not None
     model = exported.model_proto
+    # Older runtimes refuse a file of a newer IR version, even if its operators are old.
+    onnx = importlib.import_module("onnx")
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     model.producer_name, model.producer_version = "bn_lightning", __version__
     for name, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)

@@ -1,5 +1,7 @@
 """Settings of a run. Their precedence is: defaults < checkpoint < --config < flags."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ class SettingsCLI(LightningCLI):
         super().__init__(
             self.experiment.task,
             self.experiment.data,
-            args=arguments,
+            args=_configs_first(arguments),
             save_config_callback=None,
             parser_class=Parser,
             parser_kwargs={"prog": program} | parsers,
@@ -250,6 +252,24 @@ class SettingsCLI(LightningCLI):
         # Lightning would let the checkpoint's settings override flags.
         # `parse_arguments` has applied them already.
         pass
+
+
+def _configs_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command with its --config files first, so that flags override them.
+
+    The parser applies arguments in their order.
+    """
+    command, *rest = arguments
+    configs, flags = [], []
+    values = iter(rest)
+    for argument in values:
+        if argument == "--config":
+            configs += [argument, *itertools.islice(values, 1)]
+        elif argument.startswith("--config="):
+            configs.append(argument)
+        else:
+            flags.append(argument)
+    return [command, *configs, *flags]
 
 
 def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -> dict[str, Any]:

@@ -184,6 +184,26 @@ def test_an_error_names_no_setting_if_none_is_near(main):
     assert code == 2 and "All settings: python -m bn_lightning test --help" in err
 
 
+@pytest.mark.parametrize("config", [["--config", "own.yaml"], ["--config=own.yaml"]])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_flags_override_a_config_in_either_order(tmp_path, monkeypatch, config, is_first):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("model:\n  lr: 0.125\n  norm: builtin\n")
+    flags = ["--model.lr", "0.5", "--data.source", "sample"]
+    arguments = [*config, *flags] if is_first else [*flags, *config]
+    built = run.command_line(["fit", *arguments], cli.EXPERIMENT, run.Rehearsal)
+    assert (built.config.fit.model.lr, built.config.fit.model.norm) == (0.5, "builtin")
+
+
+def test_a_later_config_overrides_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, rate in (("a", 0.125), ("b", 0.25)):
+        (tmp_path / f"{name}.yaml").write_text(f"model:\n  lr: {rate}\n")
+    arguments = ["--config", "a.yaml", "--data.source", "sample", "--config", "b.yaml"]
+    built = run.command_line(["fit", *arguments], cli.EXPERIMENT, run.Rehearsal)
+    assert built.config.fit.model.lr == 0.25
+
+
 def test_a_command_line_has_only_its_own_commands():
     assert sorted(run.CLI.commands) == ["fit", "test", "validate"]
     built = run.command_line(["fit", "--data.source", "sample"], cli.EXPERIMENT, run.Rehearsal)
