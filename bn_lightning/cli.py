@@ -80,8 +80,9 @@ def main(experiment: str = EXPERIMENT) -> None:
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
         # Import paths may name modules in the current folder, which is not in the path
-        # of a console script.
-        sys.path.insert(0, str(Path.cwd()))
+        # of a console script. At the end, its files cannot replace installed modules.
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
         _run(command, arguments, experiment)
     else:
         commands = ", ".join(COMMANDS)

@@ -182,7 +182,9 @@ def sample(x: Tensor) -> Tensor:
     """Return about `SAMPLE` values of x in float32, evenly spaced."""
     # An odd stride takes values from all positions of an image.
     stride = max(1, x.numel() // SAMPLE) | 1
-    return x.take(torch.arange(0, x.numel(), stride, device=x.device)).float()
+    positions = torch.arange(0, x.numel(), stride, device=x.device)
+    # x.take(positions) would do the same, but not on MPS.
+    return x[torch.unravel_index(positions, x.shape)].flatten().float()
 
 
 def slope(activation: nn.Module, at: Tensor) -> Tensor:

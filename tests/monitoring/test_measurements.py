@@ -49,6 +49,15 @@ def test_all_values_of_a_small_layer_are_sampled():
     assert torch.equal(measurements.sample(x), x.flatten())
 
 
+@pytest.mark.parametrize("shape", [(), (70_001,), (64, 3, 40, 30)])
+def test_a_sample_has_evenly_spaced_values(shape):
+    x = torch.randn(shape)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    stride = max(1, x.numel() // measurements.SAMPLE) | 1
+    assert torch.equal(measurements.sample(x), x.flatten()[::stride])
+
+
 def test_a_sample_contains_all_positions():
     columns = torch.arange(64).expand(1_024, 64).contiguous()
     found = measurements.sample(columns.double())
