@@ -87,7 +87,9 @@ def compiled(layer, x, gradient):
     return backward(torch.compile(layer, backend="aot_eager"), x, gradient)
 
 
-@pytest.mark.parametrize("run", [backward, functional, compiled])
+@pytest.mark.parametrize(
+    "run", [backward, functional, pytest.param(compiled, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(256, 120), (32, 60, 12, 8)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
