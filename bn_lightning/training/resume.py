@@ -69,15 +69,19 @@ class ExactResume(Checkpoint):
         self.path = Path(dirpath or "", "last.ckpt")
         self.seed = seed
         self.resuming = True
-        self.resumed_at: list[int] = []
         self.has_trained = False
         self.stop_requests = StopRequests(max_time)
-        self._losses = NonFiniteLossGuard()
-        self._saved_at = -1  # optimizer step of last.ckpt
         self._is_exact = True
         # Set only while last.ckpt is written: epoch, batches done in it, and whether
         # training has ended.
         self._position: tuple[int, int, bool] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Discard what an earlier fit has left."""
+        self.resumed_at: list[int] = []
+        self._losses = NonFiniteLossGuard()
+        self._saved_at = -1  # optimizer step of last.ckpt
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -86,9 +90,7 @@ class ExactResume(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
         self.path = Path(self.dirpath, "last.ckpt")
         if stage == "fit":
-            # The callback may have served an earlier fit.
-            self.resumed_at, self._saved_at, self._restored = [], -1, None
-            self._losses = NonFiniteLossGuard()
+            self._reset()
             # A checkpoint between two steps is written before any other callback starts
             # the next step. The final one is written after all other callbacks have
             # finished.

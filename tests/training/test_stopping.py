@@ -164,17 +164,21 @@ def test_expensive_checks_are_due_every_ten_steps(trainer, batches):
     assert [n for n in range(25) if stopping.is_check_due(trainer, n)] == batches
 
 
-def requests_in_a_trainer(max_time=None):
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    requests = StopRequests(max_time)
+def handlers_of(requests, trainer):
+    """Begin, and return the new signal handlers. The old ones are installed again."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         requests.begin(trainer, pl.LightningModule())
-        handlers = {n: signal.getsignal(n) for n in before}
+        return {n: signal.getsignal(n) for n in before}
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return trainer, requests, handlers
+
+
+def requests_in_a_trainer(max_time=None):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    requests = StopRequests(max_time)
+    return trainer, requests, handlers_of(requests, trainer)
 
 
 def test_at_first_there_is_no_stop_request():
@@ -212,10 +216,7 @@ def test_begin_discards_the_requests_of_an_earlier_fit():
     trainer, requests, handlers = requests_in_a_trainer()
     handlers[signal.SIGTERM](signal.SIGTERM, None)
     assert requests.pending(trainer) == signal.SIGTERM
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    requests.begin(trainer, pl.LightningModule())
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    handlers_of(requests, trainer)
     assert requests.pending(trainer) == 0
 
 
