@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bn_lightning.norms import definition, fast
 from bn_lightning.norms.definition import at_least_float32, values_per_channel
+from bn_lightning.norms.memory_order import MemoryOrder
 
 
 def batch_norm(
@@ -71,7 +72,7 @@ def batch_norm(
         statistics = (running_mean, running_var)
         if use_definition:
             y = definition.normalize_with_running_stats(input, *statistics, weight, bias, eps)
-            return y.to(input.dtype)
+            return _like_pytorchs_output(y, input)
         return fast.normalize_with_running_stats(input, *statistics, weight, bias, eps)
 
     track = None
@@ -87,7 +88,13 @@ def batch_norm(
     y, mean, var = definition.normalize_batch(at_least_float32(input), weight, bias, eps)
     if track is not None:
         track(mean, var)
-    return y.to(input.dtype)
+    return _like_pytorchs_output(y, input)
+
+
+def _like_pytorchs_output(y: Tensor, input: Tensor) -> Tensor:
+    """Return y in the dtype and memory format of the output of PyTorch's layer."""
+    y = y.to(input.dtype)
+    return y if MemoryOrder.of(input).width else y.contiguous()
 
 
 def check_input(
