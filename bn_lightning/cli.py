@@ -83,6 +83,10 @@ def main(experiment: str = EXPERIMENT) -> None:
         # of a console script. At the end, its files cannot replace installed modules.
         if str(Path.cwd()) not in sys.path:
             sys.path.append(str(Path.cwd()))
+        # OpenMP reads this when PyTorch is imported. By default, a thread without work
+        # occupies its core for milliseconds, and slows down other processes.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         _run(command, arguments, experiment)
     else:
         commands = ", ".join(COMMANDS)

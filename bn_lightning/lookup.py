@@ -1,8 +1,9 @@
 """Lookup of classes, functions and objects by name or by import path, `package.module.Name`."""
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,27 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
             "module must be installed or in the current folder."
             + (f"\nKnown names: {', '.join(known)}." if known else "")
         ) from error
+
+
+def describe_arguments(
+    target: Callable[..., Any], given: Iterable[str], passed: Iterable[str]
+) -> str:
+    """Return sentences on which arguments settings may pass to a class or function.
+
+    Args:
+        given: names of the arguments in the settings. A similar name is suggested for
+            each that is unknown.
+        passed: names of the arguments that are always passed, and cannot be set.
+    """
+    parameters = [p for p in inspect.signature(target).parameters.values() if p.name not in passed]
+    if not parameters:
+        return "It takes no arguments."
+    known = [p.name for p in parameters]
+    unknown = [name for name in given if name not in known]
+    near = {n: None for name in unknown for n in difflib.get_close_matches(name, known, n=1)}
+    hint = f"Did you mean {' or '.join(near)}?\n" if near else ""
+    described = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
+    return f"{hint}Its arguments are {', '.join(described)}."
 
 
 def classes_in(module: ModuleType, base: type) -> dict[str, type]:

@@ -34,6 +34,26 @@ def output_without_heavy_imports(module, *arguments):
     ).stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_openmp_threads_wait_passively_unless_the_user_decides(given, expected):
+    code = (
+        "import os, sys; from bn_lightning import cli; sys.argv = ['x', 'check', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print('spin count', os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert out.splitlines()[-1] == f"spin count {expected}"
+
+
 # Help
 
 

@@ -56,6 +56,7 @@ class PredictCLI(CLI):
         )
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         # These two are options of `predict`, not arguments of the data module.
         data = self.config.predict.data
         self.files = data.pop("images"), data.pop("invert")

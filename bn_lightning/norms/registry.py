@@ -42,7 +42,7 @@ def make(
     if norm_args.keys() & shape.keys() or not _accepts(norm, shape | norm_args):
         raise UserError(
             f"The norm {name!r} does not accept norm_args {norm_args}.\n"
-            f"Its arguments are {_parameters(norm)}."
+            + lookup.describe_arguments(norm, norm_args, passed=shape)
         )
     layer = norm(**shape, **norm_args)
     if not isinstance(layer, nn.Module):
@@ -68,6 +68,33 @@ def find(name: str) -> Callable[..., nn.Module]:
         raise UserError(_wrapper_advice(name, norm))
     # An import path may point to any callable. `make` checks the type of its result.
     return norm  # type: ignore[no-any-return]
+
+
+def note_on_momentum(name: str, norm_args: dict[str, Any] | None) -> str | None:
+    """Return a remark if the momentum seems to follow the convention of another norm."""
+    momentum = (norm_args or {}).get("momentum")
+    is_known = name in ("custom", "builtin", "article", "renorm")
+    if not is_known or not isinstance(momentum, int | float):
+        return None
+    weighs_old = name == "article"
+    weight_of_batch = 1 - momentum if weighs_old else momentum
+    if weight_of_batch == 0:
+        return (
+            f"momentum {momentum}: the running statistics keep their initial values, so eval mode "
+            "does not normalize"
+        )
+    if weight_of_batch <= 0.5:
+        return None
+    other = f"{1 - momentum:.4g}"
+    if weighs_old:
+        return (
+            f"momentum {momentum} is the weight of the old running statistics, as in the article. "
+            f"A weight of {momentum} of the newest batch is --model.norm_args.momentum {other}"
+        )
+    return (
+        f"momentum {momentum} is the weight of the newest batch in the running statistics, as in "
+        f"PyTorch. The article's momentum {momentum} is --model.norm_args.momentum {other}"
+    )
 
 
 def _accepts(norm: Callable[..., Any], arguments: dict[str, Any]) -> bool:

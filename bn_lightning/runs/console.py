@@ -24,8 +24,8 @@ def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | Non
 
 
 def notes(trainer: pl.Trainer, task: Task, data: DataModule, sync_batchnorm: bool) -> list[str]:
-    """Return remarks on how the metrics are computed: norm statistics, and the test set."""
-    lines = []
+    """Return remarks on the settings and on how the metrics are computed."""
+    lines = task.notes()
     processes = trainer.world_size
     if processes > 1 and recognition.with_statistics(task.network):
         lines.append(

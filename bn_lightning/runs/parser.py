@@ -77,7 +77,18 @@ class Parser(LightningArgumentParser):
 
 def _nearest(name: str, options: list[str]) -> list[str]:
     known = [option.removeprefix("--") for option in options if option.startswith("--")]
-    return [] if name in known else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    if name in known:
+        return []
+    head = name.partition(".")[0]
+    complete = [option for option in known if option.endswith(f".{head}")]
+    has_group = any(option.startswith(f"{head}.") for option in known)
+    if complete and not has_group:
+        # The group is missing: --lr, --norm_args.eps.
+        return [option + name.removeprefix(head) for option in complete]
+    group, _, last = name.rpartition(".")
+    in_group = [option for option in known if group and option.rpartition(".")[0] == group]
+    by_last = {option.rpartition(".")[2]: option for option in in_group or known}
+    return [by_last[n] for n in difflib.get_close_matches(last, by_last, n=2, cutoff=0.7)]
 
 
 def _selected(trainer: Any) -> Any:

@@ -18,6 +18,7 @@ from bn_lightning.runs import console, process, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
 from bn_lightning.runs.settings import TRAINER_DEFAULTS, SettingsCLI
 from bn_lightning.runs.tensorboard import CHARTS, TensorBoard
+from bn_lightning.runs.threads import OtherProcesses
 from bn_lightning.training import checkpoints
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.stopping import Stopped
@@ -31,6 +32,10 @@ class CLI(SettingsCLI):
     datamodule: DataModule
     parts: trainer.TrainerParts
     _run_folder: RunFolder | None = None  # set on rank 0 when the folder is locked
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        self.other_processes = OtherProcesses()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -127,14 +132,18 @@ class CLI(SettingsCLI):
 
     def _print_header(self) -> None:
         data = self.datamodule
-        lines = console.header(self.trainer, self.model, data, self.folder)
-        self._print(lines + self._tensorboard_hint("watch it"))
+        header = console.header(self.trainer, self.model, data, self.folder)
+        self._print(header + self._tensorboard_hint("watch it"))
         if self._run_folder is not None and self.resuming:
             self._print(f"Resuming from step {self.resumes_at:,} ({self.ckpt_path})")
             for setting, (before, now) in self._run_folder.changed.items():
                 self._print(f"changed: --{setting} {now} (was {before})")
         is_synchronized = self.config.fit.trainer.sync_batchnorm
-        for line in console.notes(self.trainer, self.model, data, is_synchronized):
+        lines = console.notes(self.trainer, self.model, data, is_synchronized)
+        is_on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if is_on_cpu and self.trainer.world_size == 1:
+            lines += self.other_processes.notes()
+        for line in lines:
             self._print(line)
 
     def _tensorboard_hint(self, action: str) -> str:

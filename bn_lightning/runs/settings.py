@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
-from bn_lightning.runs import experiment, folder, trust
+from bn_lightning.runs import experiment, folder, threads, trust
 from bn_lightning.runs.parser import Parser, TrainerHelp
 from bn_lightning.training import checkpoints
 
@@ -99,6 +99,14 @@ class SettingsCLI(LightningCLI):
             help="Seed of the weights, the data split and the shuffling.",
         )
         parser.add_argument(
+            "--threads",
+            metavar="N",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of each process; PyTorch's default is one per core. Use 1 if other "
+            "programs use the cores too.",
+        )
+        parser.add_argument(
             "--ckpt_path",
             metavar="FILE",
             type=str | None,
@@ -143,6 +151,9 @@ class SettingsCLI(LightningCLI):
             help="Log statistics of the norm layers and figures of misclassified samples to "
             "TensorBoard.",
         )
+
+    def before_instantiate_classes(self) -> None:
+        threads.set_threads(self.config[self.subcommand].threads)
 
     # Settings from a checkpoint
 

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.networks.lenet import Activation, LeNet, Pooling
-from bn_lightning.norms import recognition
+from bn_lightning.norms import recognition, registry
 from bn_lightning.training.task import Stage, Step, Task
 
 NUM_CLASSES = 10
@@ -28,7 +28,8 @@ class Classifier(Task):
             norm), `none`, or an import path `package.module.Name`, called as
             `norm(num_features=..., num_dims=2|4, **norm_args)`.
         norm_args: other arguments of the norm, for example `--model.norm_args.eps
-            1e-3`.
+            1e-3`. `momentum` is the weight of the newest batch in the running
+            statistics, as in PyTorch; for `article`, it is the weight of the old value.
         activation: activation function after each norm.
         pooling: 2x2 pooling after each convolution.
         lr: learning rate; with OneCycleLR, the maximum.
@@ -106,6 +107,10 @@ class Classifier(Task):
 
     def describe(self) -> str:
         return f"{type(self.network).__name__}, norm {self.hparams['norm']}"
+
+    def notes(self) -> list[str]:
+        note = registry.note_on_momentum(self.hparams["norm"], self.hparams["norm_args"])
+        return [] if note is None else [note]
 
     def facts(self) -> dict[str, Any]:
         return {"norm": self.hparams["norm"]}

@@ -139,8 +139,8 @@ def _build(kind: Any, arguments: Mapping[str, Any], first: Any) -> Any:
     try:
         return kind(first, **arguments)
     except (TypeError, ValueError) as error:
-        _, *accepted = inspect.signature(kind).parameters
+        first_name = next(iter(inspect.signature(kind).parameters))
         raise UserError(
             f"{kind.__name__} cannot be created with {dict(arguments)}: {error}.\n"
-            f"It accepts {', '.join(accepted)}."
+            + lookup.describe_arguments(kind, arguments, passed=[first_name])
         ) from error

@@ -139,6 +139,10 @@ class Task(pl.LightningModule):
         """Return a description of the model, for the console."""
         return type(self.network).__name__
 
+    def notes(self) -> list[str]:
+        """Return remarks on the settings, which `fit` prints before it trains."""
+        return []
+
     def facts(self) -> dict[str, Any]:
         """Return entries about the network for result.json, as plain data."""
         return {}

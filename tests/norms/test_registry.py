@@ -68,5 +68,48 @@ def test_an_object_that_is_not_a_norm_is_rejected(name, message):
 @pytest.mark.parametrize("name", ["custom", "builtin", "article"])
 @pytest.mark.parametrize("argument", ["epsilon", "name", "num_features"])
 def test_an_unknown_argument_is_rejected_with_the_list_of_arguments(name, argument):
-    with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}\.\n.*eps: float"):
+    with pytest.raises(UserError, match=rf"\{{'{argument}': 1\}}\.\n(.*\n)?.* eps=1e-05"):
         registry.make(name, 6, 4, {argument: 1})
+
+
+# Messages about arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("custom", {"epsilon": 1}, "Did you mean eps?\nIts arguments are eps=1e-05, momentum=0.1,"),
+        ("none", {"eps": 1}, "norm_args {'eps': 1}.\nIt takes no arguments."),
+        ("group", {"colour": 1}, "norm_args {'colour': 1}.\nIts arguments are "),
+    ],
+)
+def test_a_wrong_argument_is_reported_with_those_that_can_be_set(name, given, expected):
+    with pytest.raises(UserError) as refused:
+        registry.make(name, 6, 4, given)
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "expected"),
+    [
+        ("custom", 0.1, None),
+        ("custom", 0.5, None),
+        ("custom", 0.9, "The article's momentum 0.9 is --model.norm_args.momentum 0.1"),
+        ("builtin", 0.99, "--model.norm_args.momentum 0.01"),
+        ("custom", None, None),
+        ("custom", 0, "momentum 0: the running statistics keep their initial values"),
+        ("article", 1.0, "keep their initial values"),
+        ("article", 0.9, None),
+        ("article", 0.1, "A weight of 0.1 of the newest batch is --model.norm_args.momentum 0.9"),
+        ("none", 0.9, None),
+        ("my_norms.Norm", 0.9, None),
+    ],
+)
+def test_a_momentum_of_the_other_convention_is_noted(name, momentum, expected):
+    note = registry.note_on_momentum(name, {"momentum": momentum})
+    assert (note is None) == (expected is None)
+    assert expected is None or expected in note
+
+
+def test_without_norm_args_there_is_no_note():
+    assert registry.note_on_momentum("custom", None) is None

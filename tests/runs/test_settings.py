@@ -165,6 +165,11 @@ def test_mistakes_give_one_screen_and_no_files(main, trained, tmp_path, what):
         ("--trainer.max_setps", "--trainer.max_steps"),
         ("--model.memory_formats", "--model.memory_format"),
         ("--data.batchsize", "--data.batch_size"),
+        ("--lr", "--model.lr?"),
+        ("--batchsize", "--data.batch_size?"),
+        ("--norm_args.eps", "--model.norm_args.eps?"),
+        ("--model.nrom", "--model.norm?"),
+        ("--epochs", "--trainer.min_epochs or --trainer.max_epochs?"),
     ],
 )
 def test_an_error_names_the_nearest_setting(main, given, near):

@@ -29,6 +29,11 @@ def fit(model, seed=0, **settings):
     return trainer
 
 
+def test_a_momentum_above_one_half_is_noted_by_fit(main):
+    _, out, _ = main("fit", *QUICK, "--trainer.max_steps", 1, "--model.norm_args.momentum", 0.9)
+    assert "The article's momentum 0.9 is --model.norm_args.momentum 0.1\n" in out
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_custom_and_builtin_have_the_same_first_loss(seed):
     losses = []
