@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bn_lightning.errors import UserError
+from bn_lightning.errors import UserError, report_failure
 from bn_lightning.monitoring import dashboard
 from bn_lightning.monitoring.measurements import Measurements, is_activation, short_name
 from bn_lightning.norms import recognition
@@ -73,6 +73,19 @@ class NormMonitor(pl.Callback):
         self._clock: tuple[int, float] | None = None  # step and time of the last speed measurement
         self._is_measuring = False
         self._has_layout = False
+        self._has_failed = False
+
+    def _observe(self, measure: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Call a function that measures or logs. After its first exception, nothing is monitored.
+
+        Some layers and devices do not support a measurement. This must not end the run.
+        """
+        if self._has_failed:
+            return
+        self._has_failed = True
+        with report_failure("Norm layers are not monitored in the rest of this run"):
+            measure(*args, **kwargs)
+            self._has_failed = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset()
@@ -89,7 +102,7 @@ class NormMonitor(pl.Callback):
         if self._clock is None:
             self._clock = step, time.perf_counter()
         is_due = step % self.every_n_steps == 0 and step != self._step
-        if not is_due or not trainer.is_global_zero or not trainer.loggers:
+        if not is_due or self._has_failed or not trainer.is_global_zero or not trainer.loggers:
             return
         self._step, self._is_measuring = step, True
         is_histogram_due = step % (self.every_n_steps * MONITORED_STEPS_PER_HISTOGRAM) == 0
@@ -114,9 +127,9 @@ class NormMonitor(pl.Callback):
         for name, module in pl_module.named_modules():
             hook: Callable[..., None]
             if name in norms:
-                hook = partial(self._measurements.measure_norm, short_name(name))
+                hook = partial(self._observe, self._measurements.measure_norm, short_name(name))
             elif is_activation(module):
-                hook = self._measurements.keep_activation_input
+                hook = partial(self._observe, self._measurements.keep_activation_input)
             else:
                 continue
             self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -127,13 +140,14 @@ class NormMonitor(pl.Callback):
         # With activation checkpointing, the backward pass repeats the forward pass. The
         # hooks must not run again.
         self._hooks.close()
-        self._measurements.measure_activations()
+        if self._is_measuring:
+            self._observe(self._measurements.measure_activations)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if self._is_measuring:
-            self._measurements.measure_gradients(pl_module, optimizer)
+            self._observe(self._measurements.measure_gradients, pl_module, optimizer)
 
     def on_train_batch_end(
         self,
@@ -149,6 +163,9 @@ class NormMonitor(pl.Callback):
         # With gradient accumulation, the gradients are measured in the last batch of a
         # step.
         self._is_measuring = not self._measurements.has_gradients
+        self._observe(self._log, trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scalars, histograms = self._measurements.take()
         for logger in trainer.loggers:
             logger.log_metrics(scalars, self._step)

@@ -1,5 +1,6 @@
 """The progress bar of a run."""
 
+import contextlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -77,6 +78,9 @@ def _selected_metric(task: Task) -> dict[str, str]:
     # The metric's own compute() would synchronize ranks and cache the value, which
     # would then be logged as the value of the whole epoch. The function of the class
     # does neither.
-    value = type(metric).compute(metric)
-    is_number = isinstance(value, Tensor) and value.numel() == 1
-    return {name: f"{float(value):.3f}"} if is_number else {}
+    # Some metrics raise an exception until they have seen enough samples.
+    with contextlib.suppress(Exception):
+        value = type(metric).compute(metric)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return {name: f"{float(value):.3f}"}
+    return {}

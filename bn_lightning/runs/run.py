@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 
 from bn_lightning import terminal
-from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.errors import RunFailed, UserError, report_failure
 from bn_lightning.runs import console, process, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
 from bn_lightning.runs.settings import TRAINER_DEFAULTS, SettingsCLI
@@ -232,7 +232,8 @@ class CLI(SettingsCLI):
     def _finish(self, folder: Path, found: dict[str, Any]) -> None:
         result.write_json(folder / "result.json", found)
         if isinstance(self.trainer.logger, TensorBoard):
-            self.trainer.logger.log_result(self.trainer, self.model, self.datamodule, found)
+            with report_failure("TensorBoard does not show the settings under HParams"):
+                self.trainer.logger.log_result(self.trainer, self.model, self.datamodule, found)
         self._print(console.closing(found, self.model, folder))
         self._print(self.model.test_report())
         self._print(f"\nresults are in {folder}" + self._tensorboard_hint("view them"))

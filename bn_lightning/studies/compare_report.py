@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning import terminal
+from bn_lightning.errors import report_failure
 from bn_lightning.runs import result
 from bn_lightning.studies import compare_table, plots, statistics
 from bn_lightning.studies.statistics import Run, Selection
@@ -60,9 +61,11 @@ def write(
     }
     for name, content in files.items():
         checkpoints.write_atomically(folder / name, content.encode())
-    plots.learning_curves(runs, selection, folder / "curves.png")
+    with report_failure("curves.png cannot be drawn"):
+        plots.learning_curves(runs, selection, folder / "curves.png")
     for name, lines in plots.numeric_settings(runs, compared).items():
-        plots.metric_by_setting(name, lines, selection, folder / f"{name}.png")
+        with report_failure(f"{name}.png cannot be drawn"):
+            plots.metric_by_setting(name, lines, selection, folder / f"{name}.png")
     print(
         f"{len(runs)} runs, {len(failures)} failed. Tables and plots are in {folder}",
         flush=True,

@@ -12,6 +12,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from bn_lightning import terminal
+from bn_lightning.errors import report_failure
 from bn_lightning.runs import folder
 from bn_lightning.studies import compare_table
 from bn_lightning.studies.search import Search
@@ -107,9 +108,7 @@ def _plot(study: optuna.Study, selection: Selection, folder: Path) -> None:
         "importance": optuna.visualization.matplotlib.plot_param_importances,
     }
     for name, plot in plots.items():
-        try:
+        # Optuna needs at least two trials with different settings and values.
+        with report_failure(f"{name}.png cannot be drawn"):
             figure = plot(study, target_name=selection.label).figure
             figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-        except (ValueError, RuntimeError) as error:
-            # Optuna needs at least two trials with different settings and values.
-            print(f"{name}.png cannot be drawn: {error}")

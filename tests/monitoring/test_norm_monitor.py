@@ -370,3 +370,20 @@ def test_a_plain_lightning_module_is_monitored(tmp_path):
     trainer.fit(Plain(), DataLoader(torch.randn(5, 2), batch_size=5))
     found = set(events_in(logger.log_dir).Tags()["scalars"])
     assert {"channel_0/layers.1/gamma", "gradient_norm/layers.0", "saturated/1"} <= found
+
+
+def test_a_layer_that_cannot_be_measured_does_not_end_the_run(tmp_path, capsys):
+    class Sparse(Regression):
+        def forward(self, inputs):
+            # No values can be taken from a sparse tensor by their position.
+            self.gate(inputs.detach().to_sparse())
+            return super().forward(inputs)
+
+    model = Sparse()
+    model.gate = nn.ReLU()
+    logger = TensorBoardLogger(tmp_path)
+    trainer = pl.Trainer(max_epochs=1, logger=logger, callbacks=[NormMonitor(1)], **QUIET)
+    trainer.fit(model, Table())
+    assert trainer.global_step > 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert line.startswith("WARNING: Norm layers are not monitored in the rest of this run: ")

@@ -68,3 +68,14 @@ def test_plots_are_written(written):
     for name in ("curves", "model.lr"):
         with Image.open(written[0] / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors(256)) > 20
+
+
+def test_a_plot_that_fails_is_one_line(tmp_path, capsys):
+    # A lone `$` makes matplotlib read the name as a formula, and this one is invalid.
+    name = r"a=$\frac$ lr=1"
+    variant = Variant(name, name, (), (("model.lr", "1"),))
+    compare_report.write(tmp_path, [run(name, 0, 2.0)], [variant], MIN, None)
+    captured = capsys.readouterr()
+    assert "1 runs, 0 failed." in captured.out
+    [line] = captured.err.splitlines()
+    assert line.startswith("WARNING: curves.png cannot be drawn: ValueError")

@@ -98,3 +98,28 @@ def test_without_a_finished_trial_there_is_no_best_config(tmp_path, capsys):
         "1 trials: 0 finished, 0 ended early, 1 failed" in out and "there is no best trial" in out
     )
     assert not (tmp_path / "winner.yaml").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+def test_a_plot_that_fails_is_one_line_and_the_best_config_is_written(tmp_path, capsys):
+    choices = [{"eps": 0.001}, {"eps": 0.0001}]
+    trials = [
+        create_trial(
+            value=value,
+            params={"model.norm_args": choice, "model.lr": value},
+            distributions={
+                "model.norm_args": CategoricalDistribution(choices),
+                "model.lr": CategoricalDistribution([0.5, 0.75]),
+            },
+        )
+        for value, choice in zip([0.5, 0.75], choices, strict=True)
+    ]
+    sweep_report.write(search(tmp_path, MAX, trials), "s", MAX, {})
+    captured = capsys.readouterr()
+    assert "Best trial: 1." in captured.out
+    assert captured.err.splitlines() == [
+        "WARNING: importance.png cannot be drawn: TypeError: unhashable type: 'dict'"
+    ]
+    assert yaml.safe_load((tmp_path / "winner.yaml").read_text())["model"]["norm_args"] == {
+        "eps": 0.0001
+    }
