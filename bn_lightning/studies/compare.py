@@ -7,14 +7,14 @@ order. Variants are therefore compared in pairs.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import experiment, process, records, result
-from bn_lightning.studies import compare_report, study, variants, workers
+from bn_lightning.studies import code, compare_report, study, variants, workers
 from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
@@ -36,7 +36,12 @@ def main(arguments: list[str], reference: str) -> None:
     folder = plan.root / options.name
     with study.locked(folder):
         _store_settings(folder, compared, plan, selection)
-        runs = _Comparison(folder, options, compared, common, selection).train(reference)
+        codes = {
+            variant.name: code.identify(reference, settings)
+            for variant, settings in zip(compared, plan.settings, strict=True)
+        }
+        comparison = _Comparison(folder, options, compared, common, selection, codes)
+        runs = comparison.train(reference)
         try:
             compare_report.write(folder, runs, compared, selection, options.steps_to)
         except OSError as error:
@@ -68,7 +73,11 @@ def _store_settings(
 
 
 class _Comparison:
-    """Trains each variant with each seed. Skips runs that are done."""
+    """Trains each variant with each seed. Skips runs that are done.
+
+    Args:
+        codes: the current code of each variant.
+    """
 
     def __init__(
         self,
@@ -77,9 +86,10 @@ class _Comparison:
         compared: Sequence[Variant],
         common: Sequence[str],
         selection: Selection,
+        codes: Mapping[str, code.Code],
     ) -> None:
         self.folder, self.options, self.common = folder, options, common
-        self.selection = selection
+        self.selection, self.codes = selection, codes
         # All variants of one seed come first, so that a stopped comparison already has
         # pairs.
         self.keys = [(variant, seed) for seed in range(options.seeds) for variant in compared]
@@ -87,8 +97,11 @@ class _Comparison:
     def train(self, reference: str) -> list[Run]:
         """Train the runs that are not done, and return all runs."""
         runs = {key: self._read(*key) for key in self.keys}
-        remaining = [key for key, run in runs.items() if run is None]
+        is_repeated = self.options.rerun == "stale"
+        remaining = [key for key, run in runs.items() if run is None or (run.stale and is_repeated)]
         if remaining:
+            kept = [run for key, run in runs.items() if run and key not in remaining]
+            print(compare_report.describe_stale(kept), end="", flush=True)
             total, done = len(self.keys), len(self.keys) - len(remaining)
             jobs = self.options.jobs
             with study.start_workers(reference, jobs, total, done) as (pool, progress):
@@ -105,6 +118,7 @@ class _Comparison:
         """Train one run in a worker. A failure is part of the returned run, not an exception."""
         key = variant.name, seed
         parent = _parent(variant, seed)
+        study.set_aside_stale_runs(self.folder / parent, self.codes[variant.name])
         name = Path(self.options.name, parent).as_posix()
         arguments = [*variant.arguments(self.common), "--seed_everything", str(seed)]
         arguments += ["--ckpt_path", "last", "--name", name]
@@ -127,6 +141,7 @@ class _Comparison:
     def _read(self, variant: Variant, seed: int) -> Run | None:
         """Return the run if it is done: with a result, or stopped by a non-finite loss."""
         parent = self.folder / _parent(variant, seed)
+        current = self.codes[variant.name]
         finished = study.finished_run(parent)
         if finished is not None:
             _, checkpoint = checkpoints.load(str(finished / "checkpoints" / "last.ckpt"))
@@ -138,12 +153,14 @@ class _Comparison:
                 result=result.read_result(finished),
                 epochs=recorded["epochs"],
                 validations=recorded["validations"],
+                stale=current.difference(code.recorded(finished)),
             )
         failed = study.failed_run(parent)
         if failed is None:
             return None
         folder, failure = failed
-        return Run(variant.name, seed, str(folder), failure)
+        stale = current.difference(code.recorded(folder))
+        return Run(variant.name, seed, str(folder), failure, stale=stale)
 
 
 def _parent(variant: Variant, seed: int) -> Path:

@@ -49,11 +49,12 @@ def write(
             compare_table.cells(row, metric.digits) for row in rows if row.metric == metric.name
         ]
         tables.append((header, cells))
-    text = _as_text(tables, failures)
+    stale = describe_stale(runs)
+    text = _as_text(tables, failures) + stale
     print(text, end="")
     row_data = [row.as_data() for row in rows]
     files = {
-        "table.md": _as_markdown(tables, failures),
+        "table.md": _as_markdown(tables, failures) + (f"\n{stale}" if stale else ""),
         "table.csv": compare_table.as_csv(row_data),
         "runs.csv": compare_table.as_csv(run_data),
         "table.json": result.to_json({"rows": row_data, "runs": run_data}) + "\n",
@@ -72,11 +73,25 @@ def write(
     )
 
 
+def describe_stale(runs: Sequence[Run]) -> str:
+    """Return the seeds of stale runs by variant and reason, as lines; "" if no run is stale."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        if run.stale:
+            seeds.setdefault((run.variant, run.stale), []).append(str(run.seed))
+    lines = [
+        f"stale: {variant}, seed {', '.join(numbers)}: {reason}\n"
+        for (variant, reason), numbers in seeds.items()
+    ]
+    return "".join([*lines, "--rerun stale trains stale runs again.\n"] if lines else [])
+
+
 def _run_data(run: Run, metrics: Sequence[statistics.ReportedMetric]) -> dict[str, Any]:
     """Return the row of a run in runs.csv."""
     about = {"variant": run.variant, "seed": run.seed, "folder": run.folder, "failure": run.failure}
+    stale = {"stale": run.stale}
     about = {statistics.KEYS.get(name, name): value for name, value in about.items()}
-    return about | {metric.name: metric.value_of(run) for metric in metrics}
+    return about | {metric.name: metric.value_of(run) for metric in metrics} | stale
 
 
 def _as_text(tables: Sequence[Table], failures: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from bn_lightning.studies.statistics import Row
 
 
 def _runs(row: Row, digits: int) -> str:
-    return str(row.n) if row.n == row.runs else f"{row.n} of {row.runs}"
+    runs = str(row.n) if row.n == row.runs else f"{row.n} of {row.runs}"
+    return f"{runs}, {row.stale} stale" if row.stale else runs
 
 
 def _mean(row: Row, digits: int) -> str:

@@ -74,6 +74,7 @@ class Run:
         seed: seed of the run.
         folder: folder of the run.
         failure: the reason if the run has no result, otherwise None.
+        stale: how the current code differs from that of the run, or None.
         result: content of result.json.
         epochs: training metrics of each epoch.
         validations: the step and the metrics of each validation.
@@ -86,6 +87,7 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
+    stale: str | None = None
 
     def steps_to(self, threshold: float, selection: Selection) -> int | None:
         """Return the step of the first validation that reached the threshold, or None."""
@@ -127,6 +129,7 @@ class Row:
         runs: number of runs of this variant.
         n: number of runs with this metric.
         failed: number of runs without a result.
+        stale: number of runs of other code than the current one.
         mean, sd: mean and standard deviation over seeds.
         low, high: lower and upper end of the interval of the mean.
         compared_by: "difference" or "ratio".
@@ -154,10 +157,15 @@ class Row:
     compared_low: float | None
     compared_high: float | None
     effect_size: float | None
+    stale: int = 0
 
     def as_data(self) -> dict[str, Any]:
-        """Return the row with the column names of table.csv and table.json."""
-        return {KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        """Return the row with the column names of table.csv and table.json.
+
+        Stale runs are listed in runs.csv.
+        """
+        names = (field.name for field in fields(self) if field.name != "stale")
+        return {KEYS.get(name, name): getattr(self, name) for name in names}
 
 
 def validated_on_test_set(runs: Iterable[Run]) -> bool:
@@ -270,6 +278,7 @@ def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, baseline: st
         compared_low=compared_low,
         compared_high=compared_high,
         effect_size=effect_size,
+        stale=sum(run.stale is not None for run in own_runs),
     )
 
 

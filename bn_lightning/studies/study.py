@@ -12,7 +12,7 @@ import filelock
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs import folder, result, run
-from bn_lightning.studies import workers
+from bn_lightning.studies import code, workers
 from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.losses import FAILURE
@@ -27,6 +27,10 @@ SELECTS = "task.selects"
 
 HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
 HELP_NAME = "Name of the study; its runs are stored in runs/NAME"
+HELP_RERUN = (
+    "Train stale runs again. A run is stale if its source or its version of PyTorch differs from "
+    "the current one."
+)
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,19 @@ def failed_run(parent: Path) -> tuple[Path, str] | None:
     return failed[-1], (
         f"non-finite loss at step {failure['step']:,}, epoch {failure['epoch'] + 1}"
     )
+
+
+def set_aside_stale_runs(parent: Path, current: code.Code) -> None:
+    """Move runs of other code from `parent/N` to `parent/stale/N`.
+
+    There, a run is neither resumed nor reported.
+    """
+    for path in _numbered_runs(parent):
+        if current.difference(code.recorded(path)):
+            target = folder.new_folder(parent / "stale")
+            # On Windows, a folder cannot replace another one.
+            target.rmdir()
+            path.rename(target)
 
 
 def _numbered_runs(parent: Path) -> list[Path]:

@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=study.HELP_JOBS)
     parser.add_argument("--name", default="compare", help=f"{study.HELP_NAME} (default: compare).")
+    parser.add_argument("--rerun", choices=["stale"], help=study.HELP_RERUN)
     parser.add_argument(
         "--steps_to",
         type=float,

@@ -4,6 +4,7 @@ The parent sends the arguments of `fit` to a worker, and receives its progress. 
 result of a run is in its folder.
 """
 
+import functools
 import math
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import process, run
 from bn_lightning.runs.records import Records
+from bn_lightning.studies import code
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.stopping import Stopped
 from bn_lightning.training.task import Task
@@ -221,6 +223,9 @@ def _context() -> Any:
 
 # The functions and classes below run in the worker process.
 
+# A process imports a module once. The first content that is read is the one that runs.
+_read_once = functools.cache(Path.read_bytes)
+
 
 def _work(parent: Connection, reference: str, program: str) -> None:
     """Run what the parent sends, until the parent closes the connection or dies."""
@@ -276,7 +281,7 @@ def _fit(arguments: list[str], reference: str, parent: Connection) -> Path | Exc
 
 
 class _WarmCLI(run.CLI):
-    """A run that reuses the data that earlier runs of this process have read."""
+    """A run that records its code, and reuses data that its process has read earlier."""
 
     _earlier: ClassVar[deque[DataModule]] = deque(maxlen=4)
 
@@ -285,6 +290,9 @@ class _WarmCLI(run.CLI):
             self.datamodule.reuse(module)
         super().before_fit()
         self._earlier.append(self.datamodule)
+        if self.folder is not None:
+            settings = self.as_plain_data(self.config.fit)
+            code.record(self.folder, code.identify(self.reference, settings, _read_once))
 
     @classmethod
     def release_trainers(cls) -> None:

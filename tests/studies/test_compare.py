@@ -190,3 +190,43 @@ def test_mistakes_are_reported_before_any_run(main, tmp_path, arguments, message
     code, _, err = main("compare", *QUICK, *arguments)
     assert code == 2 and message in err and len(err.splitlines()) < 25, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_other_code_are_reported_and_trained_again_on_request(tmp_path):
+    (tmp_path / "own_norm.py").write_text("from own_formula import norm\n")
+    formula = tmp_path / "own_formula.py"
+    formula.write_text("from torch import nn\n\n\ndef norm(**_):\n    return nn.Identity()\n")
+    arguments = ("compare", "--norm", "none", "own_norm.norm", "--seeds", "1", *QUICK)
+    arguments += ("--trainer.limit_train_batches", "2")
+    out = run_here(*arguments, cwd=tmp_path).stdout
+    assert "stale" not in out
+
+    formula.write_text(formula.read_text().replace("nn.Identity()", "nn.Hardtanh(-1, 1)"))
+    reason = "stale: own_norm.norm, seed 0: the source of own_formula has changed\n"
+    out = run_here(*arguments, cwd=tmp_path).stdout
+    assert out.count(reason) == 1 and "1, 1 stale" in out and "[" not in out
+    folder = tmp_path / "runs/compare"
+    assert reason in (folder / "table.txt").read_text()
+    lines = list(csv.DictReader((folder / "runs.csv").open()))
+    assert [line["stale"] for line in lines] == ["", "the source of own_formula has changed"]
+
+    out = run_here(*arguments, "--rerun", "stale", cwd=tmp_path).stdout
+    assert "[2/2] own_norm.norm" in out and "stale" not in out
+    before, now = (
+        json.loads((folder / "own_norm.norm/seed-0" / run / "result.json").read_text())
+        for run in ("stale/0", "0")
+    )
+    assert (
+        before["train_loss"]
+        != now["train_loss"]
+        == float(list(csv.DictReader((folder / "runs.csv").open()))[1]["train loss"])
+    )
+    # A study of an earlier version has no record. An unfinished run is not mixed with other code.
+    (folder / "none/seed-0/0/code.json").unlink()
+    (folder / "own_norm.norm/seed-0/0/code.json").unlink()
+    (folder / "own_norm.norm/seed-0/0/result.json").unlink()
+    out = run_here(*arguments, cwd=tmp_path).stdout
+    assert out.count("stale: none, seed 0: its code was not recorded") == 2
+    assert "[2/2] own_norm.norm" in out and "2 runs, 0 failed" in out
+    result = json.loads((folder / "own_norm.norm/seed-0/0/result.json").read_text())
+    assert not result["resumed_at_steps"]
