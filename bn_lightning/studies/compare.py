@@ -129,7 +129,11 @@ class _Comparison:
 
         failure = "The run has no result."
         try:
-            pool.fit(arguments, self.folder / parent / "log.txt", advance)
+            study.fit(pool, arguments, self.folder / parent / "log.txt", advance)
+        except workers.MachineFailure as error:
+            if error.is_disk_full:
+                raise RunFailed(study.describe_full_disk(error)) from error
+            failure = str(error).splitlines()[0]
         except RunFailed as error:
             failure = str(error).splitlines()[0]
         run = self._read(variant, seed)

@@ -9,7 +9,7 @@ from typing import Any
 from bn_lightning import terminal
 from bn_lightning.errors import report_failure
 from bn_lightning.runs import result
-from bn_lightning.studies import compare_table, plots, statistics
+from bn_lightning.studies import compare_table, plots, statistics, study
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 from bn_lightning.training import checkpoints
@@ -83,7 +83,7 @@ def describe_stale(runs: Sequence[Run]) -> str:
         f"stale: {variant}, seed {', '.join(numbers)}: {reason}\n"
         for (variant, reason), numbers in seeds.items()
     ]
-    return "".join([*lines, "--rerun stale trains stale runs again.\n"] if lines else [])
+    return "".join([*lines, study.RERUN] if lines else [])
 
 
 def _run_data(run: Run, metrics: Sequence[statistics.ReportedMetric]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The objective of a sweep: train one trial, report it to the pruner, return its metric."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -9,16 +10,20 @@ from optuna.trial import Trial
 
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import result
+from bn_lightning.studies import code, study, workers
 from bn_lightning.studies import space as spaces
-from bn_lightning.studies import study, workers
 from bn_lightning.studies.progress import StudyProgress
-from bn_lightning.studies.search import Search, retry
+from bn_lightning.studies.search import CODE, MACHINE_FAILURE, Search, retry
 from bn_lightning.studies.space import Space
 from bn_lightning.studies.statistics import Selection
 
 
 class Objective:
-    """Trains with the settings of a trial, and returns the metric that the task selects by."""
+    """Trains with the settings of a trial, and returns the metric that the task selects by.
+
+    Args:
+        code_of: returns the current code of a trial with the given parameters.
+    """
 
     def __init__(
         self,
@@ -28,7 +33,9 @@ class Objective:
         selection: Selection,
         pool: workers.Workers,
         progress: StudyProgress,
+        code_of: Callable[[Mapping[str, Any]], code.Code] = lambda params: code.Code(),
     ) -> None:
+        self.code_of = code_of
         self.search, self.space, self.common = search, space, common
         self.selection, self.pool, self.progress = selection, pool, progress
 
@@ -37,7 +44,8 @@ class Objective:
 
         Raises:
             TrialPruned: the trial was ended early, or its loss or metric is not finite.
-            RunFailed: the run failed for a reason other than its settings.
+            RunFailed: the run failed for a reason other than its loss.
+            MachineFailure: the machine failed. The next command tries the trial again.
         """
         params = spaces.suggest(trial, self.space)
         frozen = self.search.get_trials()[trial.number]
@@ -47,12 +55,20 @@ class Objective:
         parent = self.search.folder / f"trial-{number}"
         trial.set_user_attr("folder", str(parent))
         trial.set_user_attr("host", socket.gethostname())
+        current = self.code_of(params)
+        study.set_aside_stale_runs(parent, current)
+        trial.set_user_attr(CODE, asdict(current))
         pruning = _Pruning(trial, self.progress, "ends_early" in frozen.user_attrs)
         name = f"{self.search.study.study_name}/{parent.name}"
         arguments = [*self.common, *spaces.flags(params), "--ckpt_path", "last", "--name", name]
         line = f"trial {trial.number}{retried}: {_text(params)}"
         try:
-            folder = self.pool.fit(arguments, parent / "log.txt", pruning)
+            folder = study.fit(self.pool, arguments, parent / "log.txt", pruning)
+        except workers.MachineFailure as error:
+            reason = str(error).splitlines()[0]
+            trial.set_user_attr(MACHINE_FAILURE, reason)
+            self.progress.end(trial.number, f"{line}: FAILED: {reason}")
+            raise
         except RunFailed as error:
             failed = study.failed_run(parent)
             reason = failed[1] if failed else str(error).splitlines()[0]
@@ -63,6 +79,7 @@ class Objective:
                 raise optuna.TrialPruned from None
             raise
         trial.set_user_attr("folder", str(folder))
+        trial.set_user_attr(CODE, asdict(code.recorded(folder)))
         return self._value(trial, line, result.read_result(folder), pruning.ends_early)
 
     def _value(self, trial: Trial, line: str, found: dict[str, Any], ended_early: bool) -> float:

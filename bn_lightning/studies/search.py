@@ -1,12 +1,13 @@
 """The search of a sweep: storage, trials, and retries of trials whose process died."""
 
 import argparse
+import copy
 import json
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import result
-from bn_lightning.studies import study, workers
+from bn_lightning.studies import code, study, workers
 from bn_lightning.training import checkpoints
 
 SAMPLERS: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -38,6 +39,9 @@ PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
 # Both are in seconds. If the last heartbeat of a trial is older than the grace period,
 # its process counts as dead, and another process retries the trial.
 HEARTBEAT_INTERVAL, GRACE_PERIOD = 2, 15
+
+# User attributes of a trial: the code of its run, and why the machine failed during it.
+CODE, MACHINE_FAILURE = "code", "machine_failure"
 
 Direction = Literal["minimize", "maximize"]
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -112,17 +116,50 @@ class Search:
         The process that marks such a trial as failed also queues its retry, but it may
         die between these two steps.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        retried = {number for trial in trials for number in retry.retry_history(trial)}
-        for trial in trials:
-            is_lost = trial.state == TrialState.FAIL and "failure" not in trial.user_attrs
-            if is_lost and trial.number not in retried:
+        retried = self._retried()
+        for trial in self.get_trials(TrialState.FAIL):
+            if "failure" in trial.user_attrs or trial.number in retried:
+                continue
+            if MACHINE_FAILURE in trial.user_attrs:
+                self._repeat(trial, without=(MACHINE_FAILURE,))
+            else:
                 completed = trial.datetime_complete
                 age = time.time() - completed.timestamp() if completed else 0
                 # If the trial was marked recently, another process may be about to
                 # queue its retry.
                 if age > GRACE_PERIOD:
                     retry(self.study, trial)
+
+    def _retried(self) -> set[int]:
+        """Return the numbers of the trials that another trial repeats."""
+        return {number for trial in self.get_trials() for number in retry.retry_history(trial)}
+
+    def _repeat(self, trial: FrozenTrial, without: Collection[str]) -> None:
+        """Queue a trial with the same settings, in the same folder.
+
+        Args:
+            without: user attributes that do not hold for the repetition.
+        """
+        repeated = copy.deepcopy(trial)
+        repeated.user_attrs = {
+            name: value for name, value in trial.user_attrs.items() if name not in without
+        }
+        retry(self.study, repeated)
+
+    def repeat_stale_trials(self, stale: Mapping[int, str]) -> None:
+        """Queue the trials with the given numbers again. They are no longer reported."""
+        for trial in self.done():
+            if trial.number in stale:
+                self._repeat(trial, without=trial.user_attrs)
+
+    def stale_trials(self, code_of: Callable[[Mapping[str, Any]], code.Code]) -> dict[int, str]:
+        """Return for each trial of other code how the current code differs."""
+        found = {}
+        for trial in self.done():
+            before = code.Code(**trial.user_attrs.get(CODE, {}))
+            if reason := code_of(trial.params).difference(before):
+                found[trial.number] = reason
+        return found
 
     def get_trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials with the given states, or without states, all trials."""
@@ -131,10 +168,15 @@ class Search:
     def done(self) -> list[FrozenTrial]:
         """Return the trials that were completed or pruned, or whose run failed.
 
-        Trials whose process died are not included, because they are retried.
+        Trials that are repeated are not included, nor are those whose process died,
+        because they are retried.
         """
-        failed = [t for t in self.get_trials(TrialState.FAIL) if "failure" in t.user_attrs]
-        return [*self.get_trials(*FINISHED), *failed]
+        retried = self._retried()
+        found = self.get_trials(*FINISHED)
+        for trial in self.get_trials(TrialState.FAIL):
+            if {"failure", MACHINE_FAILURE} & trial.user_attrs.keys():
+                found.append(trial)
+        return [trial for trial in found if trial.number not in retried]
 
     def run_trials(self, objective: Callable[[Trial], float], stopped: threading.Event) -> None:
         """Run trials until enough trials are done and no trial is running.
@@ -144,8 +186,12 @@ class Search:
         Args:
             objective: trains the run of a trial, and returns the value of its metric.
             stopped: ends the loop before the next trial when it is set.
+
+        Raises:
+            RunFailed: the disk is full.
         """
         while not stopped.is_set():
+            self._raise_full_disk()
             self._start_lock.acquire()
             self._local.holds_lock, self._local.trial, self._local.error = True, None, None
 
@@ -182,6 +228,12 @@ class Search:
                 return
             # If the process of a running trial dies, this process has to retry it.
             stopped.wait(1)
+
+    def _raise_full_disk(self) -> None:
+        """Raise RunFailed if the disk was full in this thread's trial: others would fail too."""
+        error = getattr(self._local, "error", None)
+        if isinstance(error, workers.MachineFailure) and error.is_disk_full:
+            raise RunFailed(study.describe_full_disk(error)) from error
 
     def _release_start_lock(self) -> None:
         if self._local.holds_lock:

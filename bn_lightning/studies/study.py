@@ -27,6 +27,7 @@ SELECTS = "task.selects"
 
 HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
 HELP_NAME = "Name of the study; its runs are stored in runs/NAME"
+RERUN = "--rerun stale trains stale runs again.\n"
 HELP_RERUN = (
     "Train stale runs again. A run is stale if its source or its version of PyTorch differs from "
     "the current one."
@@ -193,6 +194,34 @@ def failed_run(parent: Path) -> tuple[Path, str] | None:
     failure = json.loads((failed[-1] / FAILURE).read_text(encoding="utf-8"))
     return failed[-1], (
         f"non-finite loss at step {failure['step']:,}, epoch {failure['epoch'] + 1}"
+    )
+
+
+def fit(
+    pool: workers.Workers,
+    arguments: Sequence[str],
+    log: Path,
+    on_progress: workers.OnProgress,
+) -> Path:
+    """Run `fit` in a worker; after a failure of the machine, run it once more.
+
+    Raises:
+        RunFailed: the run failed, or the machine failed again. A full disk is not tried
+            again.
+        Interrupted: the run was stopped by a signal.
+    """
+    try:
+        return pool.fit(arguments, log, on_progress)
+    except workers.MachineFailure as error:
+        if error.is_disk_full:
+            raise
+    return pool.fit(arguments, log, on_progress)
+
+
+def describe_full_disk(error: workers.MachineFailure) -> str:
+    return (
+        f"The study was stopped, because the disk is full: {str(error).splitlines()[0]}\n"
+        "Free some space. Then the same command resumes the study."
     )
 
 

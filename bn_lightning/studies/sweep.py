@@ -6,7 +6,7 @@ Each trial is a `fit` in its own folder, `runs/NAME/trial-N/M`.
 import argparse
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import experiment, process
+from bn_lightning.studies import code, study, sweep_report
 from bn_lightning.studies import space as spaces
-from bn_lightning.studies import study, sweep_report
 from bn_lightning.studies.objective import Objective
 from bn_lightning.studies.search import PRUNERS, SAMPLERS, STORAGE_ERRORS, Search
 from bn_lightning.studies.space import Space
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=study.HELP_JOBS)
     parser.add_argument("--name", default="sweep", help=f"{study.HELP_NAME} (default: sweep).")
+    parser.add_argument("--rerun", choices=["stale"], help=study.HELP_RERUN)
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -183,14 +184,32 @@ def main(arguments: list[str], reference: str) -> None:
         study.SELECTS: [selection.metric, selection.mode],
     }
     defaults = plan.defaults | {study.SELECTS: fixed[study.SELECTS]}
+
+    def code_of(params: Mapping[str, Any]) -> code.Code:
+        return code.identify(reference, {**plan.settings[0], **params})
+
     folder = plan.root / options.name
     with contextlib.nullcontext() if options.storage else study.locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         search = Search(folder, options, selection.direction, fixed, defaults)
+        stale = search.stale_trials(code_of)
+        if options.rerun == "stale":
+            search.repeat_stale_trials(stale)
+        elif stale:
+            print(sweep_report.describe_stale(stale), end="", flush=True)
         unfinished = search.get_trials(TrialState.WAITING, TrialState.RUNNING)
         if unfinished or len(search.done()) < options.trials:
-            _run_trials(search, options, space, common, selection, reference)
-        sweep_report.write(search, options.name, selection, _non_defaults(settings, plan.defaults))
+            _run_trials(search, options, space, common, selection, reference, code_of)
+        changed = _non_defaults(settings, plan.defaults)
+        try:
+            sweep_report.write(
+                search, options.name, selection, changed, search.stale_trials(code_of)
+            )
+        except OSError as error:
+            raise RunFailed(
+                f"The report of the sweep cannot be written to {folder}: {error}\n"
+                "Fix the cause, then run the same command again. It does not repeat the trials."
+            ) from error
 
 
 def _plan(reference: str, space: Space, common: Sequence[str], selection: Selection) -> study.Plan:
@@ -228,12 +247,13 @@ def _run_trials(
     common: Sequence[str],
     selection: Selection,
     reference: str,
+    code_of: Callable[[Mapping[str, Any]], code.Code],
 ) -> None:
     """Run trials in parallel until the requested number is done."""
     done = len(search.done())
     total = max(options.trials, done)
     with study.start_workers(reference, options.jobs, total, done) as (pool, progress):
-        objective = Objective(search, space, common, selection, pool, progress)
+        objective = Objective(search, space, common, selection, pool, progress, code_of)
         try:
             threads = [
                 pool.threads.submit(search.run_trials, objective, pool.stopped)

@@ -4,11 +4,13 @@ The parent sends the arguments of `fit` to a worker, and receives its progress. 
 result of a run is in its folder.
 """
 
+import errno
 import functools
 import math
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -36,6 +38,11 @@ from bn_lightning.training.task import Task
 
 Connection: TypeAlias = "connection.Connection[Any, Any]"
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Messages of PyTorch's RuntimeErrors; only some have a class of their own.
+NO_SPACE = re.compile("no space left|quota exceeded", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
 # Called with the progress of a run. False ends the run.
 OnProgress = Callable[["Progress"], bool]
 
@@ -51,6 +58,23 @@ class Progress:
 
     fraction: float
     selected: list[float]
+
+
+class MachineFailure(RunFailed):
+    """A run failed because of the machine, not of its settings, so it can be tried again.
+
+    Its process was killed, or memory or the disk was full.
+
+    Attributes:
+        is_disk_full: whether the disk is full, so that other runs would fail too.
+    """
+
+    def __init__(self, message: str, is_disk_full: bool = False) -> None:
+        super().__init__(message, is_disk_full)
+        self.is_disk_full = is_disk_full
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Interrupted(Exception):
@@ -116,7 +140,8 @@ class Workers:
                 worker process is killed.
 
         Raises:
-            RunFailed: the run failed, or its process died.
+            RunFailed: the run failed.
+            MachineFailure: the process of the run died, or the machine failed.
             Interrupted: the run was stopped by a signal.
         """
         worker = self._idle.get()
@@ -132,7 +157,7 @@ class Workers:
             # A terminal sends Ctrl-C to all its processes, which exit with code 130.
             if self.stopped.is_set() or code == 130:
                 raise Interrupted from None
-            raise RunFailed(
+            raise MachineFailure(
                 f"The worker process {_describe_exit(code)}. Its output is in {log}."
             ) from None
         finally:
@@ -239,18 +264,23 @@ def _work(parent: Connection, reference: str, program: str) -> None:
             arguments, log = parent.recv()
         except (EOFError, OSError):
             return
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            log.open("a", encoding="utf-8") as file,
-            redirect_stdout(file),
-            redirect_stderr(file),
-        ):
-            # Redirect the file descriptors too, for output from C code.
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            answer = _fit(arguments, reference, parent)
-            os.dup2(outputs[0], 1)
-            os.dup2(outputs[1], 2)
+        answer: Path | Exception | None = None
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                log.open("a", encoding="utf-8") as file,
+                redirect_stdout(file),
+                redirect_stderr(file),
+            ):
+                # Redirect the file descriptors too, for output from C code.
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                answer = _fit(arguments, reference, parent)
+        except OSError as error:
+            # The log cannot be written.
+            answer = answer or _as_failure(error, f"{log}: {error}")
+        os.dup2(outputs[0], 1)
+        os.dup2(outputs[1], 2)
         parent.send(answer)
 
 
@@ -272,12 +302,30 @@ def _fit(arguments: list[str], reference: str, parent: Connection) -> Path | Exc
         return Interrupted()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return RunFailed(str(error))
+        return _as_failure(error, str(error))
     except Exception as error:
         traceback.print_exc()
-        return RunFailed(f"{type(error).__name__}: {error}")
+        return _as_failure(error, f"{type(error).__name__}: {error}")
     finally:
         _WarmCLI.release_trainers()
+
+
+def _as_failure(error: Exception, message: str) -> RunFailed:
+    """Return the exception for the parent: a MachineFailure if the machine caused the error."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    full = any(
+        getattr(cause, "errno", None) in DISK_FULL or NO_SPACE.search(str(cause))
+        for cause in causes
+    )
+    # Settings and data were validated before the study, so a file error is new.
+    has_failed = any(isinstance(cause, OSError | MemoryError) for cause in causes)
+    if full or has_failed or any(OUT_OF_MEMORY.search(str(cause)) for cause in causes):
+        return MachineFailure(message, full)
+    return RunFailed(message)
 
 
 class _WarmCLI(run.CLI):

@@ -13,7 +13,7 @@ from bn_lightning.runs import result
 from bn_lightning.studies import space as spaces
 from bn_lightning.studies.objective import Objective
 from bn_lightning.studies.statistics import Selection
-from bn_lightning.studies.workers import Progress
+from bn_lightning.studies.workers import MachineFailure, Progress
 
 MAX, MIN = Selection("val_acc", "max"), Selection("val_rmse", "min")
 
@@ -37,6 +37,8 @@ class Pool:
     def fit(self, arguments, log, on_progress):
         self.arguments, self.log = arguments, log
         folder = log.parent / "0"
+        if self.failure == "machine":
+            raise MachineFailure("killed")
         folder.mkdir(parents=True)
         if self.failure:
             if self.failure == "loss":
@@ -120,3 +122,10 @@ def test_a_non_finite_metric_prunes_the_trial(run, value):
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["failure"] == "non-finite val rmse"
     assert line == "trial 0: lr 0.1, norm none: FAILED: non-finite val rmse"
+
+
+def test_a_failure_of_the_machine_is_not_the_failure_of_the_trial(run):
+    trial, line, _ = run([], failure="machine")
+    assert trial.state == TrialState.FAIL and "failure" not in trial.user_attrs
+    assert trial.user_attrs["machine_failure"] == "killed"
+    assert line.endswith("FAILED: killed")

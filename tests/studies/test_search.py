@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.studies import search as searches
 from bn_lightning.studies import workers
+from bn_lightning.studies.code import Code
 from bn_lightning.studies.search import Search
 from tests.support import sweep_kills
 
@@ -193,3 +194,64 @@ def test_a_killed_process_of_two_on_one_postgresql_study_is_replaced(postgresql,
     assert sweep_kills.start(there, "--storage", postgresql).wait(timeout=100) == 0
     assert sweep_kills.trials(storage) == found
     assert winners[1].read_text() == winners[0].read_text()
+
+
+def test_a_trial_that_the_machine_failed_is_tried_again_by_the_next_command(open_search):
+    search = open_search()
+
+    def fail_first(trial):
+        if trial.number == 0:
+            trial.set_user_attr(searches.MACHINE_FAILURE, "killed")
+            raise workers.MachineFailure("killed")
+        return 1.0
+
+    search.run_trials(fail_first, threading.Event())
+    # This command goes on with the other trials.
+    assert [trial.number for trial in search.done()] == [1, 2, 0]
+    again = open_search()
+    assert numbers(again, TrialState.WAITING) == [3] and len(again.done()) == 2
+    again.run_trials(lambda trial: 1.0, threading.Event())
+    assert [trial.number for trial in again.done()] == [1, 2, 3]
+    assert searches.MACHINE_FAILURE not in again.get_trials()[3].user_attrs
+    assert searches.retry.retried_trial_number(again.get_trials()[3]) == 0
+
+
+def test_a_full_disk_ends_the_sweep_and_uses_up_no_trials(open_search):
+    def fail(trial):
+        trial.set_user_attr(searches.MACHINE_FAILURE, "no space")
+        raise workers.MachineFailure("no space", is_disk_full=True)
+
+    search = open_search()
+    with pytest.raises(RunFailed, match="the same command resumes the study"):
+        search.run_trials(fail, threading.Event())
+    assert len(search.get_trials()) == 1
+    again = open_search()
+    again.run_trials(lambda trial: 1.0, threading.Event())
+    assert len(again.done()) == 3 and len(again.get_trials()) == 4
+
+
+def test_stale_trials_are_repeated_on_request(open_search):
+    def train(version):
+        def run(trial):
+            trial.suggest_float("x", 0, 1)
+            trial.set_user_attr(searches.CODE, {"sources": {}, "versions": {"torch": version}})
+            trial.set_user_attr("ends_early", True)
+            return 1.0
+
+        return run
+
+    def code_of(params):
+        assert params.keys() == {"x"}
+        return Code({}, {"torch": "2"})
+
+    search = open_search()
+    search.run_trials(train("1"), threading.Event())
+    stale = search.stale_trials(code_of)
+    assert stale == dict.fromkeys(range(3), "torch was 1 and is now 2")
+    search.repeat_stale_trials(stale)
+    before = [trial.params for trial in search.get_trials()[:3]]
+    assert search.done() == [] and numbers(search, TrialState.WAITING) == [3, 4, 5]
+    assert not any(trial.user_attrs for trial in search.get_trials(TrialState.WAITING))
+    search.run_trials(train("2"), threading.Event())
+    assert [trial.params for trial in search.done()] == before
+    assert not search.stale_trials(code_of)

@@ -9,7 +9,7 @@ import pytest
 from bn_lightning.data import sources
 from bn_lightning.errors import UserError
 from bn_lightning.runs import process
-from bn_lightning.studies import study
+from bn_lightning.studies import study, workers
 from tests.conftest import PROJECTS
 
 EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
@@ -164,3 +164,18 @@ def test_sigterm_stops_a_study_like_ctrl_c(capsys, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
     assert "the same command resumes the study" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("is_disk_full", "attempts"), [(False, 2), (True, 1)])
+def test_after_a_failure_of_the_machine_a_run_is_tried_once_more(is_disk_full, attempts):
+    class Pool:
+        attempts = 0
+
+        def fit(self, *_):
+            self.attempts += 1
+            raise workers.MachineFailure("killed", is_disk_full)
+
+    pool = Pool()
+    with pytest.raises(workers.MachineFailure):
+        study.fit(pool, [], None, None)
+    assert pool.attempts == attempts

@@ -143,6 +143,40 @@ def test_trials_with_a_non_finite_loss_count_as_failed(main):
     assert "FAILED" not in again and "3 failed" in again
 
 
+@pytest.mark.filterwarnings("ignore:Target and region quantiles")
+def test_trials_of_other_code_are_reported_and_trained_again_on_request(main, tmp_path):
+    layer = tmp_path / "swept_norm.py"
+    layer.write_text("from torch import nn\n\n\ndef norm(**_):\n    return nn.Identity()\n")
+    config = {
+        "data": {"source": "sample"},
+        "trainer": {"max_epochs": 1, "limit_train_batches": 2, "accelerator": "cpu"},
+        "sweep": {"trials": 2, "sampler": "random", "pruner": "none"},
+    }
+    config["sweep"]["space"] = {
+        "model.lr": {"low": 0.1, "high": 0.2},
+        "model.norm": ["swept_norm.norm"],
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(config))
+    arguments = ("sweep", "--config", "sweep.yaml", "--jobs", "2")
+    out = main(*arguments)[1]
+    assert "stale" not in out
+    before = trials_of(tmp_path)
+
+    layer.write_text(layer.read_text().replace("nn.Identity()", "nn.Hardtanh(-1, 1)"))
+    out = main(*arguments)[1]
+    assert "stale: trial 0, 1: the source of swept_norm has changed\n--rerun stale" in out
+    assert [trial["state"] for trial in trials_of(tmp_path)] == ["finished, stale"] * 2
+
+    out = main(*arguments, "--rerun", "stale")[1]
+    assert out.count("(retry of trial") == 2 and "stale" not in out
+    after = trials_of(tmp_path)
+    assert {t["model.lr"] for t in after} == {t["model.lr"] for t in before}
+    assert {t["trial"] for t in after} == {"2", "3"} and len(after) == 2
+    assert (tmp_path / "runs/sweep/trial-0/stale/0/result.json").is_file()
+    result = yaml.safe_load((tmp_path / "runs/sweep/trial-0/0/result.json").read_text())
+    assert result["finished"] and not result["resumed_at_steps"]
+
+
 def parse(tmp_path, text, *arguments):
     (tmp_path / "c.yaml").write_text(text)
     return sweep.parse(["--config", str(tmp_path / "c.yaml"), *arguments])

@@ -9,7 +9,7 @@ from bn_lightning.data import sources
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import process, run
 from bn_lightning.studies import workers
-from bn_lightning.studies.workers import Workers
+from bn_lightning.studies.workers import MachineFailure, Workers
 from tests.conftest import assert_same_weights, run_here
 
 EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
@@ -92,7 +92,7 @@ def test_a_worker_survives_a_failed_run(pool, cwd):
 
 def test_a_dead_worker_is_replaced(pool, cwd):
     (cwd / "exiting.py").write_text("import os\n\ndef norm(**_):\n    os._exit(3)\n")
-    with pytest.raises(RunFailed, match=r"The worker process died \(exit code 3\)"):
+    with pytest.raises(MachineFailure, match=r"The worker process died \(exit code 3\)"):
         pool.fit([*QUICK, "--model.norm", "exiting.norm"], cwd / "log.txt", keep_running)
 
     def fail(progress):
@@ -144,3 +144,33 @@ def test_the_planned_number_of_steps(settings, steps):
     trainer = Trainer()
     vars(trainer).update(settings)
     assert workers._planned_steps(trainer) == steps
+
+
+BROKEN = """\
+def disk(**_):
+    raise OSError(28, "No space left on device")
+
+def memory(**_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+def mistake(**_):
+    raise RuntimeError("a mistake in the layer")
+"""
+
+
+@pytest.mark.parametrize(
+    ("norm", "log", "kind", "is_disk_full"),
+    [
+        ("none", "/dev/full", MachineFailure, True),
+        ("broken.disk", "log.txt", MachineFailure, True),
+        ("broken.memory", "log.txt", MachineFailure, False),
+        ("broken.mistake", "log.txt", RunFailed, False),
+    ],
+)
+def test_failures_of_the_machine_are_distinguished(pool, cwd, norm, log, kind, is_disk_full):
+    (cwd / "broken.py").write_text(BROKEN)
+    with pytest.raises(RunFailed) as caught:
+        pool.fit([*QUICK, "--model.norm", norm, "--name", "broken"], cwd / log, keep_running)
+    assert type(caught.value) is kind
+    assert getattr(caught.value, "is_disk_full", False) == is_disk_full
+    assert "\n" not in str(caught.value)
