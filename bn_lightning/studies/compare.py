@@ -41,7 +41,7 @@ def main(arguments: list[str], reference: str) -> None:
             for variant, settings in zip(compared, plan.settings, strict=True)
         }
         comparison = _Comparison(folder, options, compared, common, selection, codes)
-        runs = comparison.train(reference)
+        runs = comparison.train(reference, plan.gpus())
         try:
             compare_report.write(folder, runs, compared, selection, options.steps_to)
         except OSError as error:
@@ -94,7 +94,7 @@ class _Comparison:
         # pairs.
         self.keys = [(variant, seed) for seed in range(options.seeds) for variant in compared]
 
-    def train(self, reference: str) -> list[Run]:
+    def train(self, reference: str, gpus: Sequence[str]) -> list[Run]:
         """Train the runs that are not done, and return all runs."""
         runs = {key: self._read(*key) for key in self.keys}
         is_repeated = self.options.rerun == "stale"
@@ -104,7 +104,7 @@ class _Comparison:
             print(compare_report.describe_stale(kept), end="", flush=True)
             total, done = len(self.keys), len(self.keys) - len(remaining)
             jobs = self.options.jobs
-            with study.start_workers(reference, jobs, total, done) as (pool, progress):
+            with study.start_workers(reference, jobs, total, done, gpus) as (pool, progress):
                 futures = {
                     pool.threads.submit(self._fit, *key, pool, progress): key for key in remaining
                 }

@@ -12,7 +12,7 @@ import filelock
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs import folder, result, run
-from bn_lightning.studies import code, workers
+from bn_lightning.studies import code, devices, workers
 from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.losses import FAILURE
@@ -25,7 +25,10 @@ DEFAULTS = ("--monitor", "false", "--trainer.devices", "1")
 # A study stores under this key the metric that selects checkpoints, and its direction.
 SELECTS = "task.selects"
 
-HELP_JOBS = "Number of runs to train in parallel; CPU cores are divided among them (default: 1)."
+HELP_JOBS = (
+    "Number of runs to train in parallel. CPU cores are divided among them, and each uses its own "
+    "GPU if there are enough (default: 1)."
+)
 HELP_NAME = "Name of the study; its runs are stored in runs/NAME"
 RERUN = "--rerun stale trains stale runs again.\n"
 HELP_RERUN = (
@@ -43,12 +46,18 @@ class Plan:
         settings: the settings of each run, by names such as `trainer.max_epochs`.
         defaults: the default settings of `fit`.
         holds_out: whether every run validates on held-out samples.
+        names_device: whether --trainer.devices names devices by their numbers.
     """
 
     root: Path
     settings: list[dict[str, Any]]
     defaults: dict[str, Any]
     holds_out: bool
+    names_device: bool
+
+    def gpus(self) -> list[str]:
+        """Return the GPUs to assign to parallel runs."""
+        return [] if self.names_device else devices.visible()
 
 
 def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
@@ -82,7 +91,9 @@ def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
             "differs between them.\nSet it once, for all runs."
         )
     _prepare_data(modules)
-    return Plan(roots.pop(), settings, defaults, holds_out)
+    counts = [str(one["trainer.devices"]) for one in settings]
+    names_device = not all(count.isdecimal() or count == "auto" for count in counts)
+    return Plan(roots.pop(), settings, defaults, holds_out, names_device)
 
 
 def _prepare_data(modules: Sequence[DataModule]) -> None:
@@ -245,7 +256,7 @@ def _numbered_runs(parent: Path) -> list[Path]:
 
 @contextmanager
 def start_workers(
-    reference: str, jobs: int, total: int, done: int
+    reference: str, jobs: int, total: int, done: int, gpus: Sequence[str] = ()
 ) -> Iterator[tuple[workers.Workers, StudyProgress]]:
     """Start workers for the remaining runs.
 
@@ -256,6 +267,7 @@ def start_workers(
         jobs: number of runs to train in parallel.
         total: number of runs in the study.
         done: number of runs that have already ended.
+        gpus: GPUs that parallel runs share.
 
     Raises:
         KeyboardInterrupt: the study was stopped. A message about resuming it has been
@@ -269,7 +281,7 @@ def start_workers(
     remaining = max(1, total - done)
     try:
         with (
-            workers.Workers(reference, jobs, remaining) as pool,
+            workers.Workers(reference, jobs, remaining, gpus) as pool,
             StudyProgress(total, done) as progress,
         ):
             try:

@@ -199,7 +199,7 @@ def main(arguments: list[str], reference: str) -> None:
             print(sweep_report.describe_stale(stale), end="", flush=True)
         unfinished = search.get_trials(TrialState.WAITING, TrialState.RUNNING)
         if unfinished or len(search.done()) < options.trials:
-            _run_trials(search, options, space, common, selection, reference, code_of)
+            _run_trials(search, options, space, common, selection, reference, code_of, plan.gpus())
         changed = _non_defaults(settings, plan.defaults)
         try:
             sweep_report.write(
@@ -248,11 +248,12 @@ def _run_trials(
     selection: Selection,
     reference: str,
     code_of: Callable[[Mapping[str, Any]], code.Code],
+    gpus: Sequence[str],
 ) -> None:
     """Run trials in parallel until the requested number is done."""
     done = len(search.done())
     total = max(options.trials, done)
-    with study.start_workers(reference, options.jobs, total, done) as (pool, progress):
+    with study.start_workers(reference, options.jobs, total, done, gpus) as (pool, progress):
         objective = Objective(search, space, common, selection, pool, progress, code_of)
         try:
             threads = [

@@ -31,7 +31,7 @@ from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import process, run
 from bn_lightning.runs.records import Records
-from bn_lightning.studies import code
+from bn_lightning.studies import code, devices
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.stopping import Stopped
 from bn_lightning.training.task import Task
@@ -88,6 +88,8 @@ class Workers:
         reference: import path of the experiment.
         jobs: number of processes; CPU cores are divided among them.
         runs: number of runs, the maximum number of processes that are started.
+        gpus: GPUs of this machine. Each process gets one of them; if there are more
+            processes than GPUs, they share them.
 
     Attributes:
         count: number of processes.
@@ -95,8 +97,9 @@ class Workers:
         stopped: set when all runs have to stop.
     """
 
-    def __init__(self, reference: str, jobs: int, runs: int) -> None:
+    def __init__(self, reference: str, jobs: int, runs: int, gpus: Sequence[str] = ()) -> None:
         self.reference, self.jobs, self.count = reference, jobs, min(jobs, runs)
+        self.gpus = gpus if self.count > 1 else ()
         self.threads = ThreadPoolExecutor(self.count)
         self.stopped = threading.Event()
         self._idle: queue.Queue[_Worker] = queue.Queue()
@@ -108,8 +111,9 @@ class Workers:
             # OpenMP reads this when torch is imported, in the worker or its fork
             # server.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
-        for _ in range(self.count):
-            self._idle.put(self._start())
+        for number in range(self.count):
+            gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
+            self._idle.put(self._start(gpu))
         return self
 
     def __exit__(
@@ -124,8 +128,8 @@ class Workers:
         for worker in self._workers:
             worker.end()
 
-    def _start(self) -> "_Worker":
-        worker = _Worker(self.reference)
+    def _start(self, gpu: str | None) -> "_Worker":
+        worker = _Worker(self.reference, gpu)
         self._workers.append(worker)
         return worker
 
@@ -163,7 +167,7 @@ class Workers:
         finally:
             worker.is_busy = False
             if not self.stopped.is_set() and not worker.process.is_alive():
-                worker = self._start()
+                worker = self._start(worker.gpu)
             self._idle.put(worker)
 
 
@@ -183,10 +187,11 @@ def _cores() -> int:
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, reference: str) -> None:
+    def __init__(self, reference: str, gpu: str | None) -> None:
+        self.gpu = gpu
         context = _context()
         self._connection, child_connection = context.Pipe()
-        arguments = (child_connection, reference, terminal.program())
+        arguments = (child_connection, reference, terminal.program(), gpu)
         self.process = context.Process(target=_work, args=arguments)
         # The child inherits the ignored SIGINT: it ignores Ctrl-C until its imports are
         # done.
@@ -252,8 +257,11 @@ def _context() -> Any:
 _read_once = functools.cache(Path.read_bytes)
 
 
-def _work(parent: Connection, reference: str, program: str) -> None:
+def _work(parent: Connection, reference: str, program: str, gpu: str | None) -> None:
     """Run what the parent sends, until the parent closes the connection or dies."""
+    if gpu is not None:
+        # PyTorch is imported, but CUDA is initialized by the first run.
+        os.environ[devices.VARIABLE] = gpu
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     terminal.set_program(program)
