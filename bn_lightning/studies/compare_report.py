@@ -14,6 +14,9 @@ from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 from bn_lightning.training import checkpoints
 
+# With fewer runs per variant, a note warns about the intervals.
+FEW = 5
+
 # Column names, and the cells of each row.
 Table = tuple[list[str], list[list[str]]]
 
@@ -31,6 +34,7 @@ def write(
         threshold: validation metric up to which steps are counted. None selects the
             final value of the worst variant.
     """
+    is_given = threshold is not None
     if threshold is None:
         threshold = statistics.default_threshold(runs, selection)
     baselines = {variant.name: variant.baseline for variant in compared}
@@ -50,11 +54,14 @@ def write(
         ]
         tables.append((header, cells))
     stale = describe_stale(runs)
-    text = _as_text(tables, failures) + stale
+    remarks = stale + "".join(
+        f"note: {line}\n" for line in notes(runs, rows, selection, None if is_given else threshold)
+    )
+    text = _as_text(tables, failures) + remarks
     print(text, end="")
     row_data = [row.as_data() for row in rows]
     files = {
-        "table.md": _as_markdown(tables, failures) + (f"\n{stale}" if stale else ""),
+        "table.md": _as_markdown(tables, failures) + f"\n{remarks}",
         "table.csv": compare_table.as_csv(row_data),
         "runs.csv": compare_table.as_csv(run_data),
         "table.json": result.to_json({"rows": row_data, "runs": run_data}) + "\n",
@@ -71,6 +78,41 @@ def write(
         f"{len(runs)} runs, {len(failures)} failed. Tables and plots are in {folder}",
         flush=True,
     )
+
+
+def notes(
+    runs: Sequence[Run],
+    rows: Sequence[statistics.Row],
+    selection: Selection,
+    threshold: float | None,
+) -> list[str]:
+    """Return remarks on the tables: which epoch a metric is from, and how few runs there are.
+
+    Args:
+        threshold: the threshold if it was derived from the runs, otherwise None.
+    """
+    found = []
+    tested = {run.result.get("tested") for run in runs if run.result}
+    if tested == {"best.ckpt"}:
+        found.append(
+            f"{selection.label} and {selection.test_label} are those of the checkpoint with the "
+            f"best {selection.label}. train loss is that of the last epoch."
+        )
+    if threshold is not None:
+        found.append(
+            f"{statistics.steps_to(threshold)}: this threshold is derived from the last "
+            "validation of the worst variant, not from its best one. --steps_to sets another."
+        )
+    counts = [row.runs - row.failed for row in rows]
+    n = min(filter(None, counts), default=FEW)
+    if n == 1:
+        found.append(f"n = 1: one run has no interval. Use --seeds {FEW} or more.")
+    elif n < FEW:
+        found.append(
+            f"n = {n}: with so few runs, the intervals are wide and d is not reliable. Use "
+            f"--seeds {FEW} or more."
+        )
+    return found
 
 
 def describe_stale(runs: Sequence[Run]) -> str:

@@ -4,9 +4,11 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bn_lightning.studies.statistics import (
     Run,
@@ -15,6 +17,9 @@ from bn_lightning.studies.statistics import (
     validated_on_test_set,
 )
 from bn_lightning.studies.variants import Variant
+
+# A legend beside the axes covers no curve.
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.0}
 
 # The points of one line in a plot: values of a setting, each with the runs that have
 # this value.
@@ -26,7 +31,7 @@ def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> No
 
     Lines are means over seeds. Bands extend from the minimum to the maximum.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for color, variant in enumerate(dict.fromkeys(run.variant for run in runs)):
         done = [run for run in runs if run.variant == variant and run.failure is None]
@@ -41,10 +46,12 @@ def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> No
         ]
         _band(right, values, variant, color)
     on_test_set = validated_on_test_set(runs)
+    # An axis of few epochs would have ticks such as 1.25.
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.set(xlabel="epoch", ylabel="train loss")
     right.set(xlabel="step", ylabel=selection.test_label if on_test_set else selection.label)
-    location = "lower right" if selection.mode == "max" else "upper right"
-    right.legend(title="mean over seeds (band: min to max)", loc=location)
+    right.legend(title="mean over seeds\n(band: min to max)", **BESIDE)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -104,7 +111,7 @@ def metric_by_setting(
 
     Dots are runs, and lines connect their means. Crosses are failed runs.
     """
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2) if any(lines) else (6.5, 4.2), layout="constrained")
     axes = figure.subplots()
     failures: list[tuple[float, str]] = []
     for color, (label, points) in enumerate(lines.items()):
@@ -125,10 +132,12 @@ def metric_by_setting(
     positions = [x for points in lines.values() for x, _ in points]
     if min(positions) > 0 and max(positions) / min(positions) >= 10:
         axes.set_xscale("log")
+    elif all(x == int(x) for x in positions):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     note = " (x: failed run)" if failures else ""
     axes.set(xlabel=setting, ylabel=selection.test_label + note)
     if any(lines):
-        axes.legend()
+        axes.legend(**BESIDE)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -224,12 +224,18 @@ def reported_metrics(
         if any(run.result.get(name) is not None for run in runs)
     ]
     if threshold is not None:
-        name = f"steps to {_format_number(threshold)}"
         found.append(
-            ReportedMetric(name, lambda run: run.steps_to(threshold, selection), "ratio", 0)
+            ReportedMetric(
+                steps_to(threshold), lambda run: run.steps_to(threshold, selection), "ratio", 0
+            )
         )
     speed = ReportedMetric("samples per second", _from_result("images_per_second"), "ratio", 0)
     return [*found, speed]
+
+
+def steps_to(threshold: float) -> str:
+    """Return the name of the metric that counts the steps to a threshold."""
+    return f"steps to {_format_number(threshold)}"
 
 
 def _from_result(name: str) -> Callable[[Run], float | None]:

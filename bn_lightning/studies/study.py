@@ -279,6 +279,14 @@ def start_workers(
 
     before = signal.signal(signal.SIGTERM, stop)
     remaining = max(1, total - done)
+    # The next line appears at the end of the first run, which may take hours.
+    parallel = f", {min(jobs, remaining)} in parallel" if jobs > 1 else ""
+    on_gpus = f" on the GPUs {', '.join(gpus)}" if jobs > 1 and gpus else ""
+    print(
+        f"[{done} of {total} runs are done; training {remaining}{parallel}{on_gpus}. "
+        "The output of each run is in its log.txt]",
+        flush=True,
+    )
     try:
         with (
             workers.Workers(reference, jobs, remaining, gpus) as pool,

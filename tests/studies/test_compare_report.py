@@ -64,6 +64,23 @@ def test_a_given_threshold_is_used(tmp_path):
     assert line["steps to 4.500"] == "20"
 
 
+@pytest.mark.parametrize(("seeds", "shown"), [(1, "n = 1: one run"), (2, "n = 2: with"), (5, None)])
+def test_notes_say_which_epoch_is_reported_and_warn_of_few_runs(tmp_path, capsys, seeds, shown):
+    runs = [run("lr=1", seed, 2.0 + seed) for seed in range(seeds)]
+    for one in runs:
+        one.result["tested"] = "best.ckpt"
+    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes[0] == (
+        "note: val rmse and test rmse are those of the checkpoint with the best val rmse. "
+        "train loss is that of the last epoch."
+    )
+    assert "derived from the last validation of the worst variant" in notes[1]
+    assert all(note in (tmp_path / "table.md").read_text() for note in notes)
+    assert len(notes) == 2 + (shown is not None)
+    assert shown is None or notes[2].startswith(f"note: {shown}")
+
+
 def test_plots_are_written(written):
     for name in ("curves", "model.lr"):
         with Image.open(written[0] / f"{name}.png") as picture:

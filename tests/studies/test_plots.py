@@ -51,6 +51,22 @@ def test_learning_curves_are_means_over_seeds(axes, tmp_path):
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["a", "b"]
 
 
+def test_the_legend_covers_no_curve_and_epochs_are_integers(axes, tmp_path):
+    many = [run(f"a variant with a long name {n}", 0, MAX, n / 9) for n in range(9)]
+    plots.learning_curves(many, MAX, tmp_path / "curves.png")
+    points = [(x, [run("a", 0, MAX, 0.4)]) for x in (1.0, 2.0)]
+    plots.metric_by_setting("data.shift", {"a": points, "b": points}, MAX, tmp_path / "shift.png")
+    left, right, setting = axes
+    for one in (right, setting):
+        legend = one.get_legend().get_window_extent()
+        assert not legend.overlaps(one.get_window_extent())
+        assert legend.x1 <= one.figure.bbox.x1
+        assert one.get_window_extent().width > 150
+    for one in (left, right, setting):
+        ticks = one.get_xticks()
+        assert len(ticks) > 1 and all(tick == round(tick) for tick in ticks)
+
+
 @pytest.mark.parametrize("selection", [MAX, MIN])
 def test_axis_labels_name_the_metric_and_the_data_set(axes, tmp_path, selection):
     for test_set in (False, True):

@@ -179,3 +179,21 @@ def test_after_a_failure_of_the_machine_a_run_is_tried_once_more(is_disk_full, a
     with pytest.raises(workers.MachineFailure):
         study.fit(pool, [], None, None)
     assert pool.attempts == attempts
+
+
+def test_something_is_printed_before_the_first_run_ends(monkeypatch, capsys):
+    class NoWorkers:
+        def __init__(self, *args):
+            assert "[1 of 4 runs are done; training 3, 2 in parallel on the GPUs 0, 1." in (
+                capsys.readouterr().out
+            )
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+    monkeypatch.setattr(study.workers, "Workers", NoWorkers)
+    with study.start_workers(EXPERIMENT, 2, 4, 1, ["0", "1"]):
+        pass
