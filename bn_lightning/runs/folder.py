@@ -66,6 +66,10 @@ class RunFolder:
             if not resuming:
                 shutil.rmtree(path, ignore_errors=True)
             raise
+        # A process that was killed may have left temporary files. No other process
+        # writes here.
+        for file in path.rglob(".*.tmp"):
+            file.unlink()
         self._files_before = set(path.iterdir())
 
     def save_changes(self, settings: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The output files of `sweep`: the list of trials, the config of the best one, and plots."""
 
 import collections
+import io
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,4 +131,6 @@ def _plot(trials: optuna.Study, selection: Selection, folder: Path) -> None:
         # Optuna needs at least two trials with different settings and values.
         with report_failure(f"{name}.png cannot be drawn"):
             figure = plot(trials, target_name=selection.label).figure
-            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=120, bbox_inches="tight")
+            checkpoints.write_atomically(folder / f"{name}.png", picture.getbuffer())

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file completely, or leave the existing one unchanged.
 
     The content goes to a temporary file in the same folder, which is flushed to disk
-    and renamed.
+    and renamed. Several processes may write the same file, and the last one wins.
 
     Raises:
         OSError: the file could not be written; the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Processes of several machines may share a folder, so a process number is not
+    # unique.
+    temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -104,6 +104,8 @@ def test_files_of_a_run_that_did_not_train_are_removed(tmp_path):
     assert not new.path.exists()
     old = folder.new_folder(tmp_path)
     (old / "config.yaml").touch()
+    # A process was killed while it wrote this file.
+    (old / ".0-result.json.tmp").touch()
     resumed = folder.RunFolder(old, resuming=True)
     (old / "resumed-1.yaml").touch()
     resumed.remove_new_files()

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +122,19 @@ def test_write_atomically_replaces_a_file_and_leaves_no_temporary_file(tmp_path)
     checkpoints.write_atomically(file, memoryview(b"other"))
     assert file.read_bytes() == b"other"
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_several_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "trials.csv"
+
+    def write(number):
+        for _ in range(20):
+            checkpoints.write_atomically(file, bytes([number]) * 100_000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(set(file.read_bytes())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.csv"]
 
 
 def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
