@@ -80,15 +80,20 @@ class Objective:
             raise
         trial.set_user_attr("folder", str(folder))
         trial.set_user_attr(CODE, asdict(code.recorded(folder)))
-        return self._value(trial, line, result.read_result(folder), pruning.ends_early)
+        found, validated = result.read_result(folder), pruning.reported > 0
+        return self._value(trial, line, found, validated, pruning.ends_early)
 
-    def _value(self, trial: Trial, line: str, found: dict[str, Any], ended_early: bool) -> float:
+    def _value(
+        self, trial: Trial, line: str, found: dict[str, Any], validated: bool, ended_early: bool
+    ) -> float:
         """Return the metric from result.json, and print it."""
         metric, label = self.selection.metric, self.selection.label
         value = found[f"{metric}_final" if ended_early else metric]
         # result.json has null for NaN and infinity.
         if value is None:
-            self._end_failed(trial, line, f"non-finite {label}")
+            # For example, --trainer.max_time has ended the run.
+            reason = f"non-finite {label}" if validated else "the run ended before its validation"
+            self._end_failed(trial, line, reason)
             raise optuna.TrialPruned
         if ended_early:
             self.progress.end(trial.number, f"{line}: ended early, {label} {value:.4f}")

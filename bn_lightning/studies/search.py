@@ -49,6 +49,8 @@ STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInter
 
 # Optuna warns that heartbeats and retries are experimental.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+# It also warns about choices such as dicts. The storages of a sweep support all plain data.
+warnings.filterwarnings("ignore", "Choices for a categorical distribution")
 retry = RetryHeartbeatStaleTrialCallback()
 
 
@@ -290,8 +292,8 @@ def _open_study(
     except (*STORAGE_ERRORS, ImportError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The storage of the study cannot be used: {str(error).splitlines()[0]}\n"
-            "Use a server, --storage postgresql://USER:PASSWORD@HOST/DATABASE, or remove "
-            "--storage to use a file."
+            "Use a server, --storage postgresql://USER@HOST/DATABASE with the password in the file "
+            "that PGPASSFILE names, or remove --storage to use a file."
         ) from error
 
 

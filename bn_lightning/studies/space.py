@@ -1,7 +1,8 @@
 """The search space of a sweep: read from a config, sampled by Optuna, passed on as flags."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import (
@@ -16,6 +17,11 @@ from bn_lightning.errors import UserError
 
 # The distribution of each searched setting.
 Space = dict[str, BaseDistribution]
+# A value for each searched setting.
+Point = dict[str, Any]
+
+# How many points are tried to find a valid one with a given value.
+MAX_TRIES = 30
 
 
 def read(section: Mapping[str, Any]) -> Space:
@@ -63,6 +69,66 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, IntDistribution):
         return trial.suggest_int(name, int(low), int(high), step=distribution.step, log=log)
     return trial.suggest_float(name, low, high, step=distribution.step, log=log)
+
+
+def valid_points(space: Space, validate: Callable[[Point], None]) -> list[Point]:
+    """Return valid points that together contain each value of `settings_to_check`.
+
+    A point has a value for each searched setting, as a trial does: a value may be valid
+    only together with certain values of other settings.
+
+    Args:
+        validate: raises a UserError if a point is invalid.
+
+    Raises:
+        UserError: for a value, none of `MAX_TRIES` points was valid.
+    """
+    wanted = settings_to_check(space)
+    values = {name: [one[name] for one in wanted if name in one] for name in space}
+    tried: dict[str, UserError | None] = {}
+    valid: list[Point] = []
+
+    def error_of(point: Point) -> UserError | None:
+        key = repr(point)
+        if key not in tried:
+            try:
+                validate(point)
+                tried[key] = None
+                valid.append(point)
+            except UserError as error:
+                tried[key] = error
+        return tried[key]
+
+    # The values of different settings are checked together, to build few networks.
+    for number in range(max(map(len, values.values()))):
+        error_of({name: found[number % len(found)] for name, found in values.items()})
+    for value in wanted:
+        if any(value.items() <= point.items() for point in valid):
+            continue
+        candidates = itertools.islice(_candidates(value, values, list(valid)), MAX_TRIES)
+        first = None
+        for point in candidates:
+            error = error_of(point)
+            if error is None:
+                break
+            first = first or error
+        else:
+            assert first is not None
+            raise first
+    return valid
+
+
+def _candidates(
+    value: Point, values: Mapping[str, Sequence[Any]], valid: Sequence[Point]
+) -> Iterator[Point]:
+    """Yield points with the given value, those that differ least from valid points first."""
+    for point in valid:
+        yield {**point, **value}
+    for point in valid:
+        for name, found in values.items():
+            yield from ({**point, name: other, **value} for other in found)
+    for combination in itertools.product(*values.values()):
+        yield {**dict(zip(values, combination, strict=True)), **value}
 
 
 def settings_to_check(space: Space) -> list[dict[str, Any]]:

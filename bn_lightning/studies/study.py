@@ -2,13 +2,14 @@
 
 import json
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
+import lightning.pytorch as pl
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs import folder, result, run
@@ -60,7 +61,11 @@ class Plan:
         return [] if self.names_device else devices.visible()
 
 
-def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
+def plan_runs(
+    reference: str,
+    *runs: Sequence[str],
+    check: Callable[[pl.Trainer, DataModule], None] = lambda trainer, data: None,
+) -> Plan:
     """Validate the settings of each run, and prepare the data.
 
     Everything that `fit` would construct is constructed, but nothing is trained.
@@ -68,20 +73,20 @@ def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
     Args:
         reference: import path of the experiment.
         runs: the arguments of `fit` for each run.
+        check: raises a UserError if a run is not suitable; its data are prepared.
 
     Raises:
         UserError: the settings or the data are invalid.
     """
     settings: list[dict[str, Any]] = []
     defaults: dict[str, Any] = {}
-    roots, modules, holds_out = set(), [], True
+    roots, trainers, modules, holds_out = set(), [], [], True
     for arguments in runs:
-        # Only the data module of each run is kept, because the networks of many runs
-        # would take a lot of memory.
-        cli = run.command_line(["fit", *arguments], reference, run.Rehearsal)
-        _refuse_unsupported_settings(cli)
+        # The networks of many runs would take a lot of memory, so they are not kept.
+        cli = rehearse(reference, arguments)
         settings.append(_result_settings(cli, cli.config.fit))
         roots.add(Path(cli.config.fit.trainer.default_root_dir))
+        trainers.append(cli.trainer)
         modules.append(cli.datamodule)
         holds_out &= _holds_out(cli)
         defaults = defaults or _result_settings(cli, cli.defaults())
@@ -91,9 +96,35 @@ def plan_runs(reference: str, *runs: Sequence[str]) -> Plan:
             "differs between them.\nSet it once, for all runs."
         )
     _prepare_data(modules)
+    for trainer, module in zip(trainers, modules, strict=True):
+        check(trainer, module)
     counts = [str(one["trainer.devices"]) for one in settings]
     names_device = not all(count.isdecimal() or count == "auto" for count in counts)
     return Plan(roots.pop(), settings, defaults, holds_out, names_device)
+
+
+def rehearse(reference: str, arguments: Sequence[str]) -> run.CLI:
+    """Construct everything that `fit` would construct, and return it.
+
+    Raises:
+        UserError: the settings are invalid, or a study does not support them.
+    """
+    cli = run.command_line(["fit", *arguments], reference, run.Rehearsal)
+    _refuse_unsupported_settings(cli)
+    return cli
+
+
+def read_settings(reference: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of `fit` with the given arguments, which may be incomplete."""
+    cli = run.command_line(["fit", *arguments], reference, _Reading)
+    return _result_settings(cli, cli.config.fit)
+
+
+class _Reading(run.Rehearsal):
+    """A command line that reads settings and constructs nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
 
 
 def _prepare_data(modules: Sequence[DataModule]) -> None:

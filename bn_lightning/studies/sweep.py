@@ -6,6 +6,8 @@ Each trial is a `fit` in its own folder, `runs/NAME/trial-N/M`.
 import argparse
 import contextlib
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -20,6 +22,7 @@ from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import experiment, process
 from bn_lightning.studies import code, study, sweep_report
 from bn_lightning.studies import space as spaces
+from bn_lightning.studies.first_validation import refuse_runs_without_validation
 from bn_lightning.studies.objective import Objective
 from bn_lightning.studies.search import PRUNERS, SAMPLERS, STORAGE_ERRORS, Search
 from bn_lightning.studies.space import Space
@@ -27,6 +30,11 @@ from bn_lightning.studies.statistics import Selection
 
 # The test set must not influence the search.
 DEFAULTS = (*study.DEFAULTS, "--trainer.limit_test_batches", "0")
+
+PASSWORD_IS_VISIBLE = (
+    "WARNING: The password in --storage is visible in the list of processes. Leave it out of the "
+    "URL, and store it in the file that PGPASSFILE names (~/.pgpass)."
+)
 
 DESCRIPTION = """\
 Search for the settings with the best validation metric, with Optuna.
@@ -114,8 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="URL of a database server: postgresql://USER:PASSWORD@HOST/DATABASE "
-        "(default: a file in runs/NAME).",
+        help="URL of a database server: postgresql://USER@HOST/DATABASE (default: a file in "
+        "runs/NAME). Store the password in the file that PGPASSFILE names (~/.pgpass); in the "
+        "URL, other users of this machine could see it in the list of processes.",
     )
     return parser
 
@@ -169,6 +178,8 @@ def main(arguments: list[str], reference: str) -> None:
         RunFailed: the storage of the study became unavailable.
     """
     options, space, common = parse(arguments[1:])
+    if re.match(r"[^/]+://[^@/]*:[^@/]+@", options.storage or ""):
+        print(PASSWORD_IS_VISIBLE, file=sys.stderr, flush=True)
     process.set_up()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     loaded = experiment.load(reference)
@@ -177,7 +188,8 @@ def main(arguments: list[str], reference: str) -> None:
     # These settings may differ between the machines that work on a study.
     names = (*loaded.data.machine_settings, *loaded.data.source_settings)
     local = {f"data.{name}" for name in names}
-    settings = {name: value for name, value in plan.settings[0].items() if name not in local}
+    all_settings = study.read_settings(reference, common)
+    settings = {name: value for name, value in all_settings.items() if name not in local}
     fixed = {
         **settings,
         "sweep.space": {name: repr(distribution) for name, distribution in space.items()},
@@ -186,7 +198,7 @@ def main(arguments: list[str], reference: str) -> None:
     defaults = plan.defaults | {study.SELECTS: fixed[study.SELECTS]}
 
     def code_of(params: Mapping[str, Any]) -> code.Code:
-        return code.identify(reference, {**plan.settings[0], **params})
+        return code.identify(reference, {**all_settings, **params})
 
     folder = plan.root / options.name
     with contextlib.nullcontext() if options.storage else study.locked(folder):
@@ -213,13 +225,20 @@ def main(arguments: list[str], reference: str) -> None:
 
 
 def _plan(reference: str, space: Space, common: Sequence[str], selection: Selection) -> study.Plan:
-    """Validate the common settings, and the settings in the search space.
+    """Validate the common settings together with those in the search space.
 
     Raises:
         UserError: the settings are invalid, or no validation samples are held out.
     """
-    searched = [[*common, *spaces.flags(params)] for params in spaces.settings_to_check(space)]
-    plan = study.plan_runs(reference, common, *searched)
+
+    def arguments(params: Mapping[str, Any]) -> list[str]:
+        return [*common, *spaces.flags(params)]
+
+    def validate(params: Mapping[str, Any]) -> None:
+        study.rehearse(reference, arguments(params))
+
+    points = spaces.valid_points(space, validate)
+    plan = study.plan_runs(reference, *map(arguments, points), check=refuse_runs_without_validation)
     if not plan.holds_out:
         raise UserError(
             f"No validation samples are held out. A sweep selects by {selection.metric}, which "

@@ -50,7 +50,7 @@ class Pool:
             progress = Progress(number / len(self.values), self.values[:number])
             if not on_progress(progress):
                 break
-        last = self.values[self.validated - 1]
+        last = self.values[self.validated - 1] if self.values else None
         result.write_json(folder / "result.json", {self.metric: last, f"{self.metric}_final": last})
         return folder
 
@@ -114,6 +114,12 @@ def test_any_other_failure_fails_the_trial(run):
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["failure"] == "The worker process died."
     assert line.endswith("FAILED: The worker process died.")
+
+
+def test_a_run_without_validation_has_no_value(run):
+    trial, line, _ = run([])
+    assert trial.state == TrialState.PRUNED
+    assert line.endswith("FAILED: the run ended before its validation")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -76,3 +76,44 @@ def test_suggestions_are_within_the_space():
         assert params["model.optimizer_args.momentum"] in (0.5, 0.9)
         assert params["data.batch_size"] in (64, 128, 192, 256)
         assert params["model.activation"] in ("relu", "gelu")
+
+
+def refuse_unless(*pairs):
+    """Return a function that refuses points whose `a` and `b` are not one of the pairs."""
+    tried = []
+
+    def validate(point):
+        assert list(point) == ["a", "b", "c"]
+        tried.append(point)
+        if (point["a"], point["b"]) not in pairs:
+            raise UserError(f"{point['a']} does not accept {point['b']}")
+
+    return validate, tried
+
+
+def test_independent_settings_are_validated_together():
+    space = spaces.read({"a": [1, 2, 3], "b": [1, 2], "c": {"low": 0.1, "high": 0.5}})
+    validate, tried = refuse_unless(*((a, b) for a in (1, 2, 3) for b in (1, 2)))
+    points = spaces.valid_points(space, validate)
+    assert len(points) == len(tried) == 3
+    for value in spaces.settings_to_check(space):
+        assert any(value.items() <= point.items() for point in points)
+
+
+@pytest.mark.parametrize("pairs", [((1, 1), (2, 2)), ((1, 2), (2, 1)), ((1, 2), (2, 2), (1, 1))])
+def test_values_that_are_valid_only_together_are_accepted(pairs):
+    space = spaces.read({"a": [1, 2], "b": [1, 2], "c": [1, 2, 3]})
+    points = spaces.valid_points(space, refuse_unless(*pairs)[0])
+    assert {value for point in points for value in point.items()} == {
+        (name, value)
+        for name, count in (("a", 2), ("b", 2), ("c", 3))
+        for value in range(1, count + 1)
+    }
+
+
+def test_a_value_that_is_never_valid_is_refused_after_a_limited_number_of_tries():
+    space = spaces.read({"a": [1, 2], "b": list(range(90)), "c": [1, 2]})
+    validate, tried = refuse_unless((1, 1), (1, 2))
+    with pytest.raises(UserError, match="2 does not accept"):
+        spaces.valid_points(space, validate)
+    assert len(tried) < 90 + 2 * spaces.MAX_TRIES

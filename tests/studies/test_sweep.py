@@ -26,6 +26,7 @@ sweep:
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
+EXPERIMENT = "bn_lightning.experiment:EXPERIMENT"
 ARGUMENTS = ("sweep", "--config", "sweep.yaml", "--jobs", "2")
 
 
@@ -124,6 +125,7 @@ def test_mistakes_are_reported_before_any_trial(swept, main, monkeypatch, argume
     code, _, err = main(*ARGUMENTS, *arguments)
     assert code == 2 and message in err and len(err.splitlines()) < 25, err
     assert "secret" not in err
+    assert ("WARNING: The password in --storage is visible" in err) == ("secret" in str(arguments))
 
 
 def test_trials_with_a_non_finite_loss_count_as_failed(main):
@@ -228,3 +230,35 @@ def test_the_best_config_contains_only_settings_that_are_not_defaults():
     settings |= {"monitor": True, "trainer.limit_test_batches": 5}
     found = sweep._non_defaults(settings, defaults)
     assert found == {"model.width": 8, "trainer.limit_test_batches": 5}
+
+
+SAMPLE = ("--data.source", "sample", "--trainer.accelerator", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("common", "space"),
+    [
+        # Each scheduler needs its own arguments.
+        (
+            (),
+            {
+                "model.scheduler": ["CosineAnnealingLR", "StepLR"],
+                "model.scheduler_args": [{"step_size": 2}, {"T_max": 5}],
+            },
+        ),
+        # The common settings are valid only with a searched one.
+        (("--model.scheduler", "StepLR"), {"model.scheduler_args.step_size": [1, 2]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+def test_settings_that_are_valid_only_together_are_accepted(main, common, space):
+    selection = sweep.Selection("val_acc", "max")
+    plan = sweep._plan(EXPERIMENT, sweep.spaces.read(space), [*SAMPLE, *common], selection)
+    assert plan.holds_out
+
+
+def test_runs_that_are_too_short_for_a_validation_are_refused(main):
+    Path("sweep.yaml").write_text(CONFIG)
+    code, _, err = main(*ARGUMENTS, "--trainer.max_steps", "5", *SAMPLE)
+    assert code == 2 and "--trainer.max_steps is 5, and the first validation is after step" in err
+    assert not Path("runs").exists()
