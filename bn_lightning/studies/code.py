@@ -69,7 +69,9 @@ def identify(reference: str, settings: Mapping[str, Any], read: Read = Path.read
         settings: settings of `fit`.
         read: reads a file.
     """
-    whole = {PACKAGE, experiment.package_of(reference)}
+    own = reference.partition(":")[0]
+    # An experiment may also be a single module, which is followed like a named one.
+    whole = {PACKAGE, *([experiment.package_of(reference)] if "." in own else [])}
     sources = {name: _hash_of_package(name, read) for name in whole}
     libraries = set(LIBRARIES)
     named = {
@@ -78,7 +80,7 @@ def identify(reference: str, settings: Mapping[str, Any], read: Read = Path.read
         if key not in folder.NOT_RECORDED
         for name in _import_paths(value)
     }
-    waiting = sorted(named)
+    waiting = [own, *sorted(named)]
     while waiting:
         name = waiting.pop()
         for module, path in _files(name):

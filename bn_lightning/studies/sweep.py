@@ -5,6 +5,7 @@ Each trial is a `fit` in its own folder, `runs/NAME/trial-N/M`.
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -196,9 +197,10 @@ def main(arguments: list[str], reference: str) -> None:
         study.SELECTS: [selection.metric, selection.mode],
     }
     defaults = plan.defaults | {study.SELECTS: fixed[study.SELECTS]}
+    read = functools.cache(Path.read_bytes)
 
     def code_of(params: Mapping[str, Any]) -> code.Code:
-        return code.identify(reference, {**all_settings, **params})
+        return code.identify(reference, {**all_settings, **params}, read)
 
     folder = plan.root / options.name
     with contextlib.nullcontext() if options.storage else study.locked(folder):

@@ -58,6 +58,12 @@ def test_the_package_of_the_experiment_is_part_of_its_code(monkeypatch):
     assert found.sources.keys() == {"bn_lightning", "friedman"}
 
 
+def test_an_experiment_without_a_package_is_followed_through_imports(project):
+    (project / "single.py").write_text("import constants\n")
+    found = code.identify("single:EXPERIMENT", {})
+    assert found.sources.keys() == {"bn_lightning", "single", "constants"}
+
+
 def test_a_difference_names_modules_and_versions():
     before = Code({"a": "1", "b": "1"}, {"torch": "2.14.1"})
     now = Code({"a": "2", "b": "1"}, {"torch": "2.15.0"})
