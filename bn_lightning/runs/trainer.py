@@ -125,6 +125,14 @@ def _refuse_settings(settings: Namespace) -> None:
             "records.\n"
             "To save time, use --trainer.logger false or --trainer.enable_checkpointing false."
         )
+    # Lightning divides by these numbers without checking them.
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        value = settings[name]
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(
+                f"--trainer.{name} is {value}; it must be above 0.\n"
+                "To train without validation, use --trainer.limit_val_batches 0."
+            )
     if str(settings.strategy).endswith(("_spawn", "_fork", "_notebook")):
         raise UserError(
             f"--trainer.strategy {settings.strategy} cannot be used: its processes end after "
