@@ -9,12 +9,11 @@ import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 
 from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError, report_failure
-from bn_lightning.runs import console, process, result, trainer
+from bn_lightning.runs import console, csv_log, plain_settings, process, refusals, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
 from bn_lightning.runs.settings import TRAINER_DEFAULTS, SettingsCLI
 from bn_lightning.runs.tensorboard import CHARTS, TensorBoard
@@ -41,28 +40,25 @@ class CLI(SettingsCLI):
         config = self.config_init[self.subcommand]
         extra = self.trainer_defaults["callbacks"]
         self.parts = trainer.build_parts(
-            str(self.subcommand), config, self.model, self.datamodule, extra
+            str(self.subcommand),
+            config,
+            self.model,
+            self.datamodule,
+            extra,
+            starts_anew=self.ckpt_path is None,
         )
         if self.parts.resume is not None:
             self.parts.resume.resuming = self.resuming
         self.trainer_defaults["callbacks"] = self.parts.callbacks
         try:
-            return super().instantiate_trainer(**kwargs | self.parts.arguments)
-        except (MisconfigurationException, ValueError, ImportError) as error:
-            names = ("accelerator", "devices", "strategy", "precision")
-            given = " ".join(
-                f"--trainer.{name} {config.trainer[name]}"
-                for name in names
-                if config.trainer[name] is not None
-            )
-            available = [
-                name
-                for name, entry in AcceleratorRegistry.items()
-                if entry["accelerator"].is_available()
-            ]
-            raise UserError(
-                f"{error}\nSettings: {given}\nAccelerators of this machine: {', '.join(available)}"
-            ) from error
+            with refusals.of_settings():
+                return super().instantiate_trainer(**kwargs | self.parts.arguments)
+        except UserError as error:
+            raise UserError(f"{error}{refusals.hardware_settings(config.trainer)}") from error
+
+    def instantiate_classes(self) -> None:
+        with refusals.of_settings():
+            super().instantiate_classes()
 
     # fit
 
@@ -81,11 +77,15 @@ class CLI(SettingsCLI):
             self.trainer.logger = TensorBoard(
                 run.parent.parent, run.parent.name, run.name, purge_step=purge_step
             )
+        if self.resuming and self.trainer.is_global_zero:
+            csv_log.keep_rows(self.trainer.loggers, self.resumes_at + self.was_finished)
         dirpath = str((run / "checkpoints").absolute())
         if self.parts.resume is not None:
             self.parts.resume.dirpath = dirpath if self.folder else None
         if self.parts.best is not None:
             self.parts.best.dirpath = dirpath
+        if self.parts.found_settings is not None:
+            self.parts.found_settings.folder = self.folder
         if self.trainer.is_global_zero:
             self._print_header()
 
@@ -100,8 +100,8 @@ class CLI(SettingsCLI):
                 now, defaults = map(self.as_plain_data, (settings, self.defaults()))
                 self._run_folder.save_changes(now, defaults)
             else:
-                config = self.folder / "config.yaml"
-                self._parser("fit").save(settings, config, skip_unset=False)
+                written = yaml.safe_dump(self.as_plain_data(settings), sort_keys=False)
+                (self.folder / "config.yaml").write_text(written, encoding="utf-8")
         except OSError as error:
             self._remove_empty_run()
             raise UserError(
@@ -113,7 +113,7 @@ class CLI(SettingsCLI):
 
     def as_plain_data(self, settings: Any) -> dict[str, Any]:
         """Return settings of `fit` as they are written to config.yaml."""
-        return dict(yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False)))
+        return plain_settings.of(self._parser("fit"), settings)
 
     def defaults(self) -> Any:
         """Return the default settings of `fit`."""
@@ -138,6 +138,8 @@ class CLI(SettingsCLI):
             self._print(f"Resuming from step {self.resumes_at:,} ({self.ckpt_path})")
             for setting, (before, now) in self._run_folder.changed.items():
                 self._print(f"changed: --{setting} {now} (was {before})")
+        for name in self.parts.skipped:
+            self._print(f"{name} is skipped: the checkpoint has the settings that it found")
         is_synchronized = self.config.fit.trainer.sync_batchnorm
         lines = console.notes(self.trainer, self.model, data, is_synchronized)
         is_on_cpu = self.trainer.strategy.root_device.type == "cpu"
@@ -165,7 +167,10 @@ class CLI(SettingsCLI):
         except BaseException as error:
             self._remove_empty_run()
             self._raise_run_failed(error)
-            raise
+            if self._has_trained():
+                raise
+            with refusals.of_settings():
+                raise
         finally:
             if self._run_folder is not None:
                 self._run_folder.release()
@@ -243,12 +248,16 @@ class CLI(SettingsCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the metrics of a checkpoint on the validation samples."""
         kwargs = self._from_checkpoint(kwargs)
-        self._print(console.metrics(self.trainer.validate(**kwargs, verbose=False)))
+        with refusals.of_settings():
+            found = self.trainer.validate(**kwargs, verbose=False)
+        self._print(console.metrics(found))
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics of a checkpoint on the test samples."""
         kwargs = self._from_checkpoint(kwargs)
-        self._print(console.metrics(self.trainer.test(**kwargs, verbose=False)))
+        with refusals.of_settings():
+            found = self.trainer.test(**kwargs, verbose=False)
+        self._print(console.metrics(found))
         self._print(self.model.test_report())
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -286,21 +295,8 @@ def command_line(
     try:
         defaults = TRAINER_DEFAULTS | {"callbacks": list(callbacks)}
         return cls(reference, arguments, trainer_defaults=defaults)
-    # Lightning raises this exception for settings that cannot be combined.
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if "InvalidCxxCompiler" in str(error):
-            raise UserError(
-                "--model.compile true needs a C++ compiler on a CPU, and none was found. Install "
-                "g++, set CXX to your compiler, or use --model.compile false."
-            ) from error
-        if not str(error).startswith("Error(s) in loading state_dict"):
-            raise
-        raise UserError(
-            f"The checkpoint does not fit the network that the settings define: {error}\n"
-            "Remove the --model settings, so that those in the checkpoint are used."
-        ) from error
+    except (MisconfigurationException, RuntimeError) as error:
+        raise refusals.translated(error) from error
     finally:
         # Otherwise the threads of the process group end in an arbitrary order at exit.
         if dist.is_available() and dist.is_initialized():

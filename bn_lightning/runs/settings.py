@@ -33,6 +33,7 @@ class SettingsCLI(LightningCLI):
         folder: folder of the run that is resumed, or None.
         resuming: whether a run is resumed in its folder.
         resumes_at: step at which the run is resumed.
+        was_finished: whether the resumed run had ended, so nothing is trained again.
     """
 
     # Each command is a method of a subclass. --help shows the first line of its
@@ -43,6 +44,7 @@ class SettingsCLI(LightningCLI):
     folder: Path | None = None
     resuming: bool = False
     resumes_at: int = 0
+    was_finished: bool = False
 
     def __init__(self, reference: str, arguments: list[str], **settings: Any) -> None:
         self.reference = reference
@@ -258,6 +260,7 @@ class SettingsCLI(LightningCLI):
     def _resume_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
         self.resuming, self.folder, self.ckpt_path = True, run, ckpt_path
         self.resumes_at = checkpoint["global_step"]
+        self.was_finished = bool(checkpoint.get("between_steps", {}).get("finished"))
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's settings override flags.

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _flatten_dict
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 
@@ -75,6 +76,16 @@ def end_restart(trainer: pl.Trainer, batches_that_stepped: int) -> None:
     # Otherwise Lightning skips the schedulers at the end of this epoch. The public
     # setter `restarting` has no effect here, so the private attribute is set.
     trainer.fit_loop._restarting = False
+
+
+def check_after_validation(callback: EarlyStopping) -> None:
+    """Make EarlyStopping check after each validation, unless the user has set another time.
+
+    By default, it checks at the end of an epoch, and fails if `max_steps` ends the run in
+    its first epoch, before a validation.
+    """
+    if callback._check_on_train_epoch_end is None:
+        callback._check_on_train_epoch_end = False
 
 
 def cluster_environment(trainer: pl.Trainer) -> Any:

@@ -5,6 +5,7 @@ To add a setting, add an argument to `Task`, which makes it a flag, and pass it 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,10 +13,12 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from bn_lightning import lookup
 from bn_lightning.errors import UserError
+from bn_lightning.training import monitors
+from bn_lightning.training.run_length import optimizer_steps
 
 # Scheduler arguments that state the length of the run in optimizer steps.
 LENGTHS = ("total_steps", "T_max")
@@ -23,6 +26,9 @@ LENGTHS = ("total_steps", "T_max")
 
 class Optimization:
     """The optimizer and the scheduler that the settings name. For the arguments, see `Task`.
+
+    Attributes:
+        monitor: the metric that ReduceLROnPlateau monitors; None for other schedulers.
 
     Raises:
         UserError: a name is unknown, or does not refer to a class.
@@ -45,9 +51,15 @@ class Optimization:
             known = lookup.classes_in(schedulers, LRScheduler)
             self.scheduler = _find(scheduler, "scheduler", known)
         self.scheduler_args = dict(scheduler_args or {})
+        self.monitor: str | None = None
+        if self.scheduler is not None and issubclass(self.scheduler, ReduceLROnPlateau):
+            self.monitor = self.scheduler_args.get("monitor", "val_loss")
+            # The class of lightning.pytorch.cli takes it as an argument, torch's does not.
+            if not self._accepts("monitor"):
+                self.scheduler_args.pop("monitor", None)
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Create both once, so that wrong arguments are reported before a run starts.
+        """Create and update both once, so that wrong arguments are reported before a run starts.
 
         Raises:
             UserError: the optimizer or the scheduler does not accept an argument.
@@ -55,15 +67,22 @@ class Optimization:
         arguments = {"lr": self.lr, **self.optimizer_args}
         optimizer = _build(self.optimizer, arguments, parameters)
         if self.scheduler is not None:
-            _build(self.scheduler, self._scheduler_arguments(steps=1_000), optimizer)
+            arguments = self._scheduler_arguments(steps=1_000)
+            _build(self.scheduler, arguments, optimizer, self._update_once)
+
+    def _update_once(self, scheduler: Any) -> None:
+        with warnings.catch_warnings():
+            # The optimizer has made no step.
+            warnings.simplefilter("ignore")
+            scheduler.step(*([1.0] if self.monitor else []))
 
     def configure(
-        self, parameters: Iterable[nn.Parameter], get_num_steps: Callable[[], float]
+        self, parameters: Iterable[nn.Parameter], get_trainer: Callable[[], pl.Trainer]
     ) -> Any:
         """Return the result of a LightningModule's `configure_optimizers`.
 
         Args:
-            get_num_steps: returns the number of optimizer steps; called only if needed.
+            get_trainer: returns the trainer; called only if the scheduler needs it.
 
         Raises:
             UserError: the scheduler needs the length of the run, but the run has no
@@ -73,7 +92,7 @@ class Optimization:
         if self.scheduler is None:
             return optimizer
         lengths = self._lengths()
-        steps = get_num_steps() if lengths else 0
+        steps = optimizer_steps(get_trainer()) if lengths else 0
         if steps == float("inf"):
             raise UserError(
                 f"{self.scheduler.__name__} needs the number of training steps, but the run "
@@ -83,25 +102,48 @@ class Optimization:
         scheduler = self.scheduler(optimizer, **self._scheduler_arguments(int(steps)))
         # A scheduler counts steps if it was given their number, or has `max_lr`
         # (OneCycleLR, CyclicLR). Others count epochs.
-        interval = "step" if lengths or self._accepts("max_lr") else "epoch"
-        config = {"scheduler": scheduler, "interval": interval}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config["monitor"] = "val_loss"
+        counts_steps = self._accepts("max_lr") or self._accepts("total_steps")
+        config = {
+            "scheduler": scheduler,
+            "interval": "step" if lengths or counts_steps else "epoch",
+        }
+        if self.monitor is not None:
+            config["monitor"] = self.monitor
+            if monitors.is_of_validation(self.monitor):
+                # No metric is missing: there may be epochs without validation.
+                config["frequency"] = get_trainer().check_val_every_n_epoch or 1
+                config["strict"] = False
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def refuse_other_length(self, trainer: pl.Trainer) -> None:
-        """Refuse to resume with a schedule of another length.
+        """Refuse a schedule whose length is not that of the run.
 
         Raises:
-            UserError: the steps done so far had other learning rates than the new
-                schedule has.
+            UserError: the run has another number of steps than the schedule. In a
+                resumed run, the steps done so far had other learning rates.
         """
         if self.scheduler is None:
             return
-        for name in self._lengths():
-            steps = trainer.estimated_stepping_batches
-            for config in trainer.lr_scheduler_configs:
-                planned = getattr(config.scheduler, name, steps)
+        names = self._lengths()
+        steps = optimizer_steps(trainer) if names or self.scheduler is OneCycleLR else 0
+        for config in trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            # After its last step, OneCycleLR raises an error.
+            if not names and isinstance(schedule, OneCycleLR) and schedule.total_steps < steps:
+                raise UserError(
+                    f"OneCycleLR is set to {schedule.total_steps:,} steps, but the run has "
+                    f"{steps:,}.\nRemove --model.scheduler_args.total_steps (or `epochs` and "
+                    "`steps_per_epoch`), so that it covers the run."
+                )
+            for name in names:
+                planned = getattr(schedule, name, steps)
+                if planned != steps and trainer.global_step == 0:
+                    raise UserError(
+                        f"{self.scheduler.__name__} was configured for {planned:,} steps, but a "
+                        f"callback has changed the run to {steps:,} steps, as "
+                        "StochasticWeightAveraging does.\n"
+                        "Use another scheduler, or remove the callback."
+                    )
                 if planned != steps:
                     raise UserError(
                         f"{self.scheduler.__name__} was configured for {planned:,} steps, but the "
@@ -135,10 +177,19 @@ def _find(name: str, kind: str, known: Mapping[str, type]) -> Any:
     return found
 
 
-def _build(kind: Any, arguments: Mapping[str, Any], first: Any) -> Any:
+def _build(
+    kind: Any, arguments: Mapping[str, Any], first: Any, use: Callable[[Any], None] | None = None
+) -> Any:
     try:
-        return kind(first, **arguments)
-    except (TypeError, ValueError) as error:
+        built = kind(first, **arguments)
+        if use is not None:
+            use(built)
+        return built
+    except Exception as error:
+        # Other errors of a user's class are bugs, and keep their stack trace.
+        is_of_torch = kind.__module__.startswith("torch.")
+        if not is_of_torch and not isinstance(error, (TypeError, ValueError)):
+            raise
         first_name = next(iter(inspect.signature(kind).parameters))
         raise UserError(
             f"{kind.__name__} cannot be created with {dict(arguments)}: {error}.\n"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import data_module, unfinished_epoch
+from bn_lightning.training import data_module, monitors, unfinished_epoch
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -68,7 +68,8 @@ class Task(pl.LightningModule):
             constant learning rate. Schedulers that need the number of steps, such as
             OneCycleLR, are updated after each step, all others after each epoch.
         scheduler_args: other arguments of the scheduler, for example
-            `--model.scheduler_args.pct_start 0.2`.
+            `--model.scheduler_args.pct_start 0.2`. ReduceLROnPlateau also has `monitor`,
+            the metric that it monitors (default: val_loss).
         compile: compile the network with `torch.compile`; checkpoints are not affected.
         memory_format: memory format of the network; `auto` selects channels-last on a
             CPU if all norm layers prefer it, otherwise contiguous.
@@ -121,6 +122,9 @@ class Task(pl.LightningModule):
         self._means_are_logged = False
         self._overrides_checkpoint = False
         self._restored_metrics: dict[str, Any] = {}
+        self._is_unchecked = False
+        self._validation_metrics: set[str] = set()  # names logged in the sanity check
+        self._has_new_validation = False  # since the last update of the scheduler
 
     @classmethod
     def _objects(cls) -> list[str]:
@@ -237,11 +241,18 @@ class Task(pl.LightningModule):
         size_of = getattr(self.trainer.train_dataloader, "size_of", None)
         return size_of(batch_idx) if size_of else own * self.trainer.world_size
 
+    def on_fit_start(self) -> None:
+        # Callbacks such as LearningRateFinder also train, but with other settings.
+        self._is_unchecked = True
+
     def on_train_start(self) -> None:
         if self._overrides_checkpoint and self.optimization.scheduler is None:
             for group in self.trainer.optimizers[0].param_groups:
                 group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
-        self.optimization.refuse_other_length(self.trainer)
+        if self._is_unchecked:
+            self.optimization.refuse_other_length(self.trainer)
+            monitors.refuse(self.trainer, self.names("val"), self._validation_metrics)
+            self._is_unchecked = False
         own = self._train_metrics()
         unfinished_epoch.restore(
             own, self._restored_metrics, self.global_rank, self.trainer.world_size
@@ -260,9 +271,16 @@ class Task(pl.LightningModule):
         return {name: getattr(self, name) for name in self.names("train")}
 
     def configure_optimizers(self) -> Any:
-        return self.optimization.configure(
-            self.parameters(), lambda: self.trainer.estimated_stepping_batches
+        return self.optimization.configure(self.parameters(), lambda: self.trainer)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        # In an epoch without validation, Lightning passes the metric of an earlier one.
+        is_new = self._has_new_validation or not monitors.is_of_validation(
+            self.optimization.monitor or ""
         )
+        if metric is None or is_new:
+            super().lr_scheduler_step(scheduler, metric)
+            self._has_new_validation = False
 
     # Evaluation
 
@@ -271,6 +289,12 @@ class Task(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val")
+
+    def on_validation_end(self) -> None:
+        if self.trainer.sanity_checking:
+            self._validation_metrics = set(self.trainer.callback_metrics)
+        else:
+            self._has_new_validation = True
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the outputs, for callbacks."""
@@ -289,12 +313,14 @@ class Task(pl.LightningModule):
         checkpoint["train_metrics"] = unfinished_epoch.save(
             self._train_metrics(), self.trainer.world_size
         )
+        checkpoint["has_new_validation"] = self._has_new_validation
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, data_module.DataModule):
             checkpoint[data_module.IDENTITY] = data.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored_metrics = checkpoint.get("train_metrics", {})
+        self._has_new_validation = checkpoint.get("has_new_validation", True)
         if self._trainer is not None:
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):

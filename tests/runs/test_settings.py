@@ -119,6 +119,7 @@ WRONG = {
         ["--trainer.barebones", "true"],
         ["--trainer.barebones true", "--trainer.logger false"],
     ),
+    "interval": (["--trainer.val_check_interval", "0"], ["val_check_interval is 0", "above 0"]),
     "optimizer": (["--model.optimizer", "Adan"], ["'Adan'", "AdamW"]),
     "accelerator": (
         ["--trainer.accelerator", "tpu"],

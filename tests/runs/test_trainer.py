@@ -6,7 +6,14 @@ import pytest
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 
-from bn_lightning import ClosingPictures, LayerSync, NormMonitor, WholeCheckpointIO, cli
+from bn_lightning import (
+    ClosingPictures,
+    LayerSync,
+    NormMonitor,
+    UserError,
+    WholeCheckpointIO,
+    cli,
+)
 from bn_lightning.monitoring.progress_bar import MetricsProgressBar
 from bn_lightning.runs import run, trainer
 from bn_lightning.runs.records import Records
@@ -98,6 +105,73 @@ def test_the_users_progress_bar_replaces_the_default():
     built = rehearsed(*own, "--trainer.enable_progress_bar", "true")
     assert MetricsProgressBar not in kinds(built)
     assert any(type(c) is TQDMProgressBar for c in built.trainer.callbacks)
+
+
+def test_the_users_progress_bar_is_shown_in_a_file_too():
+    built = rehearsed("--trainer.callbacks+=TQDMProgressBar")
+    assert not sys.stdout.isatty()
+    assert type(built.trainer.progress_bar_callback) is TQDMProgressBar
+
+
+def test_an_object_of_the_user_replaces_the_default_of_its_class(tmp_path):
+    (tmp_path / "own_monitors.py").write_text(
+        "from bn_lightning import NormMonitor\n\n\nclass Own(NormMonitor):\n    pass\n"
+    )
+    own = ("own_monitors.Own", "LearningRateMonitor")
+    sys.path.append(str(tmp_path))
+    try:
+        built = rehearsed(*(f"--trainer.callbacks+={name}" for name in own))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not {NormMonitor, LearningRateMonitor} & set(kinds(built))
+    names = [type(callback).__name__ for callback in built.trainer.callbacks]
+    assert names.count("Own") == names.count("LearningRateMonitor") == 1
+    for plugin in ("AsyncCheckpointIO", "TorchCheckpointIO", "bn_lightning.WholeCheckpointIO"):
+        built = rehearsed(f"--trainer.plugins+={plugin}")
+        kind = type(built.trainer.strategy.checkpoint_io).__name__
+        assert kind == plugin.rpartition(".")[2]
+    plugins = ("--trainer.sync_batchnorm", "true", "--trainer.plugins+=bn_lightning.LayerSync")
+    assert len(rehearsed(*plugins).parts.arguments["plugins"]) == 2
+
+
+def test_a_model_checkpoint_of_the_user_has_its_own_state_and_files(main, tmp_path):
+    few = ("--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1)
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc")
+    more = ("--trainer.callbacks.mode", "max", "--trainer.callbacks.save_top_k", 3)
+    last = ("--trainer.callbacks.save_last", "true", "--trainer.limit_test_batches", 1)
+    code, _, err = main("fit", *QUICK, *few, *own, *more, *last)
+    assert code == 0, err
+    folder = tmp_path / "runs/lenet/0/checkpoints"
+    names = ["best.ckpt", "epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt", "last-v1.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["bn_lightning.ExactResume"], "ExactResume is a part of every run"),
+        (["ModelCheckpoint", "--trainer.callbacks.filename", "best"], "would write best.ckpt"),
+        (
+            [
+                *("ModelCheckpoint", "--trainer.callbacks.save_last", "true"),
+                *("--trainer.callbacks.enable_version_counter", "false"),
+            ],
+            "would write last.ckpt",
+        ),
+    ],
+)
+def test_a_callback_that_writes_the_files_of_the_run_is_refused(flags, message):
+    name, *values = flags
+    with pytest.raises(UserError, match=message):
+        rehearsed(f"--trainer.callbacks+={name}", *values)
+
+
+def test_early_stopping_waits_for_a_validation(main):
+    """By default it would fail, since `max_steps` ends the run before the first validation."""
+    few = ("--trainer.max_steps", 2, "--trainer.limit_test_batches", 1)
+    own = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
+    code, _, err = main("fit", *QUICK, *few, *own)
+    assert code == 0, err
 
 
 def test_norms_are_synchronized_by_a_plugin_if_set():
