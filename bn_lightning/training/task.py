@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import data_module, unfinished_epoch
+from bn_lightning.training import channels_last, data_module, unfinished_epoch
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -70,8 +69,9 @@ class Task(pl.LightningModule):
         scheduler_args: other arguments of the scheduler, for example
             `--model.scheduler_args.pct_start 0.2`.
         compile: compile the network with `torch.compile`; checkpoints are not affected.
-        memory_format: memory format of the network; `auto` selects channels-last on a
-            CPU if all norm layers prefer it, otherwise contiguous.
+        memory_format: memory format of the convolutions; `auto` selects channels-last on
+            a CPU if all norm layers prefer it, otherwise contiguous. Weights are always
+            contiguous.
 
     Attributes:
         selects: the metric that selects the best checkpoint, and whether the largest
@@ -201,7 +201,7 @@ class Task(pl.LightningModule):
             if on_cpu and recognition.prefers_channels_last(self.network):
                 layout = "channels_last"
         if layout == "channels_last":
-            self.network.to(memory_format=torch.channels_last)
+            channels_last.use_channels_last(self.network)
         if self.hparams["compile"]:
             # `Module.compile` works in place. A wrapper would add `_orig_mod` to the
             # name of each weight.
