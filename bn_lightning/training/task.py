@@ -222,7 +222,10 @@ class Task(pl.LightningModule):
             self._means_are_logged = True
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+            # Lightning reads the metrics of the progress bar after each batch, which blocks
+            # the host on a GPU. `MetricsProgressBar` reads the loss only when it is shown.
+            in_bar = loss.device.type == "cpu"
+            self.log("train_loss", loss, prog_bar=in_bar, sync_dist=True)
         return loss
 
     def _count_samples(self, batch_idx: int, own: int) -> int:
