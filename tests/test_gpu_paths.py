@@ -20,7 +20,7 @@ from bn_lightning.norms import registry
 from bn_lightning.norms.fast import Normalize
 from bn_lightning.runs.records import Records
 from bn_lightning.training.distributed import DistributedTraining
-from tests.support.fake_cuda import CUDA, FakeGPU, fake_cuda
+from tests.support.fake_cuda import CUDA, FakeGPU, fake_cuda, missing_on_mps
 
 NUM_TRAIN, BATCH_SIZE = 550, 100  # 6 batches
 
@@ -82,6 +82,8 @@ def test_the_fake_gpu_detects_what_blocks_the_host_and_other_devices():
         for planted in (lambda: x + torch.zeros(3), lambda: x[indices], lambda: x.add_(indices)):
             with pytest.raises(RuntimeError, match="cpu"):
                 planted()
+        x.double().add_(1)
+        assert synchronizations.float64
 
 
 def test_a_training_step_blocks_the_host_only_if_something_is_due(tmp_path):
@@ -98,6 +100,9 @@ def test_a_training_step_blocks_the_host_only_if_something_is_due(tmp_path):
         # Training and validation samples share one copy on the GPU.
         assert trainer.train_dataloader.inputs is trainer.val_dataloaders.inputs
         assert all(p.device == CUDA for p in trainer.model.parameters())
+    assert missing_on_mps({*synchronizations.operations, "aten::take"}) == {"aten::take"}
+    # MPS has no float64. This line is not executed there.
+    assert all("float64" in line for line in synchronizations.float64)
 
 
 @pytest.fixture

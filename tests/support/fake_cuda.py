@@ -5,6 +5,7 @@ indexing, which is checked here. What blocks the host until the GPU has finished
 recorded: reading a value, and copying a tensor to or from the GPU.
 """
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import torchgen
+import yaml
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -35,31 +38,54 @@ class Synchronizations(TorchDispatchMode):
 
     Attributes:
         lines: the recorded lines, such as "task.py: loss.item()".
+        float64: lines with a float64 tensor on the GPU.
+        operations: names of all operations, such as "aten::add.Tensor".
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.float64: set[str] = set()
+        self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.operations.add(func.name())
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         devices = {x.device.type for x in tensors}
         if func is READ:
             if devices == {"cuda"}:
-                self._record()
+                self.lines.append(_line())
             return np.zeros((), str(args[0].dtype).removeprefix("torch.")).item()
         if func in INDEXING and len(devices) > 1:
             raise RuntimeError(f"{func} has tensors on {sorted(devices)}.")
         result = func(*args, **kwargs)
         if func in COPIES and len(devices | {result.device.type}) > 1:
-            self._record()
+            self.lines.append(_line())
+        if any(x.dtype == torch.float64 and x.device == CUDA for x in tensors):
+            self.float64.add(_line())
         return result
 
-    def _record(self) -> None:
-        frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
-        line = f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "a library"
-        self.lines.append(line)
+
+def _line() -> str:
+    frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
+    return f"{Path(frames[-1].filename).name}: {frames[-1].line}" if frames else "a library"
+
+
+def missing_on_mps(operations: set[str]) -> set[str]:
+    """Return the operations that have no implementation for Apple's GPUs, by PyTorch's own list."""
+    listed = next(Path(torchgen.__file__).parent.rglob("native_functions.yaml"))
+    entries = yaml.load(listed.read_text(), yaml.CSafeLoader)
+    functions = {entry["func"].partition("(")[0]: entry for entry in entries}
+
+    def is_missing(name: str) -> bool:
+        entry = functions.get(name.removeprefix("aten::"), {})
+        entry = functions[entry["structured_delegate"]] if "structured_delegate" in entry else entry
+        backends = ",".join(entry.get("dispatch", {}))
+        # An operation without backends consists of other operations.
+        return bool(backends) and not re.search("MPS|Composite", backends)
+
+    return {name for name in operations if is_missing(name)}
 
 
 @contextmanager
