@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
@@ -242,6 +243,10 @@ class Task(pl.LightningModule):
                 group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
         self.optimization.refuse_other_length(self.trainer)
         own = self._train_metrics()
+        # An earlier fit may have ended within an epoch.
+        self._means_are_logged = False
+        for metric in own.values():
+            metric.reset()
         unfinished_epoch.restore(
             own, self._restored_metrics, self.global_rank, self.trainer.world_size
         )
@@ -293,7 +298,9 @@ class Task(pl.LightningModule):
             checkpoint[data_module.IDENTITY] = data.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._restored_metrics = checkpoint.get("train_metrics", {})
+        if self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING:
+            # After a test of the checkpoint, a new run starts without its metrics.
+            self._restored_metrics = checkpoint.get("train_metrics", {})
         if self._trainer is not None:
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):
