@@ -79,10 +79,7 @@ def main(experiment: str = EXPERIMENT) -> None:
     elif command == "--version":
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
-        # Import paths may name modules in the current folder, which is not in the path
-        # of a console script. At the end, its files cannot replace installed modules.
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
+        _search_current_folder_last(experiment)
         # OpenMP reads this when PyTorch is imported. By default, a thread without work
         # occupies its core for milliseconds, and slows down other processes.
         if "OMP_WAIT_POLICY" not in os.environ:
@@ -91,6 +88,19 @@ def main(experiment: str = EXPERIMENT) -> None:
     else:
         commands = ", ".join(COMMANDS)
         _fail(f"Unknown command {command!r}. Commands: {commands}.\nFor help: --help")
+
+
+def _search_current_folder_last(experiment: str) -> None:
+    """Let import paths name modules in the current folder, which cannot replace installed ones.
+
+    `python -m` puts the folder first in sys.path, and a console script leaves it out. It
+    stays first if it contains the package of the experiment, which may be installed too.
+    """
+    folder = Path.cwd()
+    if not (folder / experiment.partition(".")[0]).is_dir():
+        sys.path[:] = [entry for entry in sys.path if entry not in ("", str(folder))]
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def usage(experiment: str = EXPERIMENT) -> str:

@@ -166,14 +166,27 @@ def test_the_error_of_a_missing_package_says_what_to_install(main, monkeypatch, 
     assert err == f"error: sweep needs {package}, which is not installed: {install}\n"
 
 
-def test_files_in_the_current_folder_do_not_replace_installed_modules(tmp_path, monkeypatch):
-    """A console script starts without the current folder in sys.path."""
+@pytest.mark.parametrize("entry", ["", "current", None])
+def test_files_in_the_current_folder_do_not_replace_installed_modules(tmp_path, monkeypatch, entry):
+    """`python -m` puts the current folder first in sys.path, and a console script nowhere."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    first = [] if entry is None else [str(tmp_path) if entry == "current" else entry]
+    monkeypatch.setattr(sys, "path", [*first, *filter(None, sys.path)])
     monkeypatch.setattr(sys, "argv", ["bn_lightning", "inspect", "no.ckpt"])
     with pytest.raises(SystemExit):
         cli.main()
     assert sys.path.index(str(tmp_path)) == len(sys.path) - 1
+    assert "" not in sys.path
+
+
+def test_a_project_in_the_current_folder_stays_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shoes").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["shoes", "inspect", "no.ckpt"])
+    with pytest.raises(SystemExit):
+        cli.main("shoes.experiment:EXPERIMENT")
+    assert sys.path[0] == str(tmp_path)
 
 
 def test_the_console_script_uses_its_own_name(tmp_path):

@@ -29,8 +29,9 @@ class Augmentation:
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
         """Return the images (B, H, W) of the samples at `indices` (B,), flipped and shifted."""
         device, (height, width) = images.device, images.shape[1:]
-        flips = self.flips[indices.cpu()].to(device)
-        shifts = self.shifts[indices.cpu()].to(device)
+        # The first batch of an epoch copies these to a GPU, for all its batches.
+        self.flips, self.shifts = self.flips.to(device), self.shifts.to(device)
+        flips, shifts = self.flips[indices], self.shifts[indices]
         padded = F.pad(images, [self.shift] * 4)
         rows = torch.arange(height, device=device) + self.shift - shifts[:, 0]  # (B, H)
         columns = torch.arange(width, device=device) + self.shift - shifts[:, 1]  # (B, W)

@@ -45,7 +45,8 @@ class MetricsProgressBar(TQDMProgressBar):
         logged = super().get_metrics(trainer, pl_module)
         if not isinstance(pl_module, Task):
             return {**self._speed(trainer), **logged}
-        shown = {"loss": logged.get("train_loss", "")}
+        loss = trainer.callback_metrics.get("train_loss")
+        shown: dict[str, Any] = {"loss": "" if loss is None else float(loss)}
         if trainer.training:
             shown |= _selected_metric(pl_module)
         # Lightning's training means are those of the previous epoch. Its version number

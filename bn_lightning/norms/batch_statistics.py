@@ -35,7 +35,7 @@ def merge(mean: Tensor, squares: Tensor, count: int, group: Any) -> tuple[Tensor
     and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances", 1979. A process may have any number of values, including 0.
     """
-    own = torch.cat([mean, squares, mean.new_tensor([count])])
+    own = torch.cat([mean, squares, mean.new_full((1,), count)])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     size = len(mean)

@@ -63,7 +63,7 @@ class SettingsCLI(LightningCLI):
         super().__init__(
             self.experiment.task,
             self.experiment.data,
-            args=_configs_first(arguments),
+            args=_files_first(arguments),
             save_config_callback=None,
             parser_class=Parser,
             parser_kwargs={"prog": program} | parsers,
@@ -268,22 +268,26 @@ class SettingsCLI(LightningCLI):
         pass
 
 
-def _configs_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command with its --config files first, so that flags override them.
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command with its files first, so that flags override them.
 
-    The parser applies arguments in their order.
+    The parser applies arguments in their order. `--config` has settings of all groups,
+    and `--model`, for example, has those of one group. Both may be a file.
     """
     command, *rest = arguments
-    configs, flags = [], []
-    values = iter(rest)
-    for argument in values:
-        if argument == "--config":
-            configs += [argument, *itertools.islice(values, 1)]
-        elif argument.startswith("--config="):
-            configs.append(argument)
-        else:
-            flags.append(argument)
-    return [command, *configs, *flags]
+    flags: list[list[str]] = []  # each with its values
+    for argument in rest:
+        if not flags or argument.startswith(("--", "-c")):
+            flags.append([])
+        flags[-1].append(argument)
+
+    def rank(flag: list[str]) -> int:
+        name = flag[0].partition("=")[0]
+        is_config = name == "--config" or name.startswith("-c")
+        return 0 if is_config else 1 + ("." in name)
+
+    flags.sort(key=rank)
+    return [command, *itertools.chain.from_iterable(flags)]
 
 
 def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeAlias
@@ -189,14 +189,14 @@ class _Worker:
 
     def __init__(self, reference: str, gpu: str | None) -> None:
         self.gpu = gpu
-        context = _context()
-        self._connection, child_connection = context.Pipe()
-        arguments = (child_connection, reference, terminal.program(), gpu)
-        self.process = context.Process(target=_work, args=arguments)
         # The child inherits the ignored SIGINT: it ignores Ctrl-C until its imports are
         # done.
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+        context = _context()
+        self._connection, child_connection = context.Pipe()
+        arguments = (child_connection, reference, terminal.program(), gpu)
+        self.process = context.Process(target=_work, args=arguments)
         self.process.start()
         if is_main:
             signal.signal(signal.SIGINT, before)
@@ -248,6 +248,16 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # The server would search the current folder first. Like this process, it must not
+    # import files that have the names of installed modules.
+    path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in path}
+    os.environ.update(path)
+    forkserver.ensure_running()
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
     return context
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-Augment = Callable[[Tensor, Tensor], Tensor]  # (samples, their indices) -> samples
+# (samples, their indices), both on the device of the network -> samples
+Augment = Callable[[Tensor, Tensor], Tensor]
 
 
 class ExactLoader(Iterable[Any]):

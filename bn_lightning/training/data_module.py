@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
+from weakref import WeakValueDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from bn_lightning.errors import UserError
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import Augment, Epoch, TensorBatches
+
+# Copies on a GPU, by the tensor in main memory, for as long as a loader uses them.
+_copies: WeakValueDictionary[Tensor, Tensor] = WeakValueDictionary()
 
 # The key of `DataModule.identity` in a checkpoint, the same for every subclass.
 IDENTITY = "data"
@@ -216,7 +220,7 @@ class DataModule(pl.LightningDataModule):
         trainer = self.trainer
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        inputs, targets = inputs.to(device), targets.to(device)
+        inputs, targets = _on_device(inputs, device), _on_device(targets, device)
         return TensorBatches(
             inputs, targets, indices, self.batch_size, epoch, rank, world_size, self.preprocessing
         )
@@ -253,3 +257,13 @@ class DataModule(pl.LightningDataModule):
             + (f"These settings differ: {', '.join(differ)}.\n" if differ else "")
             + "Use the same data, or start a new run without the checkpoint."
         )
+
+
+def _on_device(samples: Tensor, device: torch.device) -> Tensor:
+    """Return samples on a device. Loaders of the same samples share one copy."""
+    if samples.device == device:
+        return samples
+    copy = _copies.get(samples)
+    if copy is None or copy.device != device:
+        copy = _copies[samples] = samples.to(device)
+    return copy

@@ -87,8 +87,9 @@ class ExactResume(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Reading `log_dir` is a collective operation, so all ranks read it.
         default_dirpath = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
-        self.path = Path(self.dirpath, "last.ckpt")
+        # `dirpath` itself stays None, because a later fit may have another folder.
+        dirpath = trainer.strategy.broadcast(self.dirpath or str(default_dirpath))
+        self.path = Path(dirpath, "last.ckpt")
         if stage == "fit":
             self._reset()
             # A checkpoint between two steps is written before any other callback starts
@@ -98,7 +99,7 @@ class ExactResume(Checkpoint):
             others = [c for c in callbacks if c is not self and not isinstance(c, _FinalSave)]
             callbacks[:] = [self, *others, _FinalSave(self)]
             if trainer.is_global_zero:
-                Path(self.dirpath).mkdir(parents=True, exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
 
     # The position in a checkpoint
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import data_module, monitors, unfinished_epoch
+from bn_lightning.training import channels_last, data_module, monitors, unfinished_epoch
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -71,8 +71,9 @@ class Task(pl.LightningModule):
             `--model.scheduler_args.pct_start 0.2`. ReduceLROnPlateau also has `monitor`,
             the metric that it monitors (default: val_loss).
         compile: compile the network with `torch.compile`; checkpoints are not affected.
-        memory_format: memory format of the network; `auto` selects channels-last on a
-            CPU if all norm layers prefer it, otherwise contiguous.
+        memory_format: memory format of the convolutions; `auto` selects channels-last on
+            a CPU if all norm layers prefer it, otherwise contiguous. Weights are always
+            contiguous.
 
     Attributes:
         selects: the metric that selects the best checkpoint, and whether the largest
@@ -209,7 +210,7 @@ class Task(pl.LightningModule):
             if on_cpu and recognition.prefers_channels_last(self.network):
                 layout = "channels_last"
         if layout == "channels_last":
-            self.network.to(memory_format=torch.channels_last)
+            channels_last.use_channels_last(self.network)
         if self.hparams["compile"]:
             # `Module.compile` works in place. A wrapper would add `_orig_mod` to the
             # name of each weight.
@@ -230,7 +231,10 @@ class Task(pl.LightningModule):
             self._means_are_logged = True
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+            # Lightning reads the metrics of the progress bar after each batch, which blocks
+            # the host on a GPU. `MetricsProgressBar` reads the loss only when it is shown.
+            in_bar = loss.device.type == "cpu"
+            self.log("train_loss", loss, prog_bar=in_bar, sync_dist=True)
         return loss
 
     def _count_samples(self, batch_idx: int, own: int) -> int:
@@ -254,6 +258,10 @@ class Task(pl.LightningModule):
             monitors.refuse(self.trainer, self.names("val"), self._validation_metrics)
             self._is_unchecked = False
         own = self._train_metrics()
+        # An earlier fit may have ended within an epoch.
+        self._means_are_logged = False
+        for metric in own.values():
+            metric.reset()
         unfinished_epoch.restore(
             own, self._restored_metrics, self.global_rank, self.trainer.world_size
         )
@@ -319,8 +327,10 @@ class Task(pl.LightningModule):
             checkpoint[data_module.IDENTITY] = data.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._restored_metrics = checkpoint.get("train_metrics", {})
         self._has_new_validation = checkpoint.get("has_new_validation", True)
+        if self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING:
+            # After a test of the checkpoint, a new run starts without its metrics.
+            self._restored_metrics = checkpoint.get("train_metrics", {})
         if self._trainer is not None:
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):

@@ -190,11 +190,21 @@ def test_an_error_names_no_setting_if_none_is_near(main):
     assert code == 2 and "All settings: python -m bn_lightning test --help" in err
 
 
-@pytest.mark.parametrize("config", [["--config", "own.yaml"], ["--config=own.yaml"]])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ["--config", "own.yaml"],
+        ["--config=own.yaml"],
+        ["-c", "own.yaml"],
+        ["--model", "model.yaml"],
+        ['--model={"lr": 0.125, "norm": "builtin"}'],
+    ],
+)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_flags_override_a_config_in_either_order(tmp_path, monkeypatch, config, is_first):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("model:\n  lr: 0.125\n  norm: builtin\n")
+    (tmp_path / "model.yaml").write_text("lr: 0.125\nnorm: builtin\n")
     flags = ["--model.lr", "0.5", "--data.source", "sample"]
     arguments = [*config, *flags] if is_first else [*flags, *config]
     built = run.command_line(["fit", *arguments], cli.EXPERIMENT, run.Rehearsal)
@@ -206,8 +216,14 @@ def test_a_later_config_overrides_an_earlier_one(tmp_path, monkeypatch):
     for name, rate in (("a", 0.125), ("b", 0.25)):
         (tmp_path / f"{name}.yaml").write_text(f"model:\n  lr: {rate}\n")
     arguments = ["--config", "a.yaml", "--data.source", "sample", "--config", "b.yaml"]
+    # A setting of a callback belongs to the callback before it.
+    for name in ("LearningRateMonitor", "DeviceStatsMonitor"):
+        arguments += [f"--trainer.callbacks+={name}"]
+        if name == "LearningRateMonitor":
+            arguments += ["--trainer.callbacks.logging_interval", "epoch"]
     built = run.command_line(["fit", *arguments], cli.EXPERIMENT, run.Rehearsal)
     assert built.config.fit.model.lr == 0.25
+    assert built.config.fit.trainer.callbacks[0].init_args.logging_interval == "epoch"
 
 
 def test_a_command_line_has_only_its_own_commands():

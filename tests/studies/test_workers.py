@@ -1,6 +1,7 @@
 """Worker processes: same results as single runs, progress, failures and data reuse."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -23,7 +24,9 @@ def cwd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(folder)
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        # A worker must not import it.
+        (folder / "torch.py").write_text("raise SystemExit('from the current folder')\n")
         yield folder
 
 

@@ -24,6 +24,16 @@ def fit(settings, **trainer):
     return used
 
 
+class NoLength:
+    """A loader without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def lr_of(trainer):
     return trainer.optimizers[0].param_groups[0]["lr"]
 
@@ -109,6 +119,13 @@ def test_invalid_settings_are_refused(task, settings, message):
 def test_a_schedule_that_needs_a_length_is_refused_without_a_limit():
     with pytest.raises(UserError, match=r"--trainer.max_epochs"):
         fit({"scheduler": "OneCycleLR"}, max_epochs=-1, max_time="00:00:10:00")
+
+
+def test_a_schedule_that_needs_a_length_is_refused_with_a_loader_that_has_none():
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    batches = NoLength([(torch.ones(2, 10), torch.ones(2))])
+    with pytest.raises(UserError, match=r"loader has no length.*\n.*--trainer.max_steps"):
+        trainer.fit(Regression(width=4, scheduler="OneCycleLR"), batches)
 
 
 def test_a_schedule_cannot_be_resumed_with_another_length(tmp_path):

@@ -434,7 +434,6 @@ def test_steps_without_a_loss_are_saved_and_resumed(tmp_path, module):
 def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
     resume = ExactResume()
     fit_line(tmp_path / "first", 3, resume=resume)
-    resume.dirpath = None
     alone = fit_line(tmp_path / "alone", 2)
     assert fit_line(tmp_path / "second", 2, resume=resume) == alone
     assert global_step_of(tmp_path / "second") == 10

@@ -1,5 +1,6 @@
 """The base class of tasks: metrics, memory format, and the content of its checkpoints."""
 
+import copy
 import shutil
 import sys
 from types import SimpleNamespace
@@ -159,17 +160,35 @@ def test_shards_are_assumed_equal_if_the_loader_has_no_sizes():
     assert model.step_samples == 8
 
 
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            trainer.save_checkpoint(trainer.default_root_dir + "/failed.ckpt")
+            raise RuntimeError("planted")
+
+
+def test_metrics_of_an_interrupted_epoch_do_not_count_in_a_second_fit(tmp_path):
+    model = Regression()
+    state = copy.deepcopy(model.state_dict())
+    expected = fit(model).callback_metrics["train_rmse"]
+
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(model, callbacks=[Fails()], default_root_dir=str(tmp_path))
+    model.load_state_dict(state)
+    assert fit(model).callback_metrics["train_rmse"] == expected
+
+    pl.Trainer(**QUIET).test(model, table(), tmp_path / "failed.ckpt", False, weights_only=True)
+    model.load_state_dict(state)
+    assert fit(model).callback_metrics["train_rmse"] == expected
+
+
 # Memory format
 
 
 def is_channels_last(model):
-    weight = model.network.conv2.weight
-    last, first = (
-        weight.is_contiguous(memory_format=layout)
-        for layout in (torch.channels_last, torch.contiguous_format)
-    )
-    assert last != first
-    return last
+    output = model.network.conv2(torch.ones(2, 6, 12, 12))
+    return output.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
