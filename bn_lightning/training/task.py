@@ -1,8 +1,8 @@
 """The base class of tasks: the parts of a LightningModule that do not depend on the problem."""
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning.pytorch as pl
 import torch
@@ -169,8 +169,9 @@ class Task(pl.LightningModule):
         # The loss is repeated for each sample instead of weighted, because torchmetrics
         # 1.9 ignores weights if nan_strategy is "disable".
         getattr(self, f"{stage}_loss").update(step.loss.detach().expand(step.num_samples))
+        outputs, targets = map(_at_least_float32, (step.outputs.detach(), step.targets))
         for name in self.metric_names[1:]:
-            getattr(self, f"{stage}_{name}").update(step.outputs.detach(), step.targets)
+            getattr(self, f"{stage}_{name}").update(outputs, targets)
         return step
 
     def _log_means(self, stage: Stage) -> None:
@@ -180,6 +181,32 @@ class Task(pl.LightningModule):
             tag = f"{name}_epoch" if name == "train_loss" else name
             in_bar = stage != "test" and not name.endswith("_loss")
             self.log(tag, getattr(self, name), on_step=False, on_epoch=True, prog_bar=in_bar)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the module, as `nn.Module` does, but only move the metrics.
+
+        Their sums and means would be wrong in 16 bits. torchmetrics ignores `half()` and
+        `bfloat16()`, but not `to(dtype)`.
+        """
+        slots = [
+            (parent._modules, name)
+            for parent in self.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, Metric)
+        ]
+        metrics = [children[name] for children, name in slots]
+        for children, name in slots:
+            children[name] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for (children, name), metric in zip(slots, metrics, strict=True):
+                children[name] = metric
+        device = fn(torch.empty(0, device=self.device)).device
+        for metric in metrics:
+            assert metric is not None
+            metric.to(device)
+        return self
 
     # Training
 
@@ -305,3 +332,8 @@ class Task(pl.LightningModule):
         self._overrides_checkpoint = any(
             before.get(name) != self.hparams[name] for name in ("lr", "optimizer_args")
         )
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Convert 16-bit values to float32, so that the sums of a metric are not rounded to 16 bits."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
