@@ -148,9 +148,9 @@ class CLI(SettingsCLI):
         try:
             self.trainer.fit(**self._from_checkpoint(kwargs))
         except Stopped:
-            assert self.parts.resume is not None
+            resume = self.parts.resume
             # A run that has reached its time limit is still tested.
-            if not self.parts.resume.stop_requests.is_out_of_time:
+            if resume is None or not resume.stop_requests.is_out_of_time:
                 self._end_stopped_run()
                 raise
         except BaseException as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import data_module, unfinished_epoch
+from bn_lightning.training import data_module, small_batches, unfinished_epoch
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -265,6 +265,7 @@ class Task(pl.LightningModule):
             for group in self.trainer.optimizers[0].param_groups:
                 group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
         self.optimization.refuse_other_length(self.trainer)
+        small_batches.refuse_small_batches(self.trainer, self)
         own = self._train_metrics()
         unfinished_epoch.restore(
             own, self._restored_metrics, self.global_rank, self.trainer.world_size
