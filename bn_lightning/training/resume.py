@@ -15,7 +15,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bn_lightning.errors import UserError
-from bn_lightning.training import checkpoints, lightning_internals, seeds, surroundings
+from bn_lightning.training import (
+    checkpoints,
+    lightning_internals,
+    optimizer_and_scheduler,
+    seeds,
+    surroundings,
+    unfinished_epoch,
+)
 from bn_lightning.training.batches import ExactLoader
 from bn_lightning.training.losses import NonFiniteLossGuard
 from bn_lightning.training.stopping import StopRequests, is_check_due
@@ -83,6 +90,9 @@ class ExactResume(Checkpoint):
         self._losses = NonFiniteLossGuard()
         self._saved_at = -1  # optimizer step of last.ckpt
         self._restored: dict[str, Any] | None = None
+        self._restored_metrics: unfinished_epoch.States = {}
+        self._optimization: optimizer_and_scheduler.Names = {}
+        self._optimization_before: optimizer_and_scheduler.Names = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Reading `log_dir` is a collective operation, so all ranks read it.
@@ -92,11 +102,12 @@ class ExactResume(Checkpoint):
         if stage == "fit":
             self._reset()
             # A checkpoint between two steps is written before any other callback starts
-            # the next step. The final one is written after all other callbacks have
-            # finished.
+            # the next step or ends the epoch. The final one is written after all other
+            # callbacks have finished.
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            others = [c for c in callbacks if c is not self and not isinstance(c, _FinalSave)]
-            callbacks[:] = [self, *others, _FinalSave(self)]
+            helpers = (_EarlySave, _FinalSave)
+            others = [c for c in callbacks if c is not self and not isinstance(c, helpers)]
+            callbacks[:] = [self, _EarlySave(self), *others, _FinalSave(self)]
             if trainer.is_global_zero:
                 Path(self.dirpath).mkdir(parents=True, exist_ok=True)
 
@@ -105,8 +116,14 @@ class ExactResume(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        checkpoint["optimization"] = self._optimization
+        # Within a hook, such as the end of a validation, metrics need not be complete.
+        checkpoint["train_metrics"] = {}
         if self._position is None:
             return
+        metrics = unfinished_epoch.metrics_of(pl_module)
+        metrics = unfinished_epoch.updated(metrics, trainer.world_size)
+        checkpoint["train_metrics"] = unfinished_epoch.save(metrics, trainer.world_size)
         epoch, batch, finished = self._position
         checkpoint["between_steps"] = {
             "batches_that_stepped": lightning_internals.batches_that_stepped(checkpoint),
@@ -123,6 +140,8 @@ class ExactResume(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._restored = checkpoint.get("between_steps")
+        self._restored_metrics = checkpoint.get("train_metrics", {})
+        self._optimization_before = optimizer_and_scheduler.in_checkpoint(checkpoint)
         self._refuse_other_batches(trainer, checkpoint)
         if self._restored is not None:
             surroundings.report_differences(trainer, self._restored["surroundings"])
@@ -154,6 +173,9 @@ class ExactResume(Checkpoint):
                 )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Callbacks may replace the schedulers later.
+        self._optimization = optimizer_and_scheduler.of(trainer)
+        optimizer_and_scheduler.refuse_others(self._optimization, self._optimization_before)
         if self._restored is not None and self._restored["finished"] == self._limits(trainer):
             # The run had already ended, possibly by early stopping. Lightning does not
             # save `should_stop`.
@@ -176,6 +198,10 @@ class ExactResume(Checkpoint):
             )
         if self._restored is not None:
             trainer.callback_metrics.update(self._restored["callback_metrics"])
+        metrics = unfinished_epoch.metrics_of(pl_module)
+        rank, world_size = trainer.global_rank, trainer.world_size
+        unfinished_epoch.restore(metrics, self._restored_metrics, rank, world_size)
+        self._restored_metrics = {}
         self.stop_requests.begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -238,7 +264,8 @@ class ExactResume(Checkpoint):
         if is_check_due(trainer, batch_idx + 1) or lightning_internals.is_last_batch(trainer):
             self._losses.check(trainer, self.path, self._saved_at)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def save_within_epoch(self, trainer: pl.Trainer) -> None:
+        """Save the state if the run ends within an epoch, before any hook ends the epoch."""
         is_unsaved = trainer.global_step != self._saved_at
         if is_unsaved and not lightning_internals.is_epoch_done(trainer):
             # max_steps ended the run within an epoch. A longer run resumes from here.
@@ -266,6 +293,20 @@ class ExactResume(Checkpoint):
         finally:
             self._position = None
         self._saved_at = trainer.global_step
+
+
+class _EarlySave(pl.Callback):
+    """Saves a run that ends within an epoch.
+
+    At the end of an epoch, Lightning calls `ExactResume`, a Checkpoint, after the
+    module, which may have reset its metrics.
+    """
+
+    def __init__(self, resume: ExactResume) -> None:
+        self.resume = resume
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resume.save_within_epoch(trainer)
 
 
 class _FinalSave(pl.Callback):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import data_module, small_batches, unfinished_epoch
+from bn_lightning.training import data_module, small_batches
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -120,7 +120,6 @@ class Task(pl.LightningModule):
         self._is_set_up = False
         self._means_are_logged = False
         self._overrides_checkpoint = False
-        self._restored_metrics: dict[str, Any] = {}
 
     @classmethod
     def _objects(cls) -> list[str]:
@@ -266,22 +265,14 @@ class Task(pl.LightningModule):
                 group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
         self.optimization.refuse_other_length(self.trainer)
         small_batches.refuse_small_batches(self.trainer, self)
-        own = self._train_metrics()
-        unfinished_epoch.restore(
-            own, self._restored_metrics, self.global_rank, self.trainer.world_size
-        )
-        self._restored_metrics = {}
 
     def on_train_epoch_end(self) -> None:
         # A run that resumed after the last step of an epoch has not logged the metrics
         # of this epoch, so Lightning does not reset them.
         if not self._means_are_logged:
-            for metric in self._train_metrics().values():
-                metric.reset()
+            for name in self.names("train"):
+                getattr(self, name).reset()
         self._means_are_logged = False
-
-    def _train_metrics(self) -> dict[str, Metric]:
-        return {name: getattr(self, name) for name in self.names("train")}
 
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(
@@ -310,15 +301,11 @@ class Task(pl.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_metrics"] = unfinished_epoch.save(
-            self._train_metrics(), self.trainer.world_size
-        )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, data_module.DataModule):
             checkpoint[data_module.IDENTITY] = data.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._restored_metrics = checkpoint.get("train_metrics", {})
         if self._trainer is not None:
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):

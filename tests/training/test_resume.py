@@ -16,8 +16,9 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 
-from bn_lightning import Classifier, ExactResume, FashionMNIST, WholeCheckpointIO
+from bn_lightning import Classifier, DataModule, ExactResume, FashionMNIST, WholeCheckpointIO
 from bn_lightning.runs import run
 from bn_lightning.training.stopping import Stopped
 from tests.conftest import QUICK, REPOSITORY, needs_all_images, run_here
@@ -166,6 +167,18 @@ def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main
         (("--data.val_images", 100), "--data.val_images was 5000"),
         (("--data.batch_size", 128), "--data.batch_size was 256"),
         (("--model.norm", "none"), "does not fit the network"),
+        (
+            ("--model.optimizer", "AdamW", "--model.optimizer_args", "null"),
+            "The optimizer was SGD when the run started and is now AdamW",
+        ),
+        (
+            ("--model.scheduler", "StepLR", "--model.scheduler_args", "{step_size: 2}"),
+            "The scheduler was CosineAnnealingLR when the run started and is now StepLR",
+        ),
+        (
+            ("--model.scheduler", "null"),
+            "was CosineAnnealingLR when the run started and is now none",
+        ),
         (("--trainer.max_steps", 40), "CosineAnnealingLR was configured for 30 steps"),
         (("--ckpt_path", "last"), "--resume and --ckpt_path cannot be used together"),
         (("--trainer.fast_dev_run", "true"), "--resume writes checkpoints to the run's folder"),
@@ -429,6 +442,53 @@ def test_steps_without_a_loss_are_saved_and_resumed(tmp_path, module):
     last = tmp_path / "checkpoints/last.ckpt"
     assert fit_line(tmp_path, 3, last, module=module()) == uninterrupted
     assert global_step_of(tmp_path) == 15
+
+
+class Measured(Line):
+    """Has metrics that are not those of a Task, and averages that Lightning accumulates."""
+
+    def __init__(self):
+        super().__init__()
+        self.measured = nn.ModuleDict({"of_train": MetricCollection([MeanMetric(), MaxMetric()])})
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.measured["of_train"].update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log_dict(self.measured["of_train"].compute())
+        self.measured["of_train"].reset()
+
+
+class Points(DataModule):
+    def train_dataloader(self):
+        x = torch.linspace(0, 1, 40).unsqueeze(1)
+        return self.train_batches(x, 2 * x, torch.arange(40))
+
+
+def test_metrics_of_any_module_are_restored_within_an_epoch(tmp_path):
+    def fit(folder, max_steps, ckpt_path=None):
+        trainer = pl.Trainer(
+            max_epochs=2,
+            max_steps=max_steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[ExactResume()],
+        )
+        data = Points(batch_size=8)
+        trainer.fit(Measured(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer.callback_metrics
+
+    whole = fit(tmp_path / "whole", -1)
+    fit(tmp_path / "parts", 8)  # in the second of two epochs with 5 steps
+    resumed = fit(tmp_path / "parts", -1, tmp_path / "parts/checkpoints/last.ckpt")
+    assert whole.keys() == resumed.keys() == {"MeanMetric", "MaxMetric"}
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
 
 
 def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
