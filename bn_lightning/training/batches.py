@@ -67,6 +67,10 @@ class TensorBatches(ExactLoader):
             order.
         rank, world_size: the shard to return, and the number of shards.
         preprocessing: maps raw samples to the input of the network.
+
+    Attributes:
+        is_random: whether the current epoch has an augmentation, which may use the global
+            generators.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class TensorBatches(ExactLoader):
         self.rank = rank
         self.world_size = world_size
         self.preprocessing = preprocessing or nn.Identity()
+        self.is_random = True
 
     @property
     def _joins_last(self) -> bool:
@@ -108,6 +113,7 @@ class TensorBatches(ExactLoader):
         # Lightning calls iter() more than once before it requests a batch. As this is a
         # generator, its body runs only when the first batch is requested.
         epoch = self.epoch() if self.epoch else Epoch(self.indices)
+        self.is_random = epoch.augment is not None
         order = epoch.order.to(self.inputs.device)
         batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]
         if self._joins_last:
