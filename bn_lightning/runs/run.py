@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 
-from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import console, process, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
@@ -110,10 +109,6 @@ class CLI(SettingsCLI):
         """Return settings of `fit` as they are written to config.yaml."""
         return dict(yaml.safe_load(self._parser("fit").dump(settings, skip_unset=False)))
 
-    def defaults(self) -> Any:
-        """Return the default settings of `fit`."""
-        return self._parser("fit").get_defaults()
-
     def _remove_empty_run(self) -> None:
         """Remove the new files of a run if it has not trained any batch."""
         if self._run_folder is not None and not self._has_trained():
@@ -169,7 +164,7 @@ class CLI(SettingsCLI):
 
     def _end_stopped_run(self) -> None:
         """Print the command that resumes the run, and write the results so far."""
-        self._print(f"resume with: {terminal.program()} fit --resume {self.folder}")
+        self._print(f"resume with: {self.resume_command()}")
         if self.folder is not None:
             found = self._result("nothing yet", finished=False)
             result.write_json(self.folder / "result.json", found)
