@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -71,6 +72,11 @@ def build_parts(
         _refuse_averaging(task, own)
     parts = TrainerParts(Records())
     parts.callbacks += [parts.records, *extra]
+    parts.callbacks += [
+        averaging.AverageFromStart(callback)
+        for callback in own
+        if isinstance(callback, WeightAveraging)
+    ]
     if command == "fit":
         _add_checkpoints(parts, config, task, data)
         parts.callbacks.append(DistributedTraining())

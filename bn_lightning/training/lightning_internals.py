@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _flatten_dict
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.optim.swa_utils import AveragedModel
 
 
 def loggable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -116,3 +118,8 @@ def call_before_fetches(trainer: pl.Trainer, prepare: Callable[[int], None]) -> 
 
     epoch_loop.on_run_start = start_epoch  # type: ignore[method-assign,assignment]
     epoch_loop._on_before_fetch = before_fetch  # type: ignore[method-assign]
+
+
+def average_model(averaging: WeightAveraging) -> AveragedModel | None:
+    """Return the average of a WeightAveraging callback; None outside of `fit`."""
+    return averaging._average_model
