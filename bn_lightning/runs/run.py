@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError, report_failure
 from bn_lightning.runs import console, csv_log, plain_settings, process, refusals, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
@@ -115,10 +114,6 @@ class CLI(SettingsCLI):
         """Return settings of `fit` as they are written to config.yaml."""
         return plain_settings.of(self._parser("fit"), settings)
 
-    def defaults(self) -> Any:
-        """Return the default settings of `fit`."""
-        return self._parser("fit").get_defaults()
-
     def _remove_empty_run(self) -> None:
         """Remove the new files of a run if it has not trained any batch."""
         if self._run_folder is not None and not self._has_trained():
@@ -159,9 +154,9 @@ class CLI(SettingsCLI):
         try:
             self.trainer.fit(**self._from_checkpoint(kwargs))
         except Stopped:
-            assert self.parts.resume is not None
+            resume = self.parts.resume
             # A run that has reached its time limit is still tested.
-            if not self.parts.resume.stop_requests.is_out_of_time:
+            if resume is None or not resume.stop_requests.is_out_of_time:
                 self._end_stopped_run()
                 raise
         except BaseException as error:
@@ -183,7 +178,7 @@ class CLI(SettingsCLI):
 
     def _end_stopped_run(self) -> None:
         """Print the command that resumes the run, and write the results so far."""
-        self._print(f"resume with: {terminal.program()} fit --resume {self.folder}")
+        self._print(f"resume with: {self.resume_command()}")
         if self.folder is not None:
             found = self._result("nothing yet", finished=False)
             result.write_json(self.folder / "result.json", found)

@@ -173,9 +173,11 @@ class SettingsCLI(LightningCLI):
             self._find_run(config)
             # The settings of the run become default config files, so flags override
             # them.
-            files = map(str, folder.settings_files(Path(config.resume)))
-            self._parser("fit").default_config_files = list(files)
+            files = folder.settings_files(Path(config.resume))
+            trust.refuse_untrusted_files(files, config.as_dict(), self._package)
+            self._parser("fit").default_config_files = list(map(str, files))
             super().parse_arguments(parser, args)
+            self._refuse_untrusted(config.resume, config)
             _refuse_resume_without_saving(self.config.fit, str(self.ckpt_path))
         elif config.ckpt_path is not None:
             checkpoint = self._find_checkpoint(command, config)
@@ -240,9 +242,7 @@ class SettingsCLI(LightningCLI):
         args: ArgsType,
     ) -> None:
         """Parse again, with the settings in the checkpoint as defaults."""
-        path = str(self.ckpt_path)
-        paths = trust.import_paths(self.experiment)
-        chosen = {name: self.config[command].get(name) for name in paths}
+        path, chosen = str(self.ckpt_path), self.config[command]
         machine_settings = self.experiment.data.machine_settings
         try:
             self._parser(command).set_defaults(settings_in(checkpoint, machine_settings))
@@ -254,8 +254,30 @@ class SettingsCLI(LightningCLI):
         super().parse_arguments(parser, args)
         if command == "fit":
             checkpoints.refuse_other_versions(path, checkpoint)
-        used = {name: self.config[command].get(name) for name in paths}
-        trust.refuse_untrusted(path, used, chosen, experiment.package_of(self.reference))
+        self._refuse_untrusted(path, chosen)
+
+    def _refuse_untrusted(self, path: str, chosen: Namespace) -> None:
+        """Refuse import paths in the settings that are not in those `chosen` by the user."""
+        used = self.config[self.config.subcommand]
+        trust.refuse_untrusted(path, self._paths_in(used), self._paths_in(chosen), self._package)
+
+    def _paths_in(self, settings: Namespace) -> dict[str, Any]:
+        return {name: settings.get(name) for name in trust.import_paths(self.experiment)}
+
+    @property
+    def _package(self) -> str:
+        return experiment.package_of(self.reference)
+
+    def resume_command(self) -> str:
+        """Return the command that resumes the run, with the import paths that it must name."""
+        used, defaults = self._paths_in(self.config.fit), self._paths_in(self.defaults())
+        named = trust.untrusted(used, defaults, self._package)
+        flags = "".join(f" --{name} {value}" for name, value in named.items())
+        return f"{terminal.program()} fit --resume {self.folder}{flags}"
+
+    def defaults(self) -> Any:
+        """Return the default settings of `fit`."""
+        return self._parser("fit").get_defaults()
 
     def _resume_in(self, run: Path, ckpt_path: str, checkpoint: dict[str, Any]) -> None:
         self.resuming, self.folder, self.ckpt_path = True, run, ckpt_path

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,6 +88,11 @@ def build_parts(
         _check_monitors(settings, task, data, [*own, *extra])
     parts = TrainerParts(Records())
     parts.callbacks += [parts.records, *extra]
+    parts.callbacks += [
+        averaging.AverageFromStart(callback)
+        for callback in own
+        if isinstance(callback, WeightAveraging)
+    ]
     if command == "fit":
         _add_checkpoints(parts, config, task, data)
         _limit_finders(parts, own, starts_anew)

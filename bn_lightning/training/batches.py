@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
@@ -54,7 +55,9 @@ class Epoch:
 class TensorBatches(ExactLoader):
     """A loader that indexes two tensors in memory.
 
-    With several ranks, each rank gets its own shard of every batch.
+    With several ranks, each rank gets its own shard of every batch. In evaluation, that
+    is without `epoch`, a last batch with fewer samples than ranks is joined to the batch
+    before it, so that no shard is empty.
 
     Args:
         inputs: raw samples (N, ...), on the device of the network.
@@ -65,6 +68,10 @@ class TensorBatches(ExactLoader):
             order.
         rank, world_size: the shard to return, and the number of shards.
         preprocessing: maps raw samples to the input of the network.
+
+    Attributes:
+        is_random: whether the current epoch has an augmentation, which may use the global
+            generators.
     """
 
     def __init__(
@@ -86,19 +93,32 @@ class TensorBatches(ExactLoader):
         self.rank = rank
         self.world_size = world_size
         self.preprocessing = preprocessing or nn.Identity()
+        self.is_random = True
+
+    @property
+    def _joins_last(self) -> bool:
+        """Whether the last batch is too small for the ranks, and joined to the one before it."""
+        rest = len(self.indices) % self.batch_size
+        is_joinable = self.epoch is None and len(self.indices) > self.batch_size
+        return is_joinable and 0 < rest < self.world_size
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.indices) // self.batch_size) - self._joins_last
 
     def size_of(self, batch_idx: int) -> int:
-        return min(self.batch_size, len(self.indices) - batch_idx * self.batch_size)
+        rest = len(self.indices) - batch_idx * self.batch_size
+        is_joined = rest < self.batch_size + self.world_size and self._joins_last
+        return rest if is_joined else min(self.batch_size, rest)
 
     def __iter__(self) -> Iterator[Batch]:
         # Lightning calls iter() more than once before it requests a batch. As this is a
         # generator, its body runs only when the first batch is requested.
         epoch = self.epoch() if self.epoch else Epoch(self.indices)
+        self.is_random = epoch.augment is not None
         order = epoch.order.to(self.inputs.device)
         batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]
+        if self._joins_last:
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
         for batch in batches[epoch.first :]:
             yield self.take(batch.tensor_split(self.world_size)[self.rank], epoch.augment)
 

@@ -139,13 +139,13 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:
-    """Refuse to resume training from a checkpoint that lacks the required entries.
+    """Refuse to resume training from a checkpoint that lacks the state of the optimizer.
 
     Raises:
         UserError: another version of this project wrote it, or it contains only
             weights.
     """
-    if not {"train_metrics", "optimizer_states"} <= checkpoint.keys():
+    if "optimizer_states" not in checkpoint:
         raise UserError(
             f"{path!r} was written by another version of this project, or contains only weights. "
             "Training cannot be resumed from it.\n"

@@ -175,20 +175,8 @@ class DataModule(pl.LightningDataModule):
         """Return the training loader of the samples at `indices`.
 
         It supports exact resuming, also within an epoch.
-
-        Raises:
-            UserError: the last batch of an epoch has fewer samples than there are
-                processes.
         """
         self.train_indices = indices
-        processes = self.trainer.world_size if self.trainer else 1
-        last = len(indices) % self.batch_size or self.batch_size
-        if last < processes:
-            raise UserError(
-                f"The last batch of an epoch has {last} sample(s), but {processes} processes share "
-                f"each batch: {len(indices):,} training samples in batches of {self.batch_size}.\n"
-                "Choose another batch size, for example --data.batch_size 256."
-            )
         return self._tensor_batches(inputs, targets, indices, self._epoch)
 
     def batches(
@@ -197,9 +185,18 @@ class DataModule(pl.LightningDataModule):
         """Return a loader of the samples at `indices`, in that order.
 
         By default, it loads all samples.
+
+        Raises:
+            UserError: there are fewer samples than processes.
         """
         if indices is None:
             indices = torch.arange(len(inputs))
+        processes = self.trainer.world_size if self.trainer else 1
+        if len(indices) < processes:
+            raise UserError(
+                f"{processes} processes cannot share {len(indices)} sample(s) for evaluation.\n"
+                "Use fewer processes (--trainer.devices), or more samples."
+            )
         return self._tensor_batches(inputs, targets, indices)
 
     def train_order(self, epoch: int) -> Tensor:
@@ -221,8 +218,10 @@ class DataModule(pl.LightningDataModule):
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         inputs, targets = _on_device(inputs, device), _on_device(targets, device)
+        # In evaluation, each rank gets at least one sample of each batch.
+        batch_size = self.batch_size if epoch else max(self.batch_size, world_size)
         return TensorBatches(
-            inputs, targets, indices, self.batch_size, epoch, rank, world_size, self.preprocessing
+            inputs, targets, indices, batch_size, epoch, rank, world_size, self.preprocessing
         )
 
     # Comparison with the data of a checkpoint

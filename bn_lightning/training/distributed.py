@@ -4,16 +4,20 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bn_lightning.norms import recognition
+from bn_lightning.training.agreement import refuse_ranks_that_differ
 
 
 class DistributedTraining(pl.Callback):
     """Reduces the cost of training with several processes. With one process it does nothing.
+
+    It refuses a run whose ranks start from different states (see `agreement`).
 
     A run uses the running statistics of rank 0. DistributedDataParallel broadcasts them
     before each step, although most norm layers do not read them in training. This
@@ -24,9 +28,18 @@ class DistributedTraining(pl.Callback):
     averaging.
     """
 
+    def __init__(self) -> None:
+        self._resumes_at = 0
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumes_at = checkpoint["global_step"]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size == 1:
             return
+        refuse_ranks_that_differ(trainer, pl_module, self._resumes_at)
         model = trainer.strategy.model
         only_written = recognition.only_writes_running_stats(pl_module)
         if isinstance(model, DistributedDataParallel) and only_written:

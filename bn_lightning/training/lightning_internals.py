@@ -3,12 +3,14 @@
 Verified with lightning 2.6.6. If an upgrade breaks exact resume, start here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _flatten_dict
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.optim.swa_utils import AveragedModel
 
 
 def loggable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -97,3 +99,37 @@ def disable_sigterm_broadcast(trainer: pl.Trainer) -> None:
     """Disable the collective that Lightning runs after each step to detect SIGTERM on rank 0."""
     loop = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def call_before_fetches(trainer: pl.Trainer, prepare: Callable[[int], None]) -> None:
+    """Call `prepare(batch_idx)` before each training batch is fetched.
+
+    It is called with -1 before the loader's iterator is created, at the start of each
+    epoch. Lightning creates the first iterator of a process earlier, at a time that
+    depends on the scheduler; so it is created again, if the loader has a length. Otherwise
+    a batch may have been fetched already.
+    """
+    fit_loop = trainer.fit_loop
+    epoch_loop = fit_loop.epoch_loop
+
+    def start_epoch(fetcher: Any) -> None:
+        prepare(-1)
+        is_created_below = trainer.current_epoch > 0 and not (
+            fit_loop.is_resuming or epoch_loop.restarting
+        )
+        if fetcher.length is not None and not is_created_below:
+            iter(fetcher)
+        type(epoch_loop).on_run_start(epoch_loop, fetcher)
+
+    def before_fetch() -> None:
+        assert fit_loop._data_fetcher is not None
+        prepare(fit_loop._data_fetcher.fetched)
+        type(epoch_loop)._on_before_fetch(epoch_loop)
+
+    epoch_loop.on_run_start = start_epoch  # type: ignore[method-assign,assignment]
+    epoch_loop._on_before_fetch = before_fetch  # type: ignore[method-assign]
+
+
+def average_model(averaging: WeightAveraging) -> AveragedModel | None:
+    """Return the average of a WeightAveraging callback; None outside of `fit`."""
+    return averaging._average_model

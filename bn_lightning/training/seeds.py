@@ -6,7 +6,10 @@ The contract, for the seed of `--seed_everything`:
 * data split: a function of the seed;
 * order of an epoch: a function of (seed, epoch);
 * augmentation of a sample: a function of (seed, epoch, sample);
-* everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank).
+* everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank);
+* global generators while a batch is fetched, such as those of a user's transform: another
+  function of (seed, epoch, batch, rank); while the iterator of a loader is created: one of
+  (seed, epoch, rank).
 
 Random numbers never depend on earlier computation. So a resumed run draws the same
 numbers as an uninterrupted run, and an epoch has the same samples for any number of
@@ -43,8 +46,20 @@ def for_samples(seed: int, epoch: int) -> np.random.Generator:
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int, device: torch.device) -> None:
     """Seed all global generators for one training step on one rank."""
+    _seed_all(f"{seed} {epoch} {batch} {rank}", device)
+
+
+def seed_fetch(seed: int, epoch: int, batch: int, rank: int, device: torch.device) -> None:
+    """Seed all global generators before a batch is fetched on one rank.
+
+    Batch -1 stands for the creation of the loader's iterator.
+    """
+    _seed_all(f"{seed} {epoch} {batch} {rank} fetch", device)
+
+
+def _seed_all(key: str, device: torch.device) -> None:
     # A checksum is ten times as fast as NumPy's SeedSequence.
-    number = zlib.crc32(f"{seed} {epoch} {batch} {rank}".encode())
+    number = zlib.crc32(key.encode())
     # torch.manual_seed takes 0.5 ms if CUDA has not been initialized.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":

@@ -24,7 +24,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Timer
 
-from bn_lightning.errors import RunFailed
+from bn_lightning.errors import UserError
 from bn_lightning.training import lightning_internals
 
 # Exchanging stop requests synchronizes the ranks, and reading a loss on a GPU blocks
@@ -151,11 +151,11 @@ def _requeue() -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def end_all_ranks(trainer: pl.Trainer, error: Stopped | RunFailed) -> NoReturn:
+def end_all_ranks(trainer: pl.Trainer, error: Stopped | UserError) -> NoReturn:
     """End the process on each rank. Every rank must call this with the same error.
 
     Raises:
-        Stopped | RunFailed: `error` on rank 0, which reports it; Stopped on other
+        Stopped | UserError: `error` on rank 0, which reports it; Stopped on other
         ranks.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)

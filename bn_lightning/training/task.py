@@ -1,16 +1,16 @@
 """The base class of tasks: the parts of a LightningModule that do not depend on the problem."""
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
-from bn_lightning.training import channels_last, data_module, monitors, unfinished_epoch
+from bn_lightning.training import channels_last, data_module, monitors, small_batches
 from bn_lightning.training.optimization import Optimization
 
 Stage = Literal["train", "val", "test"]
@@ -122,7 +122,6 @@ class Task(pl.LightningModule):
         self._is_set_up = False
         self._means_are_logged = False
         self._overrides_checkpoint = False
-        self._restored_metrics: dict[str, Any] = {}
         self._is_unchecked = False
         self._validation_metrics: set[str] = set()  # names logged in the sanity check
         self._has_new_validation = False  # since the last update of the scheduler
@@ -178,8 +177,9 @@ class Task(pl.LightningModule):
         # The loss is repeated for each sample instead of weighted, because torchmetrics
         # 1.9 ignores weights if nan_strategy is "disable".
         getattr(self, f"{stage}_loss").update(step.loss.detach().expand(step.num_samples))
+        outputs, targets = map(_at_least_float32, (step.outputs.detach(), step.targets))
         for name in self.metric_names[1:]:
-            getattr(self, f"{stage}_{name}").update(step.outputs.detach(), step.targets)
+            getattr(self, f"{stage}_{name}").update(outputs, targets)
         return step
 
     def _log_means(self, stage: Stage) -> None:
@@ -189,6 +189,32 @@ class Task(pl.LightningModule):
             tag = f"{name}_epoch" if name == "train_loss" else name
             in_bar = stage != "test" and not name.endswith("_loss")
             self.log(tag, getattr(self, name), on_step=False, on_epoch=True, prog_bar=in_bar)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the module, as `nn.Module` does, but only move the metrics.
+
+        Their sums and means would be wrong in 16 bits. torchmetrics ignores `half()` and
+        `bfloat16()`, but not `to(dtype)`.
+        """
+        slots = [
+            (parent._modules, name)
+            for parent in self.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, Metric)
+        ]
+        metrics = [children[name] for children, name in slots]
+        for children, name in slots:
+            children[name] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for (children, name), metric in zip(slots, metrics, strict=True):
+                children[name] = metric
+        device = fn(torch.empty(0, device=self.device)).device
+        for metric in metrics:
+            assert metric is not None
+            metric.to(device)
+        return self
 
     # Training
 
@@ -248,6 +274,9 @@ class Task(pl.LightningModule):
     def on_fit_start(self) -> None:
         # Callbacks such as LearningRateFinder also train, but with other settings.
         self._is_unchecked = True
+        # An earlier fit may have ended within an epoch.
+        self._means_are_logged = False
+        self._reset_train_metrics()
 
     def on_train_start(self) -> None:
         if self._overrides_checkpoint and self.optimization.scheduler is None:
@@ -257,26 +286,18 @@ class Task(pl.LightningModule):
             self.optimization.refuse_other_length(self.trainer)
             monitors.refuse(self.trainer, self.names("val"), self._validation_metrics)
             self._is_unchecked = False
-        own = self._train_metrics()
-        # An earlier fit may have ended within an epoch.
-        self._means_are_logged = False
-        for metric in own.values():
-            metric.reset()
-        unfinished_epoch.restore(
-            own, self._restored_metrics, self.global_rank, self.trainer.world_size
-        )
-        self._restored_metrics = {}
+        small_batches.refuse_small_batches(self.trainer, self)
 
     def on_train_epoch_end(self) -> None:
         # A run that resumed after the last step of an epoch has not logged the metrics
         # of this epoch, so Lightning does not reset them.
         if not self._means_are_logged:
-            for metric in self._train_metrics().values():
-                metric.reset()
+            self._reset_train_metrics()
         self._means_are_logged = False
 
-    def _train_metrics(self) -> dict[str, Metric]:
-        return {name: getattr(self, name) for name in self.names("train")}
+    def _reset_train_metrics(self) -> None:
+        for name in self.names("train"):
+            getattr(self, name).reset()
 
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self.parameters(), lambda: self.trainer)
@@ -318,9 +339,6 @@ class Task(pl.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_metrics"] = unfinished_epoch.save(
-            self._train_metrics(), self.trainer.world_size
-        )
         checkpoint["has_new_validation"] = self._has_new_validation
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, data_module.DataModule):
@@ -328,9 +346,6 @@ class Task(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._has_new_validation = checkpoint.get("has_new_validation", True)
-        if self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING:
-            # After a test of the checkpoint, a new run starts without its metrics.
-            self._restored_metrics = checkpoint.get("train_metrics", {})
         if self._trainer is not None:
             data = self._trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, data_module.DataModule):
@@ -345,3 +360,8 @@ class Task(pl.LightningModule):
         self._overrides_checkpoint = any(
             before.get(name) != self.hparams[name] for name in ("lr", "optimizer_args")
         )
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Convert 16-bit values to float32, so that the sums of a metric are not rounded to 16 bits."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

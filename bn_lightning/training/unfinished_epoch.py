@@ -1,7 +1,7 @@
 """Saving and restoring the metrics of an unfinished epoch.
 
-The state of each rank is saved separately. Sums in another order would be rounded
-differently.
+The metrics are found in any LightningModule. The state of each rank is saved separately.
+Sums in another order would be rounded differently.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from bn_lightning.errors import UserError
@@ -19,14 +19,38 @@ from bn_lightning.errors import UserError
 # list state.
 States = dict[str, Any]
 
+# torchmetrics counts the updates of a metric in an attribute, which is not a state.
+COUNT = "_update_count"
+
+
+def metrics_of(module: nn.Module) -> dict[str, Metric]:
+    """Return the metrics of torchmetrics anywhere in a module, by name."""
+    for collection in module.modules():
+        if isinstance(collection, MetricCollection):
+            # Only the first metric of a group is updated. This lets the others share its
+            # state.
+            collection.values(copy_state=False)
+    return {name: child for name, child in module.named_modules() if isinstance(child, Metric)}
+
+
+def updated(metrics: Mapping[str, Metric], world_size: int) -> dict[str, Metric]:
+    """Return the metrics that any rank has updated. This is a collective operation."""
+    if not metrics:
+        return {}
+    own = torch.tensor([metric.update_count for metric in metrics.values()])
+    device = next(iter(metrics.values())).device
+    is_updated = _gather(own.to(device), world_size).any(0).tolist()
+    return {name: metric for name, metric in metrics.items() if is_updated.pop(0)}
+
 
 def save(metrics: Mapping[str, Metric], world_size: int) -> States:
     """Return the states of the metrics on all ranks. This is a collective operation."""
-    return {
-        f"{name}.{state}": _gather(value, world_size)
-        for name, metric in metrics.items()
-        for state, value in metric.metric_state.items()
-    }
+    saved: States = {}
+    for name, metric in metrics.items():
+        count = torch.tensor(metric.update_count, device=metric.device)
+        for state, value in {COUNT: count, **metric.metric_state}.items():
+            saved[f"{name}.{state}"] = _gather(value, world_size)
+    return saved
 
 
 def _gather(value: Tensor | list[Tensor], world_size: int) -> Any:
@@ -52,10 +76,14 @@ def restore(metrics: Mapping[str, Metric], saved: States, rank: int, world_size:
             redistributed.
     """
     for key, by_rank in saved.items():
-        name, _, state = key.partition(".")
+        name, _, state = key.rpartition(".")
         metric = metrics.get(name)
-        if metric is None or state not in metric.metric_state:
-            continue  # the task no longer has this metric
+        if metric is None or state not in (*metric.metric_state, COUNT):
+            continue  # the module no longer has this metric
+        if state == COUNT:
+            count = by_rank[rank] if len(by_rank) == world_size else by_rank.max()
+            setattr(metric, state, int(count))
+            continue
         if len(by_rank) == world_size:
             value = by_rank[rank]
         else:

@@ -1,14 +1,14 @@
 """Import paths that only a checkpoint names are not imported."""
 
+import shutil
 import sys
 
 import pytest
 import torch
+import yaml
 
 from bn_lightning import Experiment, UserError, cli
 from bn_lightning.runs import experiment, run, trust
-from bn_lightning.tasks.classifier import Classifier
-from tests.conftest import QUICK
 from tests.projects.friedman.experiment import Regression, Table
 
 
@@ -203,11 +203,99 @@ def test_import_paths_of_this_package_are_trusted(main, trained, tmp_path):
     assert code == 0, err
 
 
-def test_resume_trusts_the_settings_of_the_run(main, tmp_path):
-    """They are read from config.yaml, and were set by the user when the run started."""
-    (tmp_path / "own_norm.py").write_text("from bn_lightning import BatchNorm as Norm\n")
-    few = ("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1)
-    assert main("fit", *QUICK, *few, "--model.norm", "own_norm.Norm")[0] == 0
-    code, _, err = main("fit", "--resume", "runs/lenet/0", "--trainer.max_epochs", 2)
+# The folder of a run
+
+# The run has ended, so it is only tested again.
+RESUME = ("fit", "--resume", "runs/lenet/0")
+
+
+@pytest.fixture
+def planted(main, trained, tmp_path):
+    """Return a function that adds settings to the folder of a new run.
+
+    The module `trap` writes the file `imported` when it is imported. While the parser reads a
+    config file, the current folder is that of the file.
+    """
+    shutil.copytree(trained[0], tmp_path / "runs/lenet/0")
+    (tmp_path / "trap.py").write_text(
+        "open('imported', 'w')\n"
+        "from bn_lightning import BatchNorm as Norm, NormMonitor\n\n\n"
+        "def call(*args):\n    pass\n"
+    )
+
+    def plant(changes, file):
+        path = tmp_path / "runs/lenet/0" / file
+        settings = yaml.safe_load(path.read_text()) if path.exists() else {}
+        for section, values in changes.items():
+            settings.setdefault(section, {}).update(values)
+        path.write_text(yaml.safe_dump(settings))
+
+    return plant
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "resumed-1.yaml"])
+def test_an_import_path_that_only_the_folder_of_a_run_names_is_refused(
+    planted, main, tmp_path, file
+):
+    planted({"model": {"norm": "trap.Norm"}}, file)
+    code, _, err = main(*RESUME)
+    assert code == 2
+    assert "'runs/lenet/0' contains the import path 'trap.Norm' as norm." in err
+    assert "set it on the command line: --model.norm trap.Norm" in err
+    assert not list(tmp_path.rglob("imported"))
+    assert main(*RESUME, "--model.norm", "trap.Norm")[0] == 0
+    assert list(tmp_path.rglob("imported"))
+
+
+LAMBDA = {"class_path": "lightning.pytorch.callbacks.LambdaCallback"}
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"callbacks": [{"class_path": "trap.NormMonitor"}]},
+        {"callbacks": {"class_path": "trap.NormMonitor", "init_args": {"every_n_steps": 3}}},
+        {"callbacks": ["trap.NormMonitor"]},
+        {"callbacks": [LAMBDA | {"init_args": {"on_fit_start": "trap.call"}}]},
+        {"logger": {"class_path": "trap.Logger"}},
+        {"plugins": "trap.Plugin"},
+    ],
+    ids=str,
+)
+def test_objects_that_only_the_folder_of_a_run_names_are_refused(planted, main, tmp_path, trainer):
+    planted({"trainer": trainer}, "config.yaml")
+    code, _, err = main(*RESUME)
+    assert (code, "contains the import path 'trap." in err) == (2, True)
+    assert "--config runs/lenet/0/config.yaml" in err
+    assert not list(tmp_path.rglob("imported"))
+
+
+def test_the_settings_files_of_a_run_are_trusted_if_the_user_names_them(planted, main, tmp_path):
+    callback = {"class_path": "trap.NormMonitor", "init_args": {"every_n_steps": 3}}
+    planted({"trainer": {"callbacks": [callback]}}, "config.yaml")
+    code, _, err = main(*RESUME, "--config", "runs/lenet/0/config.yaml")
     assert code == 0, err
-    assert Classifier.import_paths[0] == "norm"
+    assert list(tmp_path.rglob("imported"))
+
+
+def test_objects_of_lightning_and_of_this_package_are_trusted_in_the_folder_of_a_run(planted, main):
+    monitor = {"class_path": "bn_lightning.monitoring.norm_monitor.NormMonitor"}
+    names = {"dirpath": "some.folder", "monitor": "val_acc", "filename": "{epoch}.best"}
+    saves = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": names}
+    planted({"trainer": {"callbacks": [monitor, saves]}}, "config.yaml")
+    code, _, err = main(*RESUME)
+    assert code == 0, err
+
+
+def test_the_command_that_resumes_a_run_names_its_import_paths(shop):
+    shop()
+    given = ["fit", "--trainer.accelerator", "cpu", "--model.optimizer"]
+    for optimizer, flags in (
+        ("torch.optim.AdamW", " --model.optimizer torch.optim.AdamW"),
+        ("AdamW", ""),
+        ("shop.parts.Own", ""),
+        ("outside.Chosen", ""),
+    ):
+        cli_of_run = run.command_line([*given, optimizer], SHOP, run.Rehearsal)
+        cli_of_run.folder = "runs/shop/0"
+        assert cli_of_run.resume_command().endswith(f" fit --resume runs/shop/0{flags}")

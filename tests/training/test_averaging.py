@@ -1,16 +1,23 @@
 """Averaged weights and their running statistics."""
 
+import copy
 import itertools
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 
 from bn_lightning import Classifier, FashionMNIST, StochasticWeightAveraging, UserError
+from bn_lightning.training.averaging import AverageFromStart
 from bn_lightning.training.batches import Epoch
-from tests.conftest import QUICK, assert_same_weights, weights
+from tests.conftest import QUICK, assert_same_weights, run_here, weights
+from tests.projects.friedman.experiment import Regression, Table
+from tests.support.logs import QUIET, events_in
+from tests.support.runs import result_of
 
 OURS = "bn_lightning.StochasticWeightAveraging"
 LIGHTNINGS = "lightning.pytorch.callbacks.StochasticWeightAveraging"
@@ -167,3 +174,61 @@ def test_lightnings_moving_average_is_the_same_for_custom_and_builtin(main, tmp_
     assert custom.keys() == builtin.keys()
     for name, value in builtin.items():
         torch.testing.assert_close(custom[name], value, **CLOSE, msg=name)
+
+
+def fit_with_average(folder, *flags):
+    """Run fit with and without Lightning's moving average. Return the folders of the runs."""
+    ema = "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"
+    few = ("--data.rows", 100, "--data.batch_size", 20, "--trainer.max_epochs", 2)
+    for name, given in (("plain", ()), ("average", (ema, *flags))):
+        run_here("fit", *few, *given, "--name", name, cwd=folder, module="friedman")
+    return folder / "runs/plain/0", folder / "runs/average/0"
+
+
+def test_before_its_first_update_the_average_is_the_network(tmp_path):
+    late = ("--trainer.callbacks.update_starting_at_step", 1_000)
+    plain, average = fit_with_average(tmp_path, *late)
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_weights(plain / "checkpoints" / name, average / "checkpoints" / name)
+    results = [result_of(run) for run in (plain, average)]
+    for name in ("val_rmse", "val_rmse_final", "test_rmse"):
+        assert results[0][name] == results[1][name], name
+
+
+def test_an_average_that_starts_late_validates_the_network_first(tmp_path):
+    late = ("--trainer.callbacks.update_starting_at_step", 7, "--trainer.callbacks.decay", "0.5")
+    plain, average = fit_with_average(tmp_path, *late)
+    first, last = (
+        [
+            [event.value for event in events_in(run).Scalars("val_rmse")][n]
+            for run in (plain, average)
+        ]
+        for n in (0, 1)
+    )
+    assert first[0] == first[1]
+    assert last[0] != last[1]
+    saved = torch.load(average / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["averaging_state"]["n_averaged"] == 3  # after the steps 8, 9 and 10
+
+
+def test_validation_does_not_round_the_average_of_a_16_bit_network(tmp_path):
+    ema = EMAWeightAveraging(decay=0.9)
+    trainer = pl.Trainer(
+        **QUIET, logger=False, max_epochs=1, precision="bf16-true",
+        callbacks=[ema, AverageFromStart(ema)],
+    )  # fmt: skip
+    before = {}
+
+    class Note(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            before.update(copy.deepcopy(ema._average_model.state_dict()))
+
+        def on_validation_end(self, trainer, pl_module):
+            for name, value in ema._average_model.state_dict().items():
+                assert torch.equal(value, before[name]), name
+
+    trainer.callbacks.append(Note())
+    trainer.fit(Regression(), datamodule=Table(rows=100, batch_size=20))
+    weight = before["module.network.0.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight.bfloat16().float(), weight)

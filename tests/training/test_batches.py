@@ -32,6 +32,25 @@ def test_the_last_batch_may_be_smaller():
     assert len(TensorBatches(INPUTS, TARGETS, INDICES[:48], 16)) == 3
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [5, 7, 16, 24, 48, 49, 50, 60])
+def test_evaluation_gives_each_rank_samples_of_each_batch(batch_size, world_size):
+    """49 + 1, 48 + 2 and 7 * 7 + 1 leave an empty shard for some of the ranks."""
+    ranks = [
+        TensorBatches(INPUTS, TARGETS, INDICES, batch_size, None, rank, world_size)
+        for rank in range(world_size)
+    ]
+    shards = [[targets for _, targets in batches] for batches in ranks]
+    sizes = [sum(map(len, parts)) for parts in zip(*shards, strict=True)]
+    assert all(len(shard) for batches in shards for shard in batches)
+    assert len(ranks[0]) == len(sizes)
+    assert [ranks[0].size_of(number) for number in range(len(sizes))] == sizes
+    visited = torch.cat([torch.cat(parts) for parts in zip(*shards, strict=True)])
+    assert torch.equal(visited, INDICES)
+    if world_size == 1:
+        assert sizes == [len(part) for part in INDICES.split(batch_size)]
+
+
 def test_without_an_epoch_the_order_is_that_of_the_indices():
     some = torch.tensor([7, 3, 9])
     [(inputs, targets)] = TensorBatches(INPUTS, TARGETS, some, 16)

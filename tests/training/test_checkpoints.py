@@ -106,11 +106,11 @@ def test_the_message_omits_torchs_advice_to_load_unsafely(tmp_path):
 
 def test_a_checkpoint_of_another_version_can_be_tested_but_not_resumed(main, trained, tmp_path):
     content = torch.load(trained[0] / "checkpoints/last.ckpt", weights_only=True)
-    for missing in ("train_metrics", "optimizer_states"):
-        torch.save({k: v for k, v in content.items() if k != missing}, tmp_path / "old.ckpt")
-        code, _, err = main("fit", "--ckpt_path", "old.ckpt")
-        assert (code, "'old.ckpt' was written by another version" in err) == (2, True)
-        assert main("test", "--ckpt_path", "old.ckpt")[0] == 0
+    del content["optimizer_states"]
+    torch.save(content, tmp_path / "old.ckpt")
+    code, _, err = main("fit", "--ckpt_path", "old.ckpt")
+    assert (code, "'old.ckpt' was written by another version" in err) == (2, True)
+    assert main("test", "--ckpt_path", "old.ckpt")[0] == 0
 
 
 # Writing

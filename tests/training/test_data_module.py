@@ -126,15 +126,15 @@ def test_overfit_batches_repeats_the_same_batches_in_each_epoch():
     assert torch.equal(data.train_order(0), torch.arange(50))
 
 
-def test_a_last_batch_with_fewer_samples_than_processes_is_refused():
-    data = Numbers(batch_size=39)
-    data.trainer = SimpleNamespace(world_size=2)
-    data.setup()
-    message = (
-        r"1 sample\(s\), but 2 processes share each batch: 40 training samples in batches of 39"
+def test_evaluation_of_fewer_samples_than_processes_is_refused():
+    data = Numbers(batch_size=1)
+    data.trainer = SimpleNamespace(
+        world_size=3, global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu"))
     )
-    with pytest.raises(UserError, match=message):
-        data.train_dataloader()
+    data.setup()
+    assert len(data.batches(data.inputs, data.inputs)) == 16  # the last one has 5
+    with pytest.raises(UserError, match=r"3 processes cannot share 2 sample\(s\)"):
+        data.batches(data.inputs, data.inputs, torch.arange(2))
 
 
 def test_evaluation_visits_each_sample_once_in_order():

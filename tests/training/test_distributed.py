@@ -153,17 +153,13 @@ def test_two_processes_leave_one_run(tmp_path):
     assert f"{found['test_acc']:.4f}" in alone.stdout
 
 
-@pytest.mark.slow
-def test_a_batch_with_fewer_samples_than_processes_ends_the_run(tmp_path):
-    settings = ("--data.batch_size", 5499, "--trainer.devices", 2)
-    done = command("fit", *QUICK, *settings, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert (
-        "1 sample(s), but 2 processes share each batch: 5,500 training samples in batches of 5499"
-        in done.stderr
-    )
-    assert "Traceback" not in done.stderr
-    assert list((tmp_path / "runs/lenet").iterdir()) == []
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_evaluation_with_a_small_last_batch_is_that_of_one_process(trained, tmp_path, count):
+    """The 1,000 test images are 9 batches of 111 and one image."""
+    best = trained[0] / "checkpoints" / "best.ckpt"
+    settings = ("--ckpt_path", best, "--data.batch_size", 111)
+    alone = run_here("test", *settings, cwd=tmp_path).stdout
+    assert command("test", *settings, "--trainer.devices", count, cwd=tmp_path).stdout == alone
 
 
 # Several machines: network namespaces that are connected by a virtual cable

@@ -3,6 +3,7 @@
 tests/support/kills.py kills many more runs.
 """
 
+import random
 import shutil
 import signal
 import subprocess
@@ -10,14 +11,16 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 
-from bn_lightning import Classifier, ExactResume, FashionMNIST, WholeCheckpointIO
+from bn_lightning import Classifier, DataModule, ExactResume, FashionMNIST, WholeCheckpointIO
 from bn_lightning.runs import run
 from bn_lightning.training.stopping import Stopped
 from tests.conftest import QUICK, REPOSITORY, needs_all_images, run_here
@@ -166,6 +169,18 @@ def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main
         (("--data.val_images", 100), "--data.val_images was 5000"),
         (("--data.batch_size", 128), "--data.batch_size was 256"),
         (("--model.norm", "none"), "does not fit the network"),
+        (
+            ("--model.optimizer", "AdamW", "--model.optimizer_args", "null"),
+            "The optimizer was SGD when the run started and is now AdamW",
+        ),
+        (
+            ("--model.scheduler", "StepLR", "--model.scheduler_args", "{step_size: 2}"),
+            "The scheduler was CosineAnnealingLR when the run started and is now StepLR",
+        ),
+        (
+            ("--model.scheduler", "null"),
+            "was CosineAnnealingLR when the run started and is now none",
+        ),
         (("--trainer.max_steps", 40), "CosineAnnealingLR was configured for 30 steps"),
         (("--ckpt_path", "last"), "--resume and --ckpt_path cannot be used together"),
         (("--trainer.fast_dev_run", "true"), "--resume writes checkpoints to the run's folder"),
@@ -369,7 +384,7 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_line(folder, epochs, ckpt_path=None, module=None, resume=None):
+def fit_line(folder, epochs, ckpt_path=None, module=None, resume=None, loader=None):
     """Train a module on a plain DataLoader. Without shuffling, a resumed run is the same."""
     module = module or Line()
     trainer = pl.Trainer(
@@ -382,8 +397,9 @@ def fit_line(folder, epochs, ckpt_path=None, module=None, resume=None):
         callbacks=[resume or ExactResume()],
         plugins=[WholeCheckpointIO()],
     )
-    loader = DataLoader(rows_of_a_line(), 8)
-    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(
+        module, loader or DataLoader(rows_of_a_line(), 8), ckpt_path=ckpt_path, weights_only=True
+    )
     return module.layer.weight.item()
 
 
@@ -397,6 +413,43 @@ def test_any_module_with_any_loader_is_saved_and_resumed(tmp_path, capsys):
     fit_line(tmp_path, 1)
     assert fit_line(tmp_path, 3, tmp_path / "checkpoints/last.ckpt") == uninterrupted
     assert global_step_of(tmp_path) == 15
+
+
+class Noisy(Dataset):
+    """Adds noise from all global generators to each sample."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        x = torch.tensor([index / 40 + random.random() + np.random.random()])
+        return x, 2 * x + torch.rand(1)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_plain_loader_with_random_numbers_is_resumed_bit_identically(tmp_path, num_workers):
+    def fit(folder, epochs, ckpt_path=None):
+        # The state of the global generators at the start of a process is of no importance.
+        torch.rand(epochs)
+        loader = DataLoader(Noisy(), 8, shuffle=True, num_workers=num_workers)
+        return fit_line(folder, epochs, ckpt_path, loader=loader)
+
+    whole = fit(tmp_path / "whole", 3)
+    fit(tmp_path / "parts", 1)
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    fit(tmp_path / "parts", 2, last)
+    assert fit(tmp_path / "parts", 3, last) == whole
+
+
+def test_an_augmentation_with_global_random_numbers_is_resumed_bit_identically(tmp_path):
+    class Augmented(Points):
+        def augmentation(self, epoch):
+            return lambda samples, indices: samples + torch.rand(len(samples), 1)
+
+    whole = fit_measured(tmp_path / "whole", -1, data=Augmented(batch_size=8))
+    fit_measured(tmp_path / "parts", 8, data=Augmented(batch_size=8))
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    assert fit_measured(tmp_path / "parts", -1, last, Augmented(batch_size=8)) == whole
 
 
 class Skips(Line):
@@ -429,6 +482,55 @@ def test_steps_without_a_loss_are_saved_and_resumed(tmp_path, module):
     last = tmp_path / "checkpoints/last.ckpt"
     assert fit_line(tmp_path, 3, last, module=module()) == uninterrupted
     assert global_step_of(tmp_path) == 15
+
+
+class Measured(Line):
+    """Has metrics that are not those of a Task, and averages that Lightning accumulates."""
+
+    def __init__(self):
+        super().__init__()
+        self.measured = nn.ModuleDict({"of_train": MetricCollection([MeanMetric(), MaxMetric()])})
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.measured["of_train"].update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log_dict(self.measured["of_train"].compute())
+        self.measured["of_train"].reset()
+
+
+class Points(DataModule):
+    def train_dataloader(self):
+        x = torch.linspace(0, 1, 40).unsqueeze(1)
+        return self.train_batches(x, 2 * x, torch.arange(40))
+
+
+def fit_measured(folder, max_steps, ckpt_path=None, data=None):
+    """Train for two epochs of 5 steps, and return the metrics and the weight."""
+    module = Measured()
+    trainer = pl.Trainer(
+        max_epochs=2,
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[ExactResume()],
+    )
+    data = data or Points(batch_size=8)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return {**trainer.callback_metrics, "weight": module.layer.weight.item()}
+
+
+def test_metrics_of_any_module_are_restored_within_an_epoch(tmp_path):
+    whole = fit_measured(tmp_path / "whole", -1)
+    fit_measured(tmp_path / "parts", 8)
+    resumed = fit_measured(tmp_path / "parts", -1, tmp_path / "parts/checkpoints/last.ckpt")
+    assert whole.keys() == {"MeanMetric", "MaxMetric", "weight"}
+    assert resumed == whole
 
 
 def test_the_callback_can_be_used_for_a_second_fit(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import MeanAbsoluteError
+from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection
 
 from bn_lightning import Classifier, ExactResume, FashionMNIST, Step, Task
 from bn_lightning.training.batches import TensorBatches
@@ -181,6 +181,76 @@ def test_metrics_of_an_interrupted_epoch_do_not_count_in_a_second_fit(tmp_path):
     pl.Trainer(**QUIET).test(model, table(), tmp_path / "failed.ckpt", False, weights_only=True)
     model.load_state_dict(state)
     assert fit(model).callback_metrics["train_rmse"] == expected
+
+
+# Precision of metrics
+
+
+class Observed(Regression):
+    """Records the loss, outputs and targets of each batch."""
+
+    def __init__(self, **training) -> None:
+        super().__init__(**training)
+        self.others = nn.ModuleDict({"mean": MetricCollection([MeanMetric()])})
+        self.seen = {"train": [], "val": []}
+
+    def step(self, batch, stage):
+        step = super().step(batch, stage)
+        self.seen[stage].append(step)
+        self.others["mean"].update(step.loss.detach())
+        return step
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_metrics_of_a_16_bit_network_are_computed_in_float32(precision):
+    model = Observed(lr=0.0)
+    found = fit(model, Table(rows=2_000, batch_size=10), precision=precision).callback_metrics
+    assert model.network[0].weight.dtype.itemsize == 2
+    for stage, tag in (("train", "train_loss_epoch"), ("val", "val_loss")):
+        # The first two validation batches are those of Lightning's sanity check.
+        steps = model.seen[stage][2 if stage == "val" else 0 :]
+        loss = torch.cat([step.loss.detach().double().expand(step.num_samples) for step in steps])
+        assert float(found[tag]) == pytest.approx(loss.mean().item(), rel=1e-6)
+        outputs, targets = (torch.cat([s[i].detach().double() for s in steps]) for i in (1, 2))
+        rmse = (outputs - targets).square().mean().sqrt().item()
+        assert float(found[f"{stage}_rmse"]) == pytest.approx(rmse, rel=1e-5)
+        spread = (targets - targets.mean()).square().mean().item()
+        assert float(found[f"{stage}_r2"]) == pytest.approx(1 - rmse**2 / spread, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("cpu", torch.float16),
+        lambda model: nn.Sequential(model).to(torch.bfloat16)[0],
+        lambda model: model.half(),
+        lambda model: model.double(),
+    ],
+)
+def test_conversions_keep_metrics_and_their_values(convert):
+    model = Observed()
+    metrics = [model.train_loss, model.others["mean"]["MeanMetric"]]
+    for metric in metrics:
+        metric.update(torch.tensor([70_001.0, 1.0]))
+    children = list(dict(model.named_modules()))
+    convert(model)
+    assert list(dict(model.named_modules())) == children
+    assert model.network[0].weight.dtype != torch.float32
+    for metric in metrics:
+        assert metric.dtype == torch.float32
+        metric.update(torch.tensor([0.30, 70_000.0]))
+        assert metric.compute().item() == pytest.approx(140_002.3 / 4, rel=1e-6)
+        metric.reset()
+        assert metric.mean_value.dtype == torch.float32
+
+
+def test_metrics_are_moved_to_the_device_of_the_network():
+    model = Observed().to("meta", torch.bfloat16)
+    for metric in (model.train_loss, model.val_rmse, model.others["mean"]["MeanMetric"]):
+        assert metric.device.type == "meta"
+        assert all(state.device.type == "meta" for state in metric.metric_state.values())
+    assert model.train_loss.mean_value.dtype == torch.float32
 
 
 # Memory format

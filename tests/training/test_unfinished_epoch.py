@@ -5,11 +5,13 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchmetrics import (
     CatMetric,
     MaxMetric,
     MeanMetric,
     MeanSquaredError,
+    MetricCollection,
     MinMetric,
     PearsonCorrCoef,
     R2Score,
@@ -107,6 +109,41 @@ def test_a_rank_without_samples_does_not_change_the_value(kind):
     for now in (1, 2, 3):
         after = restored(kind, saved_by(before), world_size=now)
         assert torch.equal(over_all(after), over_all(before))
+
+
+class Nested(nn.Module):
+    """Metrics in several places, two of which share their state."""
+
+    def __init__(self):
+        super().__init__()
+        pair = [MeanSquaredError(), MeanSquaredError(squared=False)]
+        self.groups = nn.ModuleDict({"a": MetricCollection({"mse": pair[0], "rmse": pair[1]})})
+        self.many = nn.ModuleList([MeanMetric(), MaxMetric()])
+        self.unused = SumMetric()
+
+
+def test_metrics_are_found_anywhere_in_a_module():
+    module, again, whole = Nested(), Nested(), Nested()
+    batches = [torch.rand(2, 4, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+
+    def train(module, batches):
+        for outputs, targets in batches:
+            module.groups["a"].update(outputs, targets)
+            for metric in module.many:
+                metric.update(outputs)
+
+    train(whole, batches)
+    train(module, batches[:3])
+    metrics = unfinished_epoch.updated(unfinished_epoch.metrics_of(module), world_size=1)
+    saved = unfinished_epoch.save(metrics, world_size=1)
+    assert not any(key.startswith("unused") for key in saved)
+    unfinished_epoch.restore(unfinished_epoch.metrics_of(again), saved, rank=0, world_size=1)
+    for name, metric in unfinished_epoch.metrics_of(module).items():
+        assert unfinished_epoch.metrics_of(again)[name].update_count == metric.update_count
+    train(again, batches[3:])
+    assert again.groups["a"].compute() == whole.groups["a"].compute()
+    for one, other in zip(again.many, whole.many, strict=True):
+        assert torch.equal(one.compute(), other.compute())
 
 
 def test_a_state_that_cannot_be_redistributed_is_refused():
