@@ -133,3 +133,9 @@ def call_before_fetches(trainer: pl.Trainer, prepare: Callable[[int], None]) -> 
 def average_model(averaging: WeightAveraging) -> AveragedModel | None:
     """Return the average of a WeightAveraging callback; None outside of `fit`."""
     return averaging._average_model
+
+
+def accumulators(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the metrics in which `self.log` accumulates values over a training epoch."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {key: it for key, it in results.items() if it.is_tensor and it.meta.on_epoch}

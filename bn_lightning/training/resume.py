@@ -19,6 +19,7 @@ from bn_lightning.errors import UserError
 from bn_lightning.training import (
     checkpoints,
     lightning_internals,
+    logged_values,
     optimizer_and_scheduler,
     seeds,
     surroundings,
@@ -124,9 +125,11 @@ class ExactResume(Checkpoint):
         checkpoint["train_metrics"] = {}
         if self._position is None:
             return
-        metrics = unfinished_epoch.metrics_of(pl_module)
+        metrics = {**unfinished_epoch.metrics_of(pl_module), **logged_values.of(trainer)}
         metrics = unfinished_epoch.updated(metrics, trainer.world_size)
-        checkpoint["train_metrics"] = unfinished_epoch.save(metrics, trainer.world_size)
+        saved = unfinished_epoch.save(metrics, trainer.world_size)
+        # After a resume, some values may not have been logged again yet.
+        checkpoint["train_metrics"] = self._restored_metrics | saved
         epoch, batch, finished = self._position
         checkpoint["between_steps"] = {
             "batches_that_stepped": lightning_internals.batches_that_stepped(checkpoint),
@@ -208,7 +211,11 @@ class ExactResume(Checkpoint):
             metric.reset()
         rank, world_size = trainer.global_rank, trainer.world_size
         unfinished_epoch.restore(metrics, self._restored_metrics, rank, world_size)
-        self._restored_metrics = {}
+        self._restored_metrics = {
+            key: value
+            for key, value in self._restored_metrics.items()
+            if key.startswith(logged_values.PREFIX)
+        }
         lightning_internals.call_before_fetches(trainer, partial(self._seed_fetch, trainer))
         self.stop_requests.begin(trainer, pl_module)
 
@@ -227,10 +234,15 @@ class ExactResume(Checkpoint):
         if self._restored is not None:
             lightning_internals.end_restart(trainer, self._restored["batches_that_stepped"])
             self._restored = None
+        self._add_logged_values(trainer)
         if batch_idx:
             self._between_steps(trainer, batch_idx)
         device = trainer.strategy.root_device
         seeds.seed_step(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank, device)
+
+    def _add_logged_values(self, trainer: pl.Trainer) -> None:
+        if self._restored_metrics:
+            self._restored_metrics = logged_values.add(trainer, self._restored_metrics)
 
     def _between_steps(self, trainer: pl.Trainer, batch_idx: int) -> None:
         step = trainer.global_step
@@ -280,6 +292,8 @@ class ExactResume(Checkpoint):
 
     def save_within_epoch(self, trainer: pl.Trainer) -> None:
         """Save the state if the run ends within an epoch, before any hook ends the epoch."""
+        self._add_logged_values(trainer)
+        self._restored_metrics = {}
         is_unsaved = trainer.global_step != self._saved_at
         if is_unsaved and not lightning_internals.is_epoch_done(trainer):
             # max_steps ended the run within an epoch. A longer run resumes from here.

@@ -494,6 +494,11 @@ class Measured(Line):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.measured["of_train"].update(loss.detach())
+        self.log("mean", loss, on_epoch=True, on_step=True, batch_size=1 + batch_idx)
+        self.log("largest", loss, on_epoch=True, on_step=False, reduce_fx="max")
+        self.log("total", loss, on_epoch=True, on_step=False, reduce_fx="sum")
+        if batch_idx % 2:
+            self.log("every_second", loss, on_epoch=True, on_step=False)
         return loss
 
     def on_train_epoch_end(self):
@@ -529,7 +534,8 @@ def test_metrics_of_any_module_are_restored_within_an_epoch(tmp_path):
     whole = fit_measured(tmp_path / "whole", -1)
     fit_measured(tmp_path / "parts", 8)
     resumed = fit_measured(tmp_path / "parts", -1, tmp_path / "parts/checkpoints/last.ckpt")
-    assert whole.keys() == {"MeanMetric", "MaxMetric", "weight"}
+    logged = {"mean", "mean_step", "mean_epoch", "largest", "total", "every_second"}
+    assert whole.keys() == {"MeanMetric", "MaxMetric", "weight"} | logged
     assert resumed == whole
 
 
