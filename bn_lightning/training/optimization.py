@@ -96,7 +96,8 @@ class Optimization:
         if steps == float("inf"):
             raise UserError(
                 f"{self.scheduler.__name__} needs the number of training steps, but the run "
-                "has no limit.\nSet --trainer.max_epochs, --trainer.max_steps or "
+                "has no limit, or its training loader has no length.\n"
+                "Set --trainer.max_epochs, --trainer.max_steps or "
                 f"--model.scheduler_args.{lengths[0]}."
             )
         # Lightning returns -1 if only the number of epochs is limited.
