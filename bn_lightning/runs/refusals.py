@@ -40,7 +40,8 @@ def of_settings() -> Iterator[None]:
         wrong = find(error)
         if wrong is None or wrong is error:
             raise
-        raise wrong from error
+        # With itself as a cause, an error would have an endless chain of causes.
+        raise wrong from (error if wrong.__traceback__ is None else wrong.__cause__)
 
 
 def find(error: Exception) -> UserError | None:

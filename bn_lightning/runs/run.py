@@ -291,7 +291,10 @@ def command_line(
         defaults = TRAINER_DEFAULTS | {"callbacks": list(callbacks)}
         return cls(reference, arguments, trainer_defaults=defaults)
     except (MisconfigurationException, RuntimeError) as error:
-        raise refusals.translated(error) from error
+        message = refusals.translated(error)
+        if message is error:
+            raise
+        raise message from error
     finally:
         # Otherwise the threads of the process group end in an arbitrary order at exit.
         if dist.is_available() and dist.is_initialized():

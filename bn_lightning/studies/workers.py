@@ -332,7 +332,7 @@ def _as_failure(error: Exception, message: str) -> RunFailed:
     """Return the exception for the parent: a MachineFailure if the machine caused the error."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     full = any(

@@ -100,13 +100,6 @@ class Optimization:
                 "Set --trainer.max_epochs, --trainer.max_steps or "
                 f"--model.scheduler_args.{lengths[0]}."
             )
-        # Lightning returns -1 if only the number of epochs is limited.
-        if steps < 0:
-            raise UserError(
-                f"{self.scheduler.__name__} needs the number of training steps, but the training "
-                "loader has no length.\nSet --trainer.max_steps or "
-                f"--model.scheduler_args.{lengths[0]}."
-            )
         scheduler = self.scheduler(optimizer, **self._scheduler_arguments(int(steps)))
         # A scheduler counts steps if it was given their number, or has `max_lr`
         # (OneCycleLR, CyclicLR). Others count epochs.

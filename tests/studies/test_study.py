@@ -74,7 +74,7 @@ def test_other_experiments_can_be_planned(monkeypatch):
         (("--trainer.devices", "2"), "Each run of a study uses one process"),
         (("--trainer.default_root_dir", "there"), "stored in the same folder"),
         (("--data.source", "elsewhere"), "elsewhere"),
-        (("--model.rate", "1"), "Did you mean"),
+        (("--model.lrr", "1"), "Did you mean"),
     ],
 )
 def test_invalid_settings_are_refused(read, arguments, message):

@@ -89,7 +89,7 @@ def test_a_finished_sweep_trains_nothing_and_prints_the_same_report(swept):
         ({"model.lr": {"low": "1e-3", "high": 1.0}}, "1e-3 as text"),
         ({"model.lr": {"low": 0.0, "high": 1.0, "log": True}}, "space of model.lr is invalid"),
         ({"data.val_images": [0, 5000]}, "No validation samples are held out"),
-        ({"model.rate": [1]}, "Did you mean"),
+        ({"model.lrr": [1]}, "Did you mean"),
         ({"model.norm": ["custom", "layer"]}, "Unknown norm 'layer'"),
         ({}, "No search space is given"),
     ],

@@ -86,7 +86,7 @@ def test_the_parent_can_end_a_run(pool, cwd):
 def test_a_worker_survives_a_failed_run(pool, cwd):
     worker = pool._workers[-1]
     with pytest.raises(RunFailed, match="All settings: python -m shoes fit --help"):
-        pool.fit([*QUICK, "--model.rate", "1"], cwd / "log.txt", keep_running)
+        pool.fit([*QUICK, "--model.lrr", "1"], cwd / "log.txt", keep_running)
     with pytest.raises(RunFailed, match="cannot be imported"):
         pool.fit([*QUICK, "--model.norm", "no.module"], cwd / "log.txt", keep_running)
     assert "error: The norm 'no.module'" in (cwd / "log.txt").read_text()
