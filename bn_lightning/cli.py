@@ -80,10 +80,7 @@ def main(experiment: str = EXPERIMENT) -> None:
         print(f"bn_lightning {__version__}")
     elif command in COMMANDS:
         _search_current_folder_last(experiment)
-        # OpenMP reads this when PyTorch is imported. By default, a thread without work
-        # occupies its core for milliseconds, and slows down other processes.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        _limit_spinning()
         _run(command, arguments, experiment)
     else:
         commands = ", ".join(COMMANDS)
@@ -101,6 +98,17 @@ def _search_current_folder_last(experiment: str) -> None:
         sys.path[:] = [entry for entry in sys.path if entry not in ("", str(folder))]
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def _limit_spinning() -> None:
+    """Let the threads of GNU OpenMP sleep soon if they have no work.
+
+    By default, they occupy their cores for milliseconds, and two runs on the same cores
+    are many times slower. A shorter time than this one slows down a single run. OpenMP
+    reads the variable when PyTorch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def usage(experiment: str = EXPERIMENT) -> str:

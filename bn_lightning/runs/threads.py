@@ -37,9 +37,9 @@ class OtherProcesses:
         if threads == 1 or used + threads < available + 0.5:
             return []
         return [
-            f"other processes use {used:.1f} of {available} CPU cores, and this run has {threads} "
-            "threads, which wait for each other in each operation. With --threads 1 it does not "
-            "wait; the results change by rounding only"
+            f"other processes use {used:.1f} of {available} CPU cores. The {threads} threads of "
+            "this run wait for each other in each operation. With --threads 1 it would be faster; "
+            "the results would differ by rounding only"
         ]
 
 

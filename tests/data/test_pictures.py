@@ -104,7 +104,9 @@ RESIZED = {
 }
 
 
-@pytest.mark.parametrize("kind", RESIZED)
+@pytest.mark.parametrize(
+    "kind", ["twice", pytest.param("ten times", marks=pytest.mark.slow), "an odd size, inverted"]
+)
 def test_resized_images_keep_their_class(tmp_path, network, kind):
     images = TEST[:500]
     read = [picture.pixels for picture in save_and_read(tmp_path, RESIZED[kind], images)]

@@ -78,7 +78,11 @@ def test_a_trained_network_is_exported_with_folded_norms(main, trained, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("norm", "activation", "pooling"), [("builtin", "sigmoid", "avg"), ("custom", "relu", "max")]
+    ("norm", "activation", "pooling"),
+    [
+        pytest.param("builtin", "sigmoid", "avg", marks=pytest.mark.slow),
+        ("custom", "relu", "max"),
+    ],
 )
 def test_other_norms_activations_and_poolings_are_exported(
     main, tmp_path, norm, activation, pooling

@@ -145,6 +145,7 @@ def test_trials_with_a_non_finite_loss_count_as_failed(main):
     assert "FAILED" not in again and "3 failed" in again
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Target and region quantiles")
 def test_trials_of_other_code_are_reported_and_trained_again_on_request(main, tmp_path):
     layer = tmp_path / "swept_norm.py"

@@ -9,7 +9,7 @@ import yaml
 from bn_lightning.data import sources
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import process, run
-from bn_lightning.studies import workers
+from bn_lightning.studies import worker_process, workers
 from bn_lightning.studies.workers import MachineFailure, Workers
 from tests.conftest import assert_same_weights, run_here
 
@@ -120,12 +120,12 @@ def test_runs_of_the_same_process_read_the_same_data_once(monkeypatch, tmp_path)
         return load(source, root, *args, **kwargs)
 
     monkeypatch.setattr(sources, "load", loading)
-    monkeypatch.setattr(workers._WarmCLI, "_earlier", workers.deque(maxlen=4))
+    monkeypatch.setattr(worker_process._WarmCLI, "_earlier", worker_process.deque(maxlen=4))
     modules = []
     for root in ("a", "a", "b", "a"):
         arguments = ["fit", *QUICK, "--trainer.limit_train_batches", "2", "--data.root", root]
-        modules.append(run.command_line(arguments, EXPERIMENT, workers._WarmCLI).datamodule)
-        workers._WarmCLI.release_trainers()
+        modules.append(run.command_line(arguments, EXPERIMENT, worker_process._WarmCLI).datamodule)
+        worker_process._WarmCLI.release_trainers()
     assert roots == ["a", "b"]
     # The networks of earlier runs can be freed.
     assert all(module.trainer is None for module in modules)
@@ -146,7 +146,7 @@ def test_the_planned_number_of_steps(settings, steps):
 
     trainer = Trainer()
     vars(trainer).update(settings)
-    assert workers._planned_steps(trainer) == steps
+    assert worker_process._planned_steps(trainer) == steps
 
 
 BROKEN = """\

@@ -137,6 +137,7 @@ def test_a_killed_process_ends_the_run_with_a_message(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_run(tmp_path):
     done = command("fit", *QUICK, "--trainer.devices", "2", cwd=tmp_path)
     folder = tmp_path / "runs" / "lenet" / "0"
@@ -153,7 +154,8 @@ def test_two_processes_leave_one_run(tmp_path):
     assert f"{found['test_acc']:.4f}" in alone.stdout
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_evaluation_with_a_small_last_batch_is_that_of_one_process(trained, tmp_path, count):
     """The 1,000 test images are 9 batches of 111 and one image."""
     best = trained[0] / "checkpoints" / "best.ckpt"

@@ -85,15 +85,14 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("settings", "step"),
-    [((), 10), ((), 12), ((), 13), (SWA, 10), (SWA, 13), (PLATEAU, 12), (COSINE, 10)],
-    ids=[
-        "plain",
-        "last step",
-        "first step",
-        "averaged",
-        "averaged, first step",
-        "plateau, last step",
-        "cosine",
+    [
+        pytest.param((), 10, id="plain"),
+        pytest.param((), 12, id="last step", marks=pytest.mark.slow),
+        pytest.param((), 13, id="first step", marks=pytest.mark.slow),
+        pytest.param(SWA, 10, id="averaged", marks=pytest.mark.slow),
+        pytest.param(SWA, 13, id="averaged, first step"),
+        pytest.param(PLATEAU, 12, id="plateau, last step"),
+        pytest.param(COSINE, 10, id="cosine", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_failed_within_an_epoch_resumes_bit_identically(
@@ -219,6 +218,7 @@ def test_the_batch_size_may_change_between_epochs(main, tmp_path):
     assert result_of(tmp_path / "runs/lenet/0")["steps"] == 12 + 11
 
 
+@pytest.mark.slow
 def test_max_time_stops_within_an_epoch_and_tests_the_network(main, uninterrupted, tmp_path):
     code, out, err = main("fit", *QUICK, "--trainer.max_time", str({"milliseconds": 250}))
     assert code == 0, err
