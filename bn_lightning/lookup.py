@@ -3,11 +3,14 @@
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from bn_lightning.errors import UserError
+
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:

@@ -93,11 +93,11 @@ def hardware_settings(settings: Namespace) -> str:
         for name in names
         if settings[name] not in (None, "auto")
     ]
+    if not given:
+        return ""
     available = [
         name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()
     ]
-    if not given:
-        return ""
     accelerators = ", ".join(available)
     return f"\nSettings: {' '.join(given)}\nAccelerators of this machine: {accelerators}"
 

@@ -31,7 +31,7 @@ class OtherProcesses:
 
     def notes(self) -> list[str]:
         """Return what --threads 1 would do, if the threads of this run have to share cores."""
-        used, available = self.cores(), len(_own_cores())
+        used, available = self.cores(), len(own_cores())
         threads = torch.get_num_threads()
         # Half a core is what the system uses at times.
         if threads == 1 or used + threads < available + 0.5:
@@ -43,9 +43,9 @@ class OtherProcesses:
         ]
 
 
-def _own_cores() -> set[int]:
+def own_cores() -> set[int]:
     """Return the CPU cores that this process may use."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
@@ -54,7 +54,7 @@ def _cpu_seconds() -> tuple[float, float, float]:
     """Return wall time, and the CPU time of all processes and of this one, on its cores."""
     used = 0.0
     if sys.platform == "linux":
-        names = {f"cpu{core}" for core in _own_cores()}
+        names = {f"cpu{core}" for core in own_cores()}
         for line in Path("/proc/stat").read_text().splitlines():
             name, *ticks = line.split()
             if name in names:

@@ -4,7 +4,6 @@ Importing them would execute code that a file names.
 """
 
 import importlib.util
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +82,7 @@ def refuse_untrusted_files(files: Sequence[Path], chosen: Mapping[str, Any], pac
     Raises:
         UserError: an object is not trusted.
     """
-    known = set(_strings(chosen))
+    known = set(strings(chosen))
     packages = (package, __package__.partition(".")[0], "lightning")
     for file in files:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -102,7 +101,7 @@ def refuse_untrusted_files(files: Sequence[Path], chosen: Mapping[str, Any], pac
 def _objects(settings: Any, is_object: bool = False) -> Iterator[str]:
     """Yield the strings that the parser might import: of the trainer, and of any `class_path`."""
     if isinstance(settings, str):
-        if is_object and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", settings):
+        if is_object and lookup.IMPORT_PATH.fullmatch(settings):
             yield settings
     elif isinstance(settings, list):
         for value in settings:
@@ -113,14 +112,15 @@ def _objects(settings: Any, is_object: bool = False) -> Iterator[str]:
             yield from _objects(value, is_object or name == "trainer")
 
 
-def _strings(settings: Any) -> Iterator[str]:
+def strings(settings: Any) -> Iterator[str]:
+    """Yield the strings in settings, without the names of the settings."""
     if isinstance(settings, str):
         yield settings
     elif isinstance(settings, list | tuple):
         for value in settings:
-            yield from _strings(value)
+            yield from strings(value)
     elif isinstance(settings, Mapping):
-        yield from _strings(list(settings.values()))
+        yield from strings(list(settings.values()))
 
 
 def _is_importable(name: str) -> bool:

@@ -7,7 +7,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import re
 import site
 import sys
 import sysconfig
@@ -18,13 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bn_lightning.runs import experiment, folder, result
+from bn_lightning import lookup
+from bn_lightning.runs import experiment, folder, result, trust
 
 # In the folder of a run.
 FILE = "code.json"
 PACKAGE = __name__.partition(".")[0]
 LIBRARIES = ("torch", "lightning", "torchmetrics")
-IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 NOT_RECORDED = f"its code was not recorded, because an earlier version of {PACKAGE} has trained it"
 
 Read = Callable[[Path], bytes]
@@ -78,7 +77,8 @@ def identify(reference: str, settings: Mapping[str, Any], read: Read = Path.read
         name.rpartition(".")[0]
         for key, value in folder.flat(dict(settings)).items()
         if key not in folder.NOT_RECORDED
-        for name in _import_paths(value)
+        for name in trust.strings(value)
+        if lookup.IMPORT_PATH.fullmatch(name)
     }
     waiting = [own, *sorted(named)]
     while waiting:
@@ -112,18 +112,6 @@ def recorded(run: Path) -> Code:
         return Code(**json.loads((run / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return Code()
-
-
-def _import_paths(value: Any) -> Iterator[str]:
-    """Yield the strings in a setting that have the form of an import path."""
-    if isinstance(value, str) and IMPORT_PATH.fullmatch(value):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _import_paths(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _import_paths(inner)
 
 
 def _files(name: str) -> Iterator[tuple[str, Path]]:

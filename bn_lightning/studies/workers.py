@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from bn_lightning import terminal
+from bn_lightning.runs.threads import own_cores
 from bn_lightning.studies import worker_process
 from bn_lightning.studies.worker_process import Interrupted as Interrupted
 from bn_lightning.studies.worker_process import MachineFailure as MachineFailure
@@ -56,7 +57,7 @@ class Workers:
         if self.jobs > 1:
             # OpenMP reads this when torch is imported, in the worker or its fork
             # server.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(own_cores()) // self.jobs)))
         for number in range(self.count):
             gpu = self.gpus[number % len(self.gpus)] if self.gpus else None
             self._idle.put(self._start(gpu))
@@ -121,13 +122,6 @@ def _describe_exit(code: int) -> str:
     if code < 0:
         return f"was killed ({signal.Signals(-code).name})"
     return f"died (exit code {code})"
-
-
-def _cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Worker:

@@ -206,7 +206,7 @@ def test_a_trial_that_the_machine_failed_is_tried_again_by_the_next_command(open
         return 1.0
 
     search.run_trials(fail_first, threading.Event())
-    # This command goes on with the other trials.
+    # This command continues with the other trials.
     assert [trial.number for trial in search.done()] == [1, 2, 0]
     again = open_search()
     assert numbers(again, TrialState.WAITING) == [3] and len(again.done()) == 2

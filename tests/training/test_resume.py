@@ -384,15 +384,20 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def fit_line(folder, epochs, ckpt_path=None, module=None, resume=None, loader=None):
     """Train a module on a plain DataLoader. Without shuffling, a resumed run is the same."""
     module = module or Line()
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         default_root_dir=folder,
         callbacks=[resume or ExactResume()],
         plugins=[WholeCheckpointIO()],
@@ -518,10 +523,7 @@ def fit_measured(folder, max_steps, ckpt_path=None, data=None):
     trainer = pl.Trainer(
         max_epochs=2,
         max_steps=max_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         default_root_dir=folder,
         callbacks=[ExactResume()],
     )
