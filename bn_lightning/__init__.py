@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bn_lightning.norms.convert import to_torch as to_torch
     from bn_lightning.norms.layer import BatchNorm as BatchNorm
     from bn_lightning.norms.layer import batch_norm as batch_norm
+    from bn_lightning.norms.replace import replace_norms as replace_norms
     from bn_lightning.norms.sync import LayerSync as LayerSync
     from bn_lightning.runs.experiment import Experiment as Experiment
     from bn_lightning.tasks.classifier import Classifier as Classifier
@@ -48,6 +49,7 @@ _MODULES = {
     "UserError": "errors",
     "WholeCheckpointIO": "training.checkpoints",
     "from_torch": "norms.convert",
+    "replace_norms": "norms.replace",
     "to_torch": "norms.convert",
 }
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,31 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@dataclass(frozen=True)
+class Names:
+    """Where a norm layer keeps its values. The defaults are PyTorch's names.
+
+    Attributes:
+        weight, bias: names of gamma and beta.
+        mean, var: names of the running statistics.
+        var_is_std: whether `var` is sqrt(variance + eps), a standard deviation.
+        momentum_is_of_old: whether momentum is the weight of the old running statistics.
+    """
+
+    weight: str = "weight"
+    bias: str = "bias"
+    mean: str = "running_mean"
+    var: str = "running_var"
+    var_is_std: bool = False
+    momentum_is_of_old: bool = False
+
+
+NAMES: dict[Callable[..., nn.Module], Names] = {
+    article.BatchNorm: Names("gamma", "beta", "moving_mean", "moving_var", momentum_is_of_old=True),
+    BatchRenorm: Names(var="running_std", var_is_std=True),
+}
+
+
 def make(
     name: str, num_features: int, num_dims: int, norm_args: dict[str, Any] | None = None
 ) -> nn.Module:
@@ -36,7 +62,23 @@ def make(
     Raises:
         UserError: the name is unknown, or the norm does not accept the arguments.
     """
-    norm, norm_args = find(name), norm_args or {}
+    return build(find(name), name, num_features, num_dims, norm_args)
+
+
+def build(
+    norm: Callable[..., nn.Module],
+    name: str,
+    num_features: int,
+    num_dims: int | None,
+    norm_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a norm layer, like `make`, from its class or function.
+
+    Args:
+        name: the name of the norm for error messages.
+        num_dims: as in `make`; None if it is unknown.
+    """
+    norm_args = norm_args or {}
     # The norm is called by keyword. `nn.BatchNorm2d(6, 4)` would use the 4 as eps.
     shape = {"num_features": num_features, "num_dims": num_dims}
     if norm_args.keys() & shape.keys() or not _accepts(norm, shape | norm_args):

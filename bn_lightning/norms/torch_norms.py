@@ -3,6 +3,7 @@
 from torch import nn
 
 from bn_lightning.errors import UserError
+from bn_lightning.norms.convert import TORCH
 
 
 def builtin(
@@ -13,13 +14,16 @@ def builtin(
     affine: bool = True,
     track_running_stats: bool = True,
 ) -> nn.Module:
-    """Build BatchNorm1d after a linear layer, or BatchNorm2d after a convolution."""
-    layer = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[num_dims]
-    return layer(num_features, eps, momentum, affine, track_running_stats)
+    """Build BatchNorm1d after a linear layer, or BatchNorm1d, 2d or 3d after a convolution."""
+    return TORCH[num_dims](num_features, eps, momentum, affine, track_running_stats)
 
 
 def group(
-    num_features: int, num_dims: int, num_groups: int = 2, eps: float = 1e-5, affine: bool = True
+    num_features: int,
+    num_dims: int | None = None,
+    num_groups: int = 2,
+    eps: float = 1e-5,
+    affine: bool = True,
 ) -> nn.Module:
     """Build GroupNorm, which normalizes each sample separately, in training and in eval mode.
 
@@ -31,16 +35,17 @@ def group(
     """
     # After a linear layer, a group of one channel is one value, and normalizing it
     # always gives 0.
-    most = num_features if num_dims == 4 else num_features - 1
+    most = num_features - 1 if num_dims == 2 else num_features
     allowed = [groups for groups in range(1, most + 1) if num_features % groups == 0]
     if num_groups not in allowed:
         raise UserError(
             f"num_groups is {num_groups}, but must be one of {', '.join(map(str, allowed))} for "
-            f"{num_features} channels and {num_dims}-dimensional input."
+            f"{num_features} channels"
+            + (f" and {num_dims}-dimensional input." if num_dims is not None else ".")
         )
     return nn.GroupNorm(num_groups, num_features, eps, affine)
 
 
-def none(num_features: int, num_dims: int) -> nn.Module:
+def none(num_features: int, num_dims: int | None = None) -> nn.Module:
     """Build an identity layer, for a network without normalization."""
     return nn.Identity()
