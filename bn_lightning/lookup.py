@@ -6,11 +6,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from bn_lightning.errors import UserError
 
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+Found = TypeVar("Found")
 
 
 def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
@@ -47,6 +48,17 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
             "module must be installed or in the current folder."
             + (f"\nKnown names: {', '.join(known)}." if known else "")
         ) from error
+
+
+def find_name(name: str, kind: str, known: Mapping[str, Found]) -> Found:
+    """Return an entry of `known`. Unlike in `find`, import paths are not accepted.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in known:
+        raise UserError(f"Unknown {kind} {name!r}. Use one of {', '.join(known)}.")
+    return known[name]
 
 
 def describe_arguments(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bn_lightning import lookup
@@ -12,6 +13,9 @@ from bn_lightning.errors import UserError
 from bn_lightning.norms import article, torch_norms
 from bn_lightning.norms.layer import BatchNorm
 from bn_lightning.norms.renorm import BatchRenorm
+
+# Called as norm(num_features, num_dims).
+NormFactory = Callable[[int, int], nn.Module]
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "custom": BatchNorm,
@@ -93,6 +97,23 @@ def build(
             "A norm must return a torch.nn.Module."
         )
     return layer
+
+
+def factory(norm: str | NormFactory, norm_args: dict[str, Any] | None = None) -> NormFactory:
+    """Return a function `norm(num_features, num_dims)` that builds a layer, for a network.
+
+    Args:
+        norm: a name or an import path, as in `make`. A function is returned unchanged.
+    """
+    if not isinstance(norm, str):
+        return norm
+
+    def build_norm(num_features: int, num_dims: int) -> nn.Module:
+        # The norm may draw random numbers. The other weights must not depend on them.
+        with torch.random.fork_rng(devices=()):
+            return make(norm, num_features, num_dims, norm_args)
+
+    return build_norm
 
 
 def find(name: str) -> Callable[..., nn.Module]:
