@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -76,10 +76,15 @@ def describe_arguments(
         return "It takes no arguments."
     known = [p.name for p in parameters]
     unknown = [name for name in given if name not in known]
-    near = {n: None for name in unknown for n in difflib.get_close_matches(name, known, n=1)}
+    near = {n: None for name in unknown for n in similar(name, known)[:1]}
     hint = f"Did you mean {' or '.join(near)}?\n" if near else ""
     described = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
     return f"{hint}Its arguments are {', '.join(described)}."
+
+
+def similar(name: str, known: Sequence[str]) -> list[str]:
+    """Return up to three similar names, the most similar one first."""
+    return difflib.get_close_matches(name, known, n=3)
 
 
 def classes_in(module: ModuleType, base: type) -> dict[str, type]:

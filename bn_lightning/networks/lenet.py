@@ -58,7 +58,11 @@ class LeNet(nn.Module):
     ) -> None:
         super().__init__()
         if min(image_size) < 16:
-            raise UserError(f"LeNet needs images of at least 16x16 pixels, got {image_size}.")
+            height, width = image_size
+            raise UserError(
+                f"LeNet needs images of at least 16x16 pixels, got {height}x{width}. Enlarge them, "
+                "for example with --data.resize 28."
+            )
         make_norm = registry.factory(norm, norm_args)
         self.phi = lookup.find_name(activation, "activation", ACTIVATIONS)()
         self.pool = lookup.find_name(pooling, "pooling", POOLINGS)(kernel_size=2, stride=2)

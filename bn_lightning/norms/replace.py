@@ -1,7 +1,9 @@
 """Replacement of the normalization layers of any network, in place."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +122,10 @@ def replace_norms(
         new_class = None if reason else type(new_layers[old]).__name__
         report.append(Replacement(layer_name, type(old).__name__, new_class, reason))
     if not found or (not new_layers and not restores):
+        reasons = Counter((row.old, row.reason) for row in report)
         raise UserError(
             f"{type(network).__name__} has no norm layer that can be replaced.\n"
-            + (f"{report}\n" if report else "")
+            + "".join(f"{count} {old}: {reason}\n" for (old, reason), count in reasons.items())
             + "Use the norm builtin, which leaves the network unchanged, or another network."
         )
 
@@ -166,18 +169,32 @@ def _input_shapes(
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shapes[layer] = inputs[0].shape
 
-    modes = {module: module.training for module in network.modules()}
     handles = [layer.register_forward_pre_hook(note) for layer in {*layers}]
     try:
-        network.eval()
-        with torch.no_grad():
+        with in_eval_mode(network), torch.no_grad():
             network(example)
     finally:
         for handle in handles:
             handle.remove()
+    return shapes
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and restore the mode of each of its modules at the end."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
             module.training = mode
-    return shapes
+
+
+def can_replace(network: nn.Module) -> bool:
+    """Return whether `replace_norms` would replace a layer of a network."""
+    layers = _norm_layers(network).values()
+    return not all(_reason_to_leave(layer, None, restores=False) for layer in layers)
 
 
 def _reason_to_leave(old: nn.Module, shape: torch.Size | None, restores: bool) -> str:
