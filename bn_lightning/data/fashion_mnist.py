@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bn_lightning.data import mirrors, pictures, sources
 from bn_lightning.data.augmentation import Augmentation
@@ -22,25 +23,31 @@ MEAN, STD = 0.2860, 0.3530  # of the training pixels in [0, 1]
 
 
 class Preprocessing(nn.Module):
-    """Converts raw images, uint8 (N, 28, 28), to network inputs, float32 (N, 1, 28, 28).
+    """Converts raw images, uint8 (N, 28, 28), to network inputs, float32 (N, 1, H, W).
 
     Args:
         normalize: whether to standardize pixels with the mean and standard deviation of
             the data set, instead of scaling them to [0, 1].
+        resize: height and width to which images are resized; None keeps the size.
     """
 
-    def __init__(self, normalize: bool) -> None:
+    def __init__(self, normalize: bool, resize: int | None = None) -> None:
         super().__init__()
         self.normalize = normalize
+        self.resize = resize
 
     def forward(self, images: Tensor) -> Tensor:
         # uint8 divided by 255 is float32, with the same rounding as in torchvision's
         # ToTensor.
         x = images.unsqueeze(1).div(255)
+        if self.resize is not None:
+            # Enlarging needs no filter against aliasing, which ONNX computes differently.
+            antialias = self.resize < images.size(-1)
+            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=antialias)
         return x.sub_(MEAN).div_(STD) if self.normalize else x
 
     def invert(self, inputs: Tensor) -> Tensor:
-        """Convert network inputs back to raw images, uint8 (N, 28, 28)."""
+        """Convert network inputs back to images, uint8 (N, H, W)."""
         x = inputs.float().squeeze(1)
         x = x * STD + MEAN if self.normalize else x
         return (x * 255).round().clamp(0, 255).to(torch.uint8)
@@ -63,14 +70,18 @@ class FashionMNIST(DataModule):
             training set; otherwise they are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.
         shift: maximum random shift of training images in pixels, along each axis.
+        resize: height and width to which images are resized before the network, for
+            networks that need larger images, for example 32; null keeps 28x28.
         seed: seed of the data split and of the order of images; set by
             `--seed_everything`.
 
     Raises:
-        UserError: val_images or shift is out of range.
+        UserError: val_images, shift or resize is out of range.
     """
 
     classes = CLASSES
+    in_channels = 1
+    num_classes = len(CLASSES)
     machine_settings = ("root", "mirrors")
     source_settings = ("source",)
     fixed_settings = {**DataModule.fixed_settings, "val_images": DataModule.fixed_settings["seed"]}
@@ -85,6 +96,7 @@ class FashionMNIST(DataModule):
         normalize: bool = False,
         flip: bool = False,
         shift: int = 0,
+        resize: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
@@ -103,7 +115,12 @@ class FashionMNIST(DataModule):
         self.val_images = val_images
         self.flip = flip
         self.shift = shift
-        self.preprocessing: Preprocessing = Preprocessing(normalize)
+        if resize is not None and resize < 1:
+            raise UserError(
+                f"resize is {resize}; it must be at least 1 pixel, for example --data.resize 32."
+            )
+        self.image_size = (28, 28) if resize is None else (resize, resize)
+        self.preprocessing: Preprocessing = Preprocessing(normalize, resize)
         self.images: sources.Images | None = None
 
     def prepare_data(self) -> None:

@@ -119,6 +119,8 @@ class SettingsCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed_everything", "data.seed")
+        for name in self.experiment.task.stated_by_data:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         try:
             parser.set_defaults(dict(self.experiment.defaults))
         except KeyError as error:
@@ -245,7 +247,10 @@ class SettingsCLI(LightningCLI):
         path, chosen = str(self.ckpt_path), self.config[command]
         machine_settings = self.experiment.data.machine_settings
         try:
-            self._parser(command).set_defaults(settings_in(checkpoint, machine_settings))
+            settings = settings_in(checkpoint, machine_settings)
+            for name in self.experiment.task.stated_by_data:
+                settings.pop(f"model.{name}", None)
+            self._parser(command).set_defaults(settings)
         except KeyError as error:
             raise UserError(
                 f"{path!r} was not written by this project. It has an unknown setting: {error}\n"

@@ -10,19 +10,27 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
-from bn_lightning.networks.lenet import Activation, LeNet, Pooling
-from bn_lightning.norms import recognition, registry
+from bn_lightning.networks import registry
+from bn_lightning.networks.lenet import Activation, Pooling
+from bn_lightning.norms import recognition
+from bn_lightning.norms.registry import note_on_momentum
 from bn_lightning.training.task import Stage, Step, Task
 
-NUM_CLASSES = 10
+# The number of values of a norm layer that are printed at the end of a run.
+MAX_CHANNELS = 8
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Classifier(Task):
-    """LeNet trained with cross-entropy. Batches are images (B, 1, 28, 28) and labels (B,).
+    """A network trained with cross-entropy. Batches are images (B, C, H, W) and labels (B,).
 
     Args:
+        network: `lenet`, `mlp`, `resnet` (for small images), `torchvision.NAME`, or an
+            import path `package.module.Name`, called as `network(in_channels=...,
+            image_size=(height, width), num_classes=..., norm=..., **network_args)`.
+        network_args: other arguments of the network, for example
+            `--model.network_args.depth 8`.
         norm: normalization layer: `custom` (from scratch), `builtin` (PyTorch's),
             `article` (the tutorial's), `renorm` (batch renormalization), `group` (group
             norm), `none`, or an import path `package.module.Name`, called as
@@ -30,20 +38,23 @@ class Classifier(Task):
         norm_args: other arguments of the norm, for example `--model.norm_args.eps
             1e-3`. `momentum` is the weight of the newest batch in the running
             statistics, as in PyTorch; for `article`, it is the weight of the old value.
-        activation: activation function after each norm.
-        pooling: 2x2 pooling after each convolution.
+        activation: activation function after each norm, for `lenet` only.
+        pooling: 2x2 pooling after each convolution, for `lenet` only.
         lr: learning rate; with OneCycleLR, the maximum.
         label_smoothing: fraction of each label that is spread over all classes, in
             training only (Szegedy et al. 2016, section 7).
+        in_channels, image_size, num_classes: channels, height and width of the images,
+            and the number of classes; stated by the data.
         training: settings of `Task`: optimizer, scheduler, compile, memory_format.
 
     Raises:
-        UserError: a norm, optimizer or scheduler is unknown, or does not accept an
-            argument.
+        UserError: a network, norm, optimizer or scheduler is unknown, or does not accept
+            an argument; or the network does not work for the images.
     """
 
     selects = ("val_acc", "max")
-    import_paths = ("norm", *Task.import_paths)
+    import_paths = ("network", "norm", *Task.import_paths)
+    stated_by_data = ("in_channels", "image_size", "num_classes")
 
     def __init__(
         self,
@@ -53,6 +64,11 @@ class Classifier(Task):
         pooling: Pooling = "avg",
         lr: float = 1.0,
         label_smoothing: float = 0.0,
+        network: str = "lenet",
+        network_args: dict[str, Any] | None = None,
+        in_channels: int = 1,
+        image_size: tuple[int, int] = (28, 28),
+        num_classes: int = 10,
         **training: Any,
     ) -> None:
         if not 0 <= label_smoothing < 1:
@@ -62,12 +78,21 @@ class Classifier(Task):
             )
         # The data module validates the labels once. Validating each batch would be
         # slow.
-        accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
-        network = LeNet(norm, norm_args, activation, pooling)
-        super().__init__(network, {"acc": accuracy}, lr=lr, **training)
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        height, width = image_size
+        shape = registry.ImageShape(in_channels, (height, width), num_classes)
+        arguments = dict(network_args or {})
+        if network == "lenet":
+            arguments = {"activation": activation, "pooling": pooling} | arguments
+        super().__init__(
+            registry.build(network, shape, norm, norm_args, arguments),
+            {"acc": accuracy},
+            lr=lr,
+            **training,
+        )
         self.label_smoothing = label_smoothing
-        self.test_confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
-        self.confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.long)
+        self.test_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
 
     def step(self, batch: Batch, stage: Stage) -> Step:
         images, labels = batch
@@ -80,7 +105,7 @@ class Classifier(Task):
         return Step(loss, logits, labels, len(labels))
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return logits (B, 10), for callbacks."""
+        """Return logits (B, num_classes), for callbacks."""
         logits = super().test_step(batch, batch_idx)
         self.test_confusion.update(logits, batch[1])
         return logits
@@ -96,24 +121,27 @@ class Classifier(Task):
             self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return probabilities (B, 10)."""
+        """Return probabilities (B, num_classes)."""
         return self(batch[0]).float().softmax(1)  # type: ignore[no-any-return]
 
     def _class_names(self) -> Sequence[str]:
         classes = getattr(self.trainer.datamodule, "classes", None)  # type: ignore[attr-defined]
-        return classes or [str(label) for label in range(NUM_CLASSES)]
+        return classes or [str(label) for label in range(self.hparams["num_classes"])]
 
     # Reports of a run
 
     def describe(self) -> str:
-        return f"{type(self.network).__name__}, norm {self.hparams['norm']}"
+        network = self.hparams["network"]
+        is_named = network in registry.NETWORKS
+        name = type(self.network).__name__ if is_named else network
+        return f"{name}, norm {self.hparams['norm']}"
 
     def notes(self) -> list[str]:
-        note = registry.note_on_momentum(self.hparams["norm"], self.hparams["norm_args"])
+        note = note_on_momentum(self.hparams["norm"], self.hparams["norm_args"])
         return [] if note is None else [note]
 
     def facts(self) -> dict[str, Any]:
-        return {"norm": self.hparams["norm"]}
+        return {"network": self.hparams["network"], "norm": self.hparams["norm"]}
 
     def summary(self) -> list[str]:
         """Return gamma and beta of the first norm layer, as the article prints them at its end."""
@@ -150,4 +178,5 @@ def class_table(confusion: Tensor, names: Sequence[str]) -> str:
 
 
 def _format(values: Tensor) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in values.detach().flatten().tolist()) + "]"
+    shown = [f"{value:.2f}" for value in values.detach().flatten()[:MAX_CHANNELS].tolist()]
+    return "[" + ", ".join(shown) + (", ...]" if values.numel() > MAX_CHANNELS else "]")

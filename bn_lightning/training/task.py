@@ -80,6 +80,8 @@ class Task(pl.LightningModule):
             (`max`) or the smallest (`min`) value is best.
         import_paths: settings whose value may be an import path. An import path that
             comes only from a checkpoint is not imported.
+        stated_by_data: arguments that are attributes of the data module, such as the
+            number of classes. They are not flags.
         confusion: confusion matrix of the last test, (C, C), a row per true class and a
             column per predicted class; None for a task without classes.
         step_samples: number of samples of the last training step, over all ranks.
@@ -90,6 +92,7 @@ class Task(pl.LightningModule):
 
     selects: ClassVar[tuple[str, Literal["min", "max"]]] = ("val_loss", "min")
     import_paths: ClassVar[tuple[str, ...]] = ("optimizer", "scheduler")
+    stated_by_data: ClassVar[tuple[str, ...]] = ()
     confusion: Tensor | None = None
     network: nn.Module
 
