@@ -114,8 +114,10 @@ def restore(
     _refuse_mismatch(experiment, ckpt_path, settings, trusted, flags)
     imported = {name: settings[name] for name in flags if name in settings}
     package = experiments.package_of(reference)
-    trust.refuse_untrusted(ckpt_path, imported, dict(experiment.defaults) | trusted, package, flags)
-    task = _build(experiment.task, _section("model", settings), ckpt_path)
+    chosen, registered = dict(experiment.defaults) | trusted, trust.registered(experiment)
+    trust.refuse_untrusted(ckpt_path, imported, chosen, package, registered, flags)
+    arguments = experiment.task.without_start_only(_section("model", settings))
+    task = _build(experiment.task, arguments, ckpt_path)
     try:
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -126,9 +128,9 @@ def restore(
 
 
 def import_flags(experiment: Experiment) -> dict[str, str]:
-    """Return the flag for each setting that may be an import path: `{"model.norm": "--norm"}`."""
+    """Return the flag of each setting that may be an import path, such as `--model.norm`."""
     names = [name for name in trust.import_paths(experiment) if name not in TRAINING_SETTINGS]
-    return {name: f"--{name.partition('.')[2]}" for name in names}
+    return {name: f"--{name}" for name in names}
 
 
 def _settings(experiment: Experiment, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Measurements of one monitored step: norm layers, activations and gradients."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from bn_lightning.norms import definition, recognition
 
+# In larger networks, only this number of layers of each kind is monitored.
+MAX_LAYERS = 10
 PERCENTILES = (15, 50, 85)  # as in figure 1 of Ioffe and Szegedy 2015
 # Percentiles and saturation of a layer are computed from about this number of values.
 SAMPLE = 4_096
@@ -18,6 +21,7 @@ SAMPLE = 4_096
 # slope.
 SATURATED = 0.05
 EPS = 1e-5
+T = TypeVar("T")
 # These are not elementwise, or their slope is learned or random.
 NOT_MONITORED = (
     nn.Softmax,
@@ -29,6 +33,14 @@ NOT_MONITORED = (
     nn.RReLU,
     nn.MultiheadAttention,
 )
+
+
+def selection(items: Sequence[T]) -> list[T]:
+    """Return at most MAX_LAYERS items in order, evenly spaced, with the first and the last."""
+    if len(items) <= MAX_LAYERS:
+        return list(items)
+    step = (len(items) - 1) / (MAX_LAYERS - 1)
+    return [items[round(number * step)] for number in range(MAX_LAYERS)]
 
 
 class Measurements:
@@ -101,8 +113,8 @@ class Measurements:
             self._inputs.append((activation, sample(x)))
 
     def measure_activations(self) -> None:
-        """Measure the inputs that were kept, numbered in execution order."""
-        for number, (activation, values) in enumerate(self._inputs, 1):
+        """Measure a selection of the inputs that were kept, numbered in execution order."""
+        for number, (activation, values) in selection([*enumerate(self._inputs, 1)]):
             levels = np.percentile(values.cpu().numpy(), PERCENTILES)
             for percentile, level in zip(PERCENTILES, levels, strict=True):
                 self.scalars[f"activation_input/{number}/p{percentile}"] = float(level)
@@ -125,16 +137,18 @@ class Measurements:
         if optimizer in self._squared_norms:
             return
         own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        self._squared_norms[optimizer] = 0.0
+        by_layer: list[tuple[str, list[Tensor]]] = []
         for name, layer in module.named_modules():
             of_layer = [p for p in layer.parameters(recurse=False) if p in own]
             gradients = [p.grad for p in of_layer if p.grad is not None]
             if gradients:
                 # A parameter that two layers share counts for the first one only.
                 own -= set(of_layer)
-                norm = float(get_total_norm(gradients))
-                self._squared_norms[optimizer] += norm**2
-                self.scalars[f"gradient_norm/{short_name(name)}"] = norm
+                by_layer.append((short_name(name), gradients))
+        for name, gradients in selection(by_layer):
+            self.scalars[f"gradient_norm/{name}"] = float(get_total_norm(gradients))
+        everything = [gradient for _, gradients in by_layer for gradient in gradients]
+        self._squared_norms[optimizer] = float(get_total_norm(everything)) ** 2
         self.scalars["gradient_norm/all"] = math.sqrt(sum(self._squared_norms.values()))
 
 

@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 
 from bn_lightning.errors import UserError, report_failure
 from bn_lightning.monitoring import dashboard
-from bn_lightning.monitoring.measurements import Measurements, is_activation, short_name
+from bn_lightning.monitoring.measurements import (
+    MAX_LAYERS,
+    Measurements,
+    is_activation,
+    selection,
+    short_name,
+)
 from bn_lightning.norms import recognition
 from bn_lightning.training.task import Task
 
@@ -28,7 +34,9 @@ class NormMonitor(pl.Callback):
     Norm layers are recognized by their parameters and buffers, not by their class (see
     `recognition.layers`). Activations are the modules of `torch.nn.modules.activation`,
     numbered in execution order. Hooks are registered only for monitored steps. With
-    several processes, rank 0's shard of the batch is monitored.
+    several processes, rank 0's shard of the batch is monitored. If a network has more
+    than `MAX_LAYERS` norm layers, activations or layers with parameters, that number of
+    them is monitored, evenly spaced, with the first and the last.
 
     LAYER is the name of a layer in the network. Values are those of the first forward
     pass of a step, before the step changes any parameter or running statistic. The tags
@@ -89,6 +97,10 @@ class NormMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reset()
+        norms = [*recognition.layers(pl_module)]
+        if len(norms) > MAX_LAYERS and trainer.is_global_zero and trainer.loggers:
+            names = ", ".join(map(short_name, selection(norms)))
+            print(f"NormMonitor monitors {MAX_LAYERS} of {len(norms)} norm layers: {names}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock = None
@@ -123,7 +135,7 @@ class NormMonitor(pl.Callback):
         # A monitored step runs uncompiled. Otherwise torch.compile would also compile
         # the hooks.
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        norms = recognition.layers(pl_module)
+        norms = selection([*recognition.layers(pl_module)])
         for name, module in pl_module.named_modules():
             hook: Callable[..., None]
             if name in norms:

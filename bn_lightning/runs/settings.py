@@ -181,10 +181,12 @@ class SettingsCLI(LightningCLI):
             super().parse_arguments(parser, args)
             self._refuse_untrusted(config.resume, config)
             _refuse_resume_without_saving(self.config.fit, str(self.ckpt_path))
+            self._ignore_initial_weights()
         elif config.ckpt_path is not None:
             checkpoint = self._find_checkpoint(command, config)
             if checkpoint is not None:
                 self._apply_settings(command, checkpoint, parser, args)
+                self._ignore_initial_weights()
         elif command != "fit":
             runs = Path(config.trainer.default_root_dir, config.name)
             raise UserError(
@@ -261,10 +263,19 @@ class SettingsCLI(LightningCLI):
             checkpoints.refuse_other_versions(path, checkpoint)
         self._refuse_untrusted(path, chosen)
 
+    def _ignore_initial_weights(self) -> None:
+        """Remove the settings of initial weights, because the checkpoint has the weights."""
+        model = self.config[self.config.subcommand].model
+        for name, value in self.experiment.task.without_start_only(vars(model)).items():
+            model[name] = value
+
     def _refuse_untrusted(self, path: str, chosen: Namespace) -> None:
         """Refuse import paths in the settings that are not in those `chosen` by the user."""
         used = self.config[self.config.subcommand]
-        trust.refuse_untrusted(path, self._paths_in(used), self._paths_in(chosen), self._package)
+        registered = trust.registered(self.experiment)
+        trust.refuse_untrusted(
+            path, self._paths_in(used), self._paths_in(chosen), self._package, registered
+        )
 
     def _paths_in(self, settings: Namespace) -> dict[str, Any]:
         return {name: settings.get(name) for name in trust.import_paths(self.experiment)}
@@ -276,7 +287,8 @@ class SettingsCLI(LightningCLI):
     def resume_command(self) -> str:
         """Return the command that resumes the run, with the import paths that it must name."""
         used, defaults = self._paths_in(self.config.fit), self._paths_in(self.defaults())
-        named = trust.untrusted(used, defaults, self._package)
+        registered = trust.registered(self.experiment)
+        named = trust.untrusted(used, defaults, self._package, registered)
         flags = "".join(f" --{name} {value}" for name, value in named.items())
         return f"{terminal.program()} fit --resume {self.folder}{flags}"
 

@@ -24,11 +24,17 @@ def import_paths(experiment: Experiment) -> list[str]:
     ]
 
 
+def registered(experiment: Experiment) -> dict[str, str]:
+    """Return the prefix of registered names with a dot, by setting."""
+    return {f"model.{name}": prefix for name, prefix in experiment.task.registered.items()}
+
+
 def refuse_untrusted(
     path: str,
     used: Mapping[str, Any],
     chosen: Mapping[str, Any],
     package: str,
+    registered: Mapping[str, str],
     flags: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse import paths that come only from a checkpoint, or from the folder of a run.
@@ -42,12 +48,13 @@ def refuse_untrusted(
         chosen: the same settings without the checkpoint: from flags, configs and
             defaults.
         package: top-level package of the experiment.
+        registered: see `registered`.
         flags: flags of settings whose flag is not `--SETTING`.
 
     Raises:
         UserError: an import path is not trusted.
     """
-    for name, value in untrusted(used, chosen, package).items():
+    for name, value in untrusted(used, chosen, package, registered).items():
         flag = (flags or {}).get(name, f"--{name}")
         raise UserError(
             f"{path!r} contains the import path {value!r} as {name.rpartition('.')[2]}. An "
@@ -57,7 +64,12 @@ def refuse_untrusted(
         )
 
 
-def untrusted(used: Mapping[str, Any], chosen: Mapping[str, Any], package: str) -> dict[str, str]:
+def untrusted(
+    used: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    package: str,
+    registered: Mapping[str, str],
+) -> dict[str, str]:
     """Return the settings in `used` whose import path is not trusted (see `refuse_untrusted`)."""
     return {
         name: value
@@ -65,6 +77,7 @@ def untrusted(used: Mapping[str, Any], chosen: Mapping[str, Any], package: str) 
         if isinstance(value, str)
         and "." in value
         and value != chosen.get(name)
+        and not (name in registered and value.startswith(registered[name]))
         and not lookup.is_defined_in(value, package)
     }
 

@@ -55,6 +55,8 @@ class Classifier(Task):
     selects = ("val_acc", "max")
     import_paths = ("network", "norm", *Task.import_paths)
     stated_by_data = ("in_channels", "image_size", "num_classes")
+    registered = {"network": registry.TORCHVISION}
+    start_only = ("network_args.weights",)
 
     def __init__(
         self,

@@ -91,18 +91,18 @@ def _describe_remaining(path: Path) -> str:
     return "There is no previous checkpoint.\n"
 
 
-def load(path: str) -> tuple[str, dict[str, Any]]:
-    """Load a checkpoint from a file or a URL, without executing any code in it.
+def read(path: str) -> tuple[str, Any]:
+    """Read a file that torch.save has written, or a URL, without executing any code in it.
 
     Returns:
         The path of the local file (a URL is downloaded first), and its content.
 
     Raises:
-        UserError: the file does not exist, or is not a checkpoint of this project.
+        UserError: the file does not exist, or cannot be loaded.
     """
     try:
         local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
-        checkpoint = torch.load(local, map_location="cpu", weights_only=True)
+        return str(local), torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"There is no checkpoint {path!r}. The checkpoints of a run are in "
@@ -124,6 +124,15 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
             f"Nothing in it was executed.\n    {reason}\n"
             "Use a checkpoint that fit has written, for example runs/NAME/N/checkpoints/last.ckpt."
         ) from error
+
+
+def load(path: str) -> tuple[str, dict[str, Any]]:
+    """Load a checkpoint from a file or a URL, like `read`.
+
+    Raises:
+        UserError: the file does not exist, or is not a checkpoint of this project.
+    """
+    local, checkpoint = read(path)
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(
@@ -135,7 +144,7 @@ def load(path: str) -> tuple[str, dict[str, Any]]:
             f"{path!r} is not a checkpoint of a run: it has no 'state_dict'. "
             "Use a checkpoint that fit has written."
         )
-    return str(local), checkpoint
+    return local, checkpoint
 
 
 def refuse_other_versions(path: str, checkpoint: dict[str, Any]) -> None:

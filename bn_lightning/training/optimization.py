@@ -6,7 +6,8 @@ To add a setting, add an argument to `Task`, which makes it a flag, and pass it 
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -167,6 +168,23 @@ class Optimization:
         if self._accepts("max_lr"):
             arguments["max_lr"] = self.lr
         return arguments | self.scheduler_args
+
+
+@contextmanager
+def scaled_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> Iterator[None]:
+    """Multiply the learning rates of optimizers, and restore them at the end.
+
+    Schedulers are not affected, because some compute the next rate from the current one.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = factor * group["lr"]
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _find(name: str, kind: str, known: Mapping[str, type]) -> Any:

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition
-from bn_lightning.training import channels_last, data_module, monitors, small_batches
-from bn_lightning.training.optimization import Optimization
+from bn_lightning.training import (
+    channels_last,
+    data_module,
+    initial_weights,
+    monitors,
+    small_batches,
+)
+from bn_lightning.training.optimization import Optimization, scaled_learning_rates
 
 Stage = Literal["train", "val", "test"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -70,6 +77,13 @@ class Task(pl.LightningModule):
         scheduler_args: other arguments of the scheduler, for example
             `--model.scheduler_args.pct_start 0.2`. ReduceLROnPlateau also has `monitor`,
             the metric that it monitors (default: val_loss).
+        decay_norms_and_biases: apply the optimizer's weight decay to the parameters of norm
+            layers and to all biases too.
+        warmup_steps: number of first steps in which the learning rate grows linearly to
+            that of the schedule; 0 for no warmup.
+        init_from: file with initial weights: a checkpoint or a plain state dict. Tensors
+            that match the network in name and shape are loaded, and all others are
+            listed.
         compile: compile the network with `torch.compile`; checkpoints are not affected.
         memory_format: memory format of the convolutions; `auto` selects channels-last on
             a CPU if all norm layers prefer it, otherwise contiguous. Weights are always
@@ -82,6 +96,10 @@ class Task(pl.LightningModule):
             comes only from a checkpoint is not imported.
         stated_by_data: arguments that are attributes of the data module, such as the
             number of classes. They are not flags.
+        registered: settings with names that contain a dot but are no import paths, each
+            with the prefix of these names.
+        start_only: settings, or keys of settings such as `network_args.weights`, that
+            only set the initial weights. They are ignored if a checkpoint is loaded.
         confusion: confusion matrix of the last test, (C, C), a row per true class and a
             column per predicted class; None for a task without classes.
         step_samples: number of samples of the last training step, over all ranks.
@@ -93,6 +111,8 @@ class Task(pl.LightningModule):
     selects: ClassVar[tuple[str, Literal["min", "max"]]] = ("val_loss", "min")
     import_paths: ClassVar[tuple[str, ...]] = ("optimizer", "scheduler")
     stated_by_data: ClassVar[tuple[str, ...]] = ()
+    registered: ClassVar[Mapping[str, str]] = {}
+    start_only: ClassVar[tuple[str, ...]] = ()
     confusion: Tensor | None = None
     network: nn.Module
 
@@ -105,6 +125,9 @@ class Task(pl.LightningModule):
         optimizer_args: dict[str, Any] | None = None,
         scheduler: str | None = None,
         scheduler_args: dict[str, Any] | None = None,
+        decay_norms_and_biases: bool = True,
+        warmup_steps: int = 0,
+        init_from: str | None = None,
         compile: bool = False,
         memory_format: MemoryFormat = "auto",
     ) -> None:
@@ -114,7 +137,12 @@ class Task(pl.LightningModule):
         self.save_hyperparameters(ignore=self._objects(), logger=False)
         self.network = network
         self.optimization = Optimization(lr, optimizer, optimizer_args, scheduler, scheduler_args)
-        self.optimization.check(network.parameters())
+        self.optimization.check(self._parameter_groups())
+        if warmup_steps < 0:
+            raise UserError(
+                f"warmup_steps is {warmup_steps}; it must not be negative, for example "
+                "--model.warmup_steps 100."
+            )
         self.metric_names = ("loss", *(metrics or {}))
         for stage in ("train", "val", "test"):
             # With "disable", the mean includes NaN values.
@@ -170,6 +198,18 @@ class Task(pl.LightningModule):
         name, mode = cls.selects
         best = max if mode == "max" else min
         return best(validations, key=lambda metrics: metrics[name], default={})
+
+    @classmethod
+    def without_start_only(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a model without those in `start_only`."""
+        found = dict(settings)
+        for name in cls.start_only:
+            setting, _, key = name.partition(".")
+            if not key:
+                found[setting] = None
+            elif isinstance(found.get(setting), Mapping):
+                found[setting] = {k: v for k, v in found[setting].items() if k != key}
+        return found
 
     def names(self, stage: Stage) -> list[str]:
         """Return the logged names of the metrics of a stage, the loss first."""
@@ -230,6 +270,11 @@ class Task(pl.LightningModule):
         if self._is_set_up:
             return
         self._is_set_up = True
+        path = self.hparams["init_from"]
+        if stage == "fit" and path is not None and self.trainer.ckpt_path is None:
+            lines = initial_weights.load(path, self.network)
+            if self.trainer.is_global_zero:
+                print(*lines, sep="\n", flush=True)
         layout = self.hparams["memory_format"]
         if layout == "auto":
             # On a CPU, convolutions are faster in channels-last format. Norm layers may
@@ -283,8 +328,10 @@ class Task(pl.LightningModule):
 
     def on_train_start(self) -> None:
         if self._overrides_checkpoint and self.optimization.scheduler is None:
-            for group in self.trainer.optimizers[0].param_groups:
-                group.update(lr=self.optimization.lr, **self.optimization.optimizer_args)
+            groups = self.trainer.optimizers[0].param_groups
+            for group, own in zip(groups, self._parameter_groups(), strict=True):
+                settings = {"lr": self.optimization.lr, **self.optimization.optimizer_args, **own}
+                group.update({name: value for name, value in settings.items() if name != "params"})
         if self._is_unchecked:
             self.optimization.refuse_other_length(self.trainer)
             monitors.refuse(self.trainer, self.names("val"), self._validation_metrics)
@@ -303,7 +350,26 @@ class Task(pl.LightningModule):
             getattr(self, name).reset()
 
     def configure_optimizers(self) -> Any:
-        return self.optimization.configure(self.parameters(), lambda: self.trainer)
+        return self.optimization.configure(self._parameter_groups(), lambda: self.trainer)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters, and those without weight decay in a group of their own."""
+        exempt: dict[nn.Parameter, None] = {}
+        if not self.hparams["decay_norms_and_biases"]:
+            for layer in recognition.layers(self.network).values():
+                exempt |= dict.fromkeys(layer.parameters())
+            names = self.named_parameters()
+            exempt |= {p: None for name, p in names if name.rpartition(".")[2] == "bias"}
+        decayed = [p for p in self.parameters() if p not in exempt]
+        groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.global_step >= self.hparams["warmup_steps"]:
+            return super().optimizer_step(*args, **kwargs)
+        factor = (self.global_step + 1) / self.hparams["warmup_steps"]
+        with scaled_learning_rates(self.trainer.optimizers, factor):
+            super().optimizer_step(*args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         # In an epoch without validation, Lightning passes the metric of an earlier one.
