@@ -259,6 +259,7 @@ def _parser(experiment: Experiment) -> ArgumentParser:
     for name, flag in import_flags(experiment).items():
         parser.add_argument(
             flag,
+            f"--{name.partition('.')[2]}",
             type=str | None,
             default=None,
             help=f"The {name.partition('.')[2]} of the checkpoint. Required only if it is an "

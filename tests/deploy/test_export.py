@@ -129,7 +129,7 @@ def test_a_norm_by_import_path_is_exported_if_a_flag_names_it(main, tmp_path, su
         tmp_path / f"model.{suffix}",
     )
     code, printed, _ = main(
-        "export", ckpt, out, "--source", "sample", "--norm", f"{__name__}.RMSNorm"
+        "export", ckpt, out, "--source", "sample", "--model.norm", f"{__name__}.RMSNorm"
     )
     assert code == 0
     assert "norm1 (RMSNorm) is not folded: in eval mode, it is not an affine map" in printed

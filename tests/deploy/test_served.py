@@ -18,7 +18,7 @@ class Doubling(nn.BatchNorm1d):
         super().__init__(num_features)
 
 
-@pytest.mark.parametrize("named", [(), ("--norm", "custom"), ("--norm", "other.Norm")])
+@pytest.mark.parametrize("named", [(), ("--model.norm", "custom"), ("--model.norm", "other.Norm")])
 def test_an_import_path_in_a_checkpoint_alone_is_not_imported(main, tmp_path, named):
     (tmp_path / "planted.py").write_text("raise SystemExit('it was run')")
     ckpt = write_checkpoint(tmp_path / "some.ckpt")
@@ -27,7 +27,9 @@ def test_an_import_path_in_a_checkpoint_alone_is_not_imported(main, tmp_path, na
     torch.save(content, ckpt)
     code, _, error = main("export", ckpt, "model.pt2", *named)
     assert code == 2 and "planted" not in sys.modules
-    assert "'planted.Norm'" in error and ("--norm planted.Norm" in error or "--norm is" in error)
+    assert "'planted.Norm'" in error and (
+        "--model.norm planted.Norm" in error or "--model.norm is" in error
+    )
     assert not (tmp_path / "model.pt2").exists()
 
 
@@ -95,12 +97,13 @@ def test_a_state_dict_without_settings_uses_the_defaults(tmp_path):
     torch.save({"state_dict": torch.load(ckpt, weights_only=True)["state_dict"]}, ckpt)
     restored = restore(str(ckpt), FRIEDMAN, {"model.norm": "custom"})
     assert restored.data.hparams.rows == 1_000
-    with pytest.raises(UserError, match=r"--norm is 'builtin', but .* was trained with 'custom'"):
+    with pytest.raises(UserError, match=r"--model.norm is 'builtin', but .* was trained with 'custom'"):
         restore(str(ckpt), FRIEDMAN, {"model.norm": "builtin"})
 
 
-def test_the_norm_has_a_flag():
-    assert import_flags(EXPERIMENT) == {"model.norm": "--norm"}
+def test_network_and_norm_have_flags():
+    flags = {"model.network": "--model.network", "model.norm": "--model.norm"}
+    assert import_flags(EXPERIMENT) == flags
 
 
 def test_inputs_and_outputs_of_a_classifier_have_their_own_names(tmp_path):

@@ -41,7 +41,7 @@ def test_a_file_with_other_outputs_is_not_written(main, tmp_path, existing, norm
     out.parent.mkdir()
     if existing:
         out.write_bytes(existing)
-    code, _, error = main("export", ckpt, out, "--norm", norm, "--source", "sample")
+    code, _, error = main("export", ckpt, out, "--model.norm", norm, "--source", "sample")
     assert code == 1
     assert what in error
     assert "does not match the checkpoint's network: logits differ by up to" in error

@@ -159,7 +159,7 @@ def test_the_hparams_table_opens_with_norm_and_lr(ask):
     experiment = ask("plugin/hparams/experiment", request=request)
     # TensorBoard opens with the first five hyperparameters and the first five metrics.
     shown = [info["name"] for info in experiment["hparamInfos"]][:5]
-    assert shown == ["batch_size", "lr", "max_epochs", "norm", "seed"]
+    assert shown == ["batch_size", "lr", "max_epochs", "network", "norm"]
     metrics = [info["name"]["tag"] for info in experiment["metricInfos"]][:2]
     assert metrics == ["result/test_acc", "result/test_loss"]
 

@@ -174,8 +174,9 @@ def test_settings_of_the_user_replace_untrusted_ones(shop):
 
 def test_task_and_data_declare_their_import_paths(shop):
     paths = trust.import_paths(experiment.load(cli.EXPERIMENT))
-    assert paths == ["model.norm", "model.optimizer", "model.scheduler"]
+    assert paths == ["model.network", "model.norm", "model.optimizer", "model.scheduler"]
     assert trust.import_paths(experiment.load(SHOP)) == [
+        "model.network",
         "model.norm",
         "model.optimizer",
         "model.scheduler",
@@ -191,8 +192,8 @@ def test_task_and_data_declare_their_import_paths(shop):
 def test_the_error_names_the_flag_of_the_command():
     used = {"model.norm": "no.Norm", "model.lr": 0.1, "model.scheduler": None}
     with pytest.raises(UserError, match=r"command line: --norm no\.Norm"):
-        trust.refuse_untrusted("x.ckpt", used, {}, "bn_lightning", {"model.norm": "--norm"})
-    trust.refuse_untrusted("x.ckpt", used, {"model.norm": "no.Norm"}, "bn_lightning")
+        trust.refuse_untrusted("x.ckpt", used, {}, "bn_lightning", {}, {"model.norm": "--norm"})
+    trust.refuse_untrusted("x.ckpt", used, {"model.norm": "no.Norm"}, "bn_lightning", {})
 
 
 def test_import_paths_of_this_package_are_trusted(main, trained, tmp_path):
@@ -299,3 +300,12 @@ def test_the_command_that_resumes_a_run_names_its_import_paths(shop):
         cli_of_run = run.command_line([*given, optimizer], SHOP, run.Rehearsal)
         cli_of_run.folder = "runs/shop/0"
         assert cli_of_run.resume_command().endswith(f" fit --resume runs/shop/0{flags}")
+
+
+def test_names_with_a_registered_prefix_need_no_trust():
+    registered = trust.registered(experiment.load(cli.EXPERIMENT))
+    assert registered == {"model.network": "torchvision."}
+    used = {"model.network": "torchvision.resnet18", "model.norm": "torchvision.ops.Evil"}
+    assert trust.untrusted(used, {}, "bn_lightning", registered) == {
+        "model.norm": "torchvision.ops.Evil"
+    }

@@ -19,7 +19,7 @@ FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
 
 SOURCE = "system" if sources.SYSTEM.is_dir() else "sample"
 # Metadata that are text. All others are JSON.
-TEXTS = ("classes", "producer", "torch", "checkpoint", "norm", "data_source", "commit")
+TEXTS = ("classes", "producer", "torch", "checkpoint", "network", "norm", "data_source", "commit")
 
 FOLDED = [
     f"norm{i} is folded into {layer}" for i, layer in enumerate(("conv1", "conv2", "fc1", "fc2"), 1)

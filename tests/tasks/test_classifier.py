@@ -132,8 +132,10 @@ def test_a_checkpoint_is_plain_data_and_restores_the_model(tmp_path):
     restored = Classifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert restored.hparams == model.hparams == content["hyper_parameters"]
     own = {"norm", "norm_args", "activation", "pooling", "lr", "label_smoothing"}
-    of_the_base = {"optimizer", "optimizer_args", "scheduler", "scheduler_args"}
-    assert model.hparams.keys() == own | of_the_base | {"compile", "memory_format"}
+    own |= {"network", "network_args", "in_channels", "image_size", "num_classes"}
+    of_the_base = {"optimizer", "optimizer_args", "scheduler", "scheduler_args", "init_from"}
+    of_the_base |= {"decay_norms_and_biases", "warmup_steps", "compile", "memory_format"}
+    assert model.hparams.keys() == own | of_the_base
     assert restored.network.norm1.eps == 1e-3
     images = torch.rand(4, 1, 28, 28)
     assert torch.equal(restored.eval()(images), model.eval()(images))
@@ -177,7 +179,7 @@ def test_the_norm_can_be_a_function_in_a_users_module(main, tmp_path):
 def test_describe_and_facts_name_the_norm():
     model = Classifier("group", {"num_groups": 2})
     assert model.describe() == "LeNet, norm group"
-    assert model.facts() == {"norm": "group"}
+    assert model.facts() == {"network": "lenet", "norm": "group"}
 
 
 def test_the_summary_contains_gamma_and_beta_of_the_first_norm():

@@ -149,3 +149,44 @@ def test_a_schedule_cannot_be_resumed_with_another_length(tmp_path):
         resume("OneCycleLR", {}, epochs=3)
     resume("OneCycleLR", {}, epochs=2)
     resume("CosineAnnealingLR", {"T_max": 16}, epochs=3)
+
+
+# Weight decay and warmup
+
+
+def test_norms_and_biases_are_exempt_from_weight_decay():
+    arguments = {"weight_decay": 0.5, "momentum": 0.9}
+    model = Regression(width=4, optimizer_args=arguments, decay_norms_and_biases=False)
+    decayed, exempt = model.configure_optimizers().param_groups
+    names = {parameter: name for name, parameter in model.network.named_parameters()}
+    assert [names[p] for p in decayed["params"]] == ["0.weight", "3.weight"]
+    assert {names[p] for p in exempt["params"]} == {"0.bias", "1.weight", "1.bias", "3.bias"}
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.5, 0.0)
+    [group] = Regression(width=4, optimizer_args=arguments).configure_optimizers().param_groups
+    assert group["weight_decay"] == 0.5 and len(group["params"]) == 6
+
+
+class Rates(pl.Callback):
+    """Records the learning rate of each optimizer step."""
+
+    def __init__(self):
+        self.used = []
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_pre_hook(
+            lambda optimizer, *_: self.used.append(optimizer.param_groups[0]["lr"])
+        )
+
+
+@pytest.mark.parametrize("scheduler", [None, "OneCycleLR", "StepLR"])
+def test_a_warmup_multiplies_the_learning_rates_of_the_schedule(scheduler):
+    arguments = {"StepLR": {"step_size": 1, "gamma": 0.5}}.get(scheduler)
+    used = {}
+    for steps in (0, 5):
+        rates = Rates()
+        settings = {"scheduler": scheduler, "scheduler_args": arguments, "warmup_steps": steps}
+        fit({name: v for name, v in settings.items() if v is not None}, callbacks=[rates])
+        used[steps] = rates.used
+    factors = [min(1, (step + 1) / 5) for step in range(len(used[0]))]
+    expected = [factor * rate for factor, rate in zip(factors, used[0], strict=True)]
+    assert len(expected) > 5 and used[5] == pytest.approx(expected)
