@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -23,6 +22,9 @@ from bn_lightning.training.run_length import optimizer_steps
 
 # Scheduler arguments that state the length of the run in optimizer steps.
 LENGTHS = ("total_steps", "T_max")
+
+# Parameter groups of an optimizer, each with the key `params`.
+Groups = list[dict[str, Any]]
 
 
 class Optimization:
@@ -59,14 +61,14 @@ class Optimization:
             if not self._accepts("monitor"):
                 self.scheduler_args.pop("monitor", None)
 
-    def check(self, parameters: Iterable[nn.Parameter]) -> None:
+    def check(self, groups: Groups) -> None:
         """Create and update both once, so that wrong arguments are reported before a run starts.
 
         Raises:
             UserError: the optimizer or the scheduler does not accept an argument.
         """
         arguments = {"lr": self.lr, **self.optimizer_args}
-        optimizer = _build(self.optimizer, arguments, parameters)
+        optimizer = _build(self.optimizer, arguments, groups)
         if self.scheduler is not None:
             arguments = self._scheduler_arguments(steps=1_000)
             _build(self.scheduler, arguments, optimizer, self._update_once)
@@ -77,9 +79,7 @@ class Optimization:
             warnings.simplefilter("ignore")
             scheduler.step(*([1.0] if self.monitor else []))
 
-    def configure(
-        self, parameters: Iterable[nn.Parameter], get_trainer: Callable[[], pl.Trainer]
-    ) -> Any:
+    def configure(self, groups: Groups, get_trainer: Callable[[], pl.Trainer]) -> Any:
         """Return the result of a LightningModule's `configure_optimizers`.
 
         Args:
@@ -89,7 +89,7 @@ class Optimization:
             UserError: the scheduler needs the length of the run, but the run has no
                 limit.
         """
-        optimizer = self.optimizer(parameters, lr=self.lr, **self.optimizer_args)
+        optimizer = self.optimizer(groups, lr=self.lr, **self.optimizer_args)
         if self.scheduler is None:
             return optimizer
         lengths = self._lengths()

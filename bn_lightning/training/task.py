@@ -18,7 +18,7 @@ from bn_lightning.training import (
     monitors,
     small_batches,
 )
-from bn_lightning.training.optimization import Optimization, scaled_learning_rates
+from bn_lightning.training.optimization import Groups, Optimization, scaled_learning_rates
 
 Stage = Literal["train", "val", "test"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -352,7 +352,7 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self._parameter_groups(), lambda: self.trainer)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
+    def _parameter_groups(self) -> Groups:
         """Return the parameters, and those without weight decay in a group of their own."""
         exempt: dict[nn.Parameter, None] = {}
         if not self.hparams["decay_norms_and_biases"]:
@@ -361,7 +361,7 @@ class Task(pl.LightningModule):
             names = self.named_parameters()
             exempt |= {p: None for name, p in names if name.rpartition(".")[2] == "bias"}
         decayed = [p for p in self.parameters() if p not in exempt]
-        groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
+        groups: Groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

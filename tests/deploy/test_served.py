@@ -97,7 +97,7 @@ def test_a_state_dict_without_settings_uses_the_defaults(tmp_path):
     torch.save({"state_dict": torch.load(ckpt, weights_only=True)["state_dict"]}, ckpt)
     restored = restore(str(ckpt), FRIEDMAN, {"model.norm": "custom"})
     assert restored.data.hparams.rows == 1_000
-    with pytest.raises(UserError, match=r"--model.norm is 'builtin', but .* was trained with 'custom'"):
+    with pytest.raises(UserError, match=r"--model.norm is 'builtin', but .* with 'custom'"):
         restore(str(ckpt), FRIEDMAN, {"model.norm": "builtin"})
 
 

@@ -74,5 +74,4 @@ def test_custom_and_builtin_have_the_same_first_ten_losses():
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    print([a - b for a, b in zip(*losses)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

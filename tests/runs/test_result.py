@@ -17,8 +17,8 @@ def test_result_is_one_flat_object(trained):
     found = result_of(trained[0])
     first = [
         *("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc"),
-        *("images_per_second", "epochs", "steps", "seed", "network", "norm", "data_source", "device"),
-        *("precision", "processes"),
+        *("images_per_second", "epochs", "steps", "seed", "network", "norm", "data_source"),
+        *("device", "precision", "processes"),
     ]
     assert list(found)[: len(first)] == first
     assert all(isinstance(value, str | int | float) for value in found.values())
