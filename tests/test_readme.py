@@ -219,8 +219,23 @@ def test_the_layer_replaces_that_of_torch():
     exec(compile(example("theirs"), "layer.md", "exec"), {})
 
 
+def test_a_network_of_ones_own_is_trained(main, tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text(example("class TwoLayers"))
+    monkeypatch.syspath_prepend(tmp_path)
+    short = (*SAMPLE, "--trainer.fast_dev_run", "true")
+    code, out, err = main("fit", "--model.network", "my_networks.TwoLayers", *short)
+    assert code == 0, err
+    assert "TwoLayers, norm custom" in out
+
+
+def test_norms_of_a_network_are_replaced(run_script):
+    printed = run_script(example("replace_norms"))
+    assert re.search(r"^layer1.0.bn1 +BatchNorm2d +BatchNorm$", printed, flags=re.M)
+
+
 def test_each_python_block_is_tested():
-    tested = [example(word) for word in ("class RMSNorm", "L.Trainer", "onnxruntime", "theirs")]
+    words = ("RMSNorm", "L.Trainer", "onnxruntime", "theirs", "class TwoLayers", "replace_norms")
+    tested = [example(word) for word in words]
     assert sorted(blocks("python")) == sorted(tested)
 
 

@@ -81,14 +81,29 @@ def build(
     with in_eval_mode(network), torch.no_grad(), torch.random.fork_rng(devices=()):
         _check_output(network, name, example, shape)
     if not takes_norm and norm != "builtin" and (norm != "none" or can_replace(network)):
-        replace_norms(network, norm, norm_args, example)
+        _replace_norms(network, name, norm, norm_args, example)
     return network
+
+
+def _replace_norms(
+    network: nn.Module, name: str, norm: str, norm_args: dict[str, Any] | None, example: Tensor
+) -> None:
+    try:
+        replace_norms(network, norm, norm_args, example)
+    except UserError as error:
+        raise UserError(
+            f"The network {name!r} cannot be used with --model.norm {norm}.\n{error}\n"
+            "--model.norm builtin leaves its own layers."
+        ) from error
 
 
 def _find(name: str) -> Callable[..., nn.Module]:
     if not name.startswith(TORCHVISION):
         known = {**NETWORKS, "torchvision.NAME": None}
-        return lookup.find(name, "network", known)  # type: ignore[no-any-return]
+        try:
+            return lookup.find(name, "network", known)  # type: ignore[no-any-return]
+        except UserError as error:
+            raise UserError(f"{error}\n{EXAMPLE}") from error
     # Importing torchvision takes a second, and other networks do not need it.
     from bn_lightning.networks import torchvision_models
 
@@ -98,13 +113,20 @@ def _find(name: str) -> Callable[..., nn.Module]:
 def _call(
     make: Callable[..., nn.Module], name: str, given: dict[str, Any], network_args: dict[str, Any]
 ) -> nn.Module:
+    signature = inspect.signature(make)
     try:
-        inspect.signature(make).bind(**given, **network_args)
+        signature.bind_partial(**given)
+    except TypeError as error:
+        raise UserError(
+            f"The network {name!r} must accept the arguments {', '.join(given)}: {error}.\n"
+            + EXAMPLE
+        ) from error
+    try:
+        signature.bind(**given, **network_args)
     except TypeError as error:
         advice = lookup.describe_arguments(make, network_args, passed=given)
         raise UserError(
-            f"The network {name!r} cannot be called with {', '.join([*given, *network_args])}: "
-            f"{error}.\n{advice}\n{EXAMPLE}"
+            f"The network {name!r} does not accept network_args {network_args}: {error}.\n{advice}"
         ) from error
     network = make(**given, **network_args)
     if not isinstance(network, nn.Module):

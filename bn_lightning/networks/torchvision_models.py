@@ -51,6 +51,9 @@ def build(
     if short.startswith("vit_"):
         # A vision transformer is built for one size of square images.
         arguments = {"image_size": max(image_size), **arguments}
+    if short in ("googlenet", "inception_v3"):
+        # The default value is the same, but torchvision warns about it.
+        arguments = {"init_weights": True, **arguments}
     builder = torchvision.models.get_model_builder(short)
     # With pretrained weights, the number of classes is that of the weights.
     classes = {} if weights else {"num_classes": num_classes}
@@ -59,6 +62,12 @@ def build(
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"The network {name!r} cannot be built with {arguments | {'weights': weights}}: {error}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"The weights {weights!r} of {name!r} cannot be downloaded: {error}\n"
+            f"They are stored in {torch.hub.get_dir()}/checkpoints, so another machine can provide "
+            "the file."
         ) from error
     if getattr(network, "aux_logits", False):
         raise UserError(

@@ -126,7 +126,7 @@ def replace_norms(
         raise UserError(
             f"{type(network).__name__} has no norm layer that can be replaced.\n"
             + "".join(f"{count} {old}: {reason}\n" for (old, reason), count in reasons.items())
-            + "Use the norm builtin, which leaves the network unchanged, or another network."
+            + "The norm builtin leaves a network unchanged."
         )
 
     # Nothing fails from here on.
@@ -259,6 +259,8 @@ def _new_layer(
 
 
 def _num_features(layer: nn.Module) -> int:
+    if isinstance(layer, NormAct):
+        layer = layer[0]
     for name in ("num_features", "num_channels"):
         if isinstance(getattr(layer, name, None), int):
             return int(getattr(layer, name))

@@ -56,7 +56,7 @@ class Classifier(Task):
     import_paths = ("network", "norm", *Task.import_paths)
     stated_by_data = ("in_channels", "image_size", "num_classes")
     registered = {"network": registry.TORCHVISION}
-    start_only = ("network_args.weights",)
+    start_only = (*Task.start_only, "network_args.weights")
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Classifier(Task):
 
     def notes(self) -> list[str]:
         note = note_on_momentum(self.hparams["norm"], self.hparams["norm_args"])
-        return [] if note is None else [note]
+        return super().notes() + ([] if note is None else [note])
 
     def facts(self) -> dict[str, Any]:
         return {"network": self.hparams["network"], "norm": self.hparams["norm"]}

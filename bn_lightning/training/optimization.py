@@ -6,8 +6,7 @@ To add a setting, add an argument to `Task`, which makes it a flag, and pass it 
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,7 +43,14 @@ class Optimization:
         optimizer_args: Mapping[str, Any] | None,
         scheduler: str | None,
         scheduler_args: Mapping[str, Any] | None,
+        warmup_steps: int = 0,
     ) -> None:
+        if warmup_steps < 0:
+            raise UserError(
+                f"warmup_steps is {warmup_steps}; it must not be negative, for example "
+                "--model.warmup_steps 100."
+            )
+        self.warmup_steps = warmup_steps
         schedulers = torch.optim.lr_scheduler
         self.lr = lr
         self.optimizer = _find(optimizer, "optimizer", lookup.classes_in(torch.optim, Optimizer))
@@ -90,6 +96,8 @@ class Optimization:
                 limit.
         """
         optimizer = self.optimizer(groups, lr=self.lr, **self.optimizer_args)
+        if self.warmup_steps:
+            self._warm_up(optimizer, get_trainer)
         if self.scheduler is None:
             return optimizer
         lengths = self._lengths()
@@ -116,6 +124,27 @@ class Optimization:
                 config["frequency"] = get_trainer().check_val_every_n_epoch or 1
                 config["strict"] = False
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _warm_up(self, optimizer: Optimizer, get_trainer: Callable[[], pl.Trainer]) -> None:
+        """Let the learning rates grow linearly in the first steps.
+
+        They are scaled only during each step, because some schedulers compute the next
+        rate from the current one.
+        """
+        rates: list[float] = []
+
+        def scale(*_: Any) -> None:
+            factor = min(1.0, (get_trainer().global_step + 1) / self.warmup_steps)
+            rates[:] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["lr"]
+
+        def restore(*_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        optimizer.register_step_pre_hook(scale)
+        optimizer.register_step_post_hook(restore)
 
     def refuse_other_length(self, trainer: pl.Trainer) -> None:
         """Refuse a schedule whose length is not that of the run.
@@ -168,23 +197,6 @@ class Optimization:
         if self._accepts("max_lr"):
             arguments["max_lr"] = self.lr
         return arguments | self.scheduler_args
-
-
-@contextmanager
-def scaled_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> Iterator[None]:
-    """Multiply the learning rates of optimizers, and restore them at the end.
-
-    Schedulers are not affected, because some compute the next rate from the current one.
-    """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = factor * group["lr"]
-    try:
-        yield
-    finally:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def _find(name: str, kind: str, known: Mapping[str, type]) -> Any:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition
 from bn_lightning.training import (
     channels_last,
@@ -18,7 +17,7 @@ from bn_lightning.training import (
     monitors,
     small_batches,
 )
-from bn_lightning.training.optimization import Groups, Optimization, scaled_learning_rates
+from bn_lightning.training.optimization import Groups, Optimization
 
 Stage = Literal["train", "val", "test"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -83,7 +82,7 @@ class Task(pl.LightningModule):
             that of the schedule; 0 for no warmup.
         init_from: file with initial weights: a checkpoint or a plain state dict. Tensors
             that match the network in name and shape are loaded, and all others are
-            listed.
+            listed. It is ignored if a checkpoint is loaded.
         compile: compile the network with `torch.compile`; checkpoints are not affected.
         memory_format: memory format of the convolutions; `auto` selects channels-last on
             a CPU if all norm layers prefer it, otherwise contiguous. Weights are always
@@ -99,7 +98,7 @@ class Task(pl.LightningModule):
         registered: settings with names that contain a dot but are no import paths, each
             with the prefix of these names.
         start_only: settings, or keys of settings such as `network_args.weights`, that
-            only set the initial weights. They are ignored if a checkpoint is loaded.
+            only set the initial weights. A checkpoint does not contain them.
         confusion: confusion matrix of the last test, (C, C), a row per true class and a
             column per predicted class; None for a task without classes.
         step_samples: number of samples of the last training step, over all ranks.
@@ -112,7 +111,7 @@ class Task(pl.LightningModule):
     import_paths: ClassVar[tuple[str, ...]] = ("optimizer", "scheduler")
     stated_by_data: ClassVar[tuple[str, ...]] = ()
     registered: ClassVar[Mapping[str, str]] = {}
-    start_only: ClassVar[tuple[str, ...]] = ()
+    start_only: ClassVar[tuple[str, ...]] = ("init_from",)
     confusion: Tensor | None = None
     network: nn.Module
 
@@ -135,14 +134,13 @@ class Task(pl.LightningModule):
         # This also saves the arguments of the subclass. They are logged with the
         # results, at the end of the run.
         self.save_hyperparameters(ignore=self._objects(), logger=False)
+        self.hparams.update(self.without_start_only(self.hparams))
         self.network = network
-        self.optimization = Optimization(lr, optimizer, optimizer_args, scheduler, scheduler_args)
+        self.initial_weights = initial_weights.load(init_from, network) if init_from else []
+        self.optimization = Optimization(
+            lr, optimizer, optimizer_args, scheduler, scheduler_args, warmup_steps
+        )
         self.optimization.check(self._parameter_groups())
-        if warmup_steps < 0:
-            raise UserError(
-                f"warmup_steps is {warmup_steps}; it must not be negative, for example "
-                "--model.warmup_steps 100."
-            )
         self.metric_names = ("loss", *(metrics or {}))
         for stage in ("train", "val", "test"):
             # With "disable", the mean includes NaN values.
@@ -176,7 +174,7 @@ class Task(pl.LightningModule):
 
     def notes(self) -> list[str]:
         """Return remarks on the settings, which `fit` prints before it trains."""
-        return []
+        return self.initial_weights
 
     def facts(self) -> dict[str, Any]:
         """Return entries about the network for result.json, as plain data."""
@@ -205,7 +203,7 @@ class Task(pl.LightningModule):
         found = dict(settings)
         for name in cls.start_only:
             setting, _, key = name.partition(".")
-            if not key:
+            if not key and setting in found:
                 found[setting] = None
             elif isinstance(found.get(setting), Mapping):
                 found[setting] = {k: v for k, v in found[setting].items() if k != key}
@@ -270,11 +268,6 @@ class Task(pl.LightningModule):
         if self._is_set_up:
             return
         self._is_set_up = True
-        path = self.hparams["init_from"]
-        if stage == "fit" and path is not None and self.trainer.ckpt_path is None:
-            lines = initial_weights.load(path, self.network)
-            if self.trainer.is_global_zero:
-                print(*lines, sep="\n", flush=True)
         layout = self.hparams["memory_format"]
         if layout == "auto":
             # On a CPU, convolutions are faster in channels-last format. Norm layers may
@@ -363,13 +356,6 @@ class Task(pl.LightningModule):
         decayed = [p for p in self.parameters() if p not in exempt]
         groups: Groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.global_step >= self.hparams["warmup_steps"]:
-            return super().optimizer_step(*args, **kwargs)
-        factor = (self.global_step + 1) / self.hparams["warmup_steps"]
-        with scaled_learning_rates(self.trainer.optimizers, factor):
-            super().optimizer_step(*args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         # In an epoch without validation, Lightning passes the metric of an earlier one.

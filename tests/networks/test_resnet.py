@@ -57,8 +57,9 @@ def test_all_norms_start_with_the_same_weights(norm):
     )
 
 
+@pytest.mark.slow
 def test_custom_and_builtin_have_the_same_first_ten_losses():
-    data = FashionMNIST("sample", batch_size=128)
+    data = FashionMNIST("sample", batch_size=32)
     data.prepare_data()
     data.setup("fit")
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(10), strict=False)]

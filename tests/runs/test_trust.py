@@ -176,7 +176,6 @@ def test_task_and_data_declare_their_import_paths(shop):
     paths = trust.import_paths(experiment.load(cli.EXPERIMENT))
     assert paths == ["model.network", "model.norm", "model.optimizer", "model.scheduler"]
     assert trust.import_paths(experiment.load(SHOP)) == [
-        "model.network",
         "model.norm",
         "model.optimizer",
         "model.scheduler",

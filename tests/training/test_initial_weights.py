@@ -58,8 +58,10 @@ def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(trained
     still = (*QUICK, "--model.lr", 0, "--trainer.max_steps", 1, "--model.norm", "builtin")
     done = run_here("fit", *still, "--model.init_from", file, cwd=tmp_path)
     assert f"30 of 30 tensors are from {file}" in done.stdout
-    state = weights(tmp_path / "runs/lenet/0/checkpoints/last.ckpt")
+    last = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"
+    state = weights(last)
     assert torch.equal(state["network.conv1.weight"], weights(file)["network.conv1.weight"])
     file.unlink()
     run_here("fit", "--resume", "runs/lenet/0", "--trainer.max_steps", 2, cwd=tmp_path)
-    run_here("test", "--ckpt_path", "runs/lenet/0/checkpoints/last.ckpt", cwd=tmp_path)
+    assert torch.load(last, weights_only=True)["hyper_parameters"]["init_from"] is None
+    run_here("test", "--ckpt_path", last, cwd=tmp_path)

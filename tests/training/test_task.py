@@ -326,6 +326,9 @@ def test_settings_of_the_subclass_and_the_base_class_are_saved_as_plain_data(tmp
         "optimizer_args": {"weight_decay": 0.5},
         "scheduler": None,
         "scheduler_args": None,
+        "decay_norms_and_biases": True,
+        "warmup_steps": 0,
+        "init_from": None,
         "compile": False,
         "memory_format": "auto",
     }
