@@ -1,7 +1,7 @@
 """Kill runs at random times, resume them, and compare the outcome with an uninterrupted run.
 
     python -m tests.support.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0]
-        [--seed 0]
+        [--seed 0] [settings of fit]
 
 Each trial trains for 2 epochs on the sample and uses every feature that has a state: augmentation,
 dropout, gradient accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16.
@@ -216,9 +216,9 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
-    args = parser.parse_args()
+    args, given = parser.parse_known_args()
     several = ("--trainer.devices", args.processes) if args.processes > 1 else ()
-    settings = (*SETTINGS, *several)
+    settings = (*SETTINGS, *several, *given)
     rng = random.Random(args.seed)
     truth, duration = run_uninterrupted(args.folder / "uninterrupted", settings)
     print(f"uninterrupted: {duration:.1f} s after setup", flush=True)

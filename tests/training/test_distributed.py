@@ -63,6 +63,19 @@ def test_several_processes_train_as_one_process(alone, tmp_path, count):
     assert images(several) == images(alone)
 
 
+@pytest.mark.slow
+def test_a_residual_network_is_trained_as_in_one_process(tmp_path):
+    settings = (
+        *("--model.network", "resnet", "--model.network_args.depth", 8),
+        *("--model.lr", 0.05, "--data.batch_size", 64),
+    )
+    one, two = (
+        run(tmp_path, str(n), *settings, "--trainer.max_steps", 40, "--trainer.devices", n)
+        for n in (1, 2)
+    )
+    assert_the_same(one, two)
+
+
 def images(folder):
     events = events_in(folder)
     return {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
