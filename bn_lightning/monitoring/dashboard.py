@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from bn_lightning.errors import describe_error
+from bn_lightning.monitoring.measurements import selection
 
 INPUTS = (
     "Inputs of the activations: 15th, 50th and 85th percentile (Ioffe and Szegedy 2015, figure 1)"
@@ -60,12 +61,17 @@ def layout(metric_names: Sequence[str], tags: Iterable[str]) -> Layout:
         # TensorBoard 2.21 shows bands in reverse order.
         INPUTS: {f"activation {n}": _band(f"activation_input/{n}") for n in reversed(activations)},
         "Saturated activations": {"fraction of the inputs, by activation": _lines("saturated/.*")},
-        "Gradient norms": {
-            "all parameters": _lines("gradient_norm/all$"),
-            "by layer": _lines("gradient_norm/(?!all$)"),
-        },
+        "Gradient norms": _gradient_charts(layers),
     }
     return charts | _norm_charts(layers) if layers else charts
+
+
+def _gradient_charts(norms: Collection[str]) -> dict[str, list[Any]]:
+    charts = {"all parameters": _lines("gradient_norm/all$")}
+    if norms:
+        charts["norm layers"] = _lines(f"gradient_norm/({'|'.join(norms)})$")
+    others = "|".join(["all", *norms])
+    return charts | {"other layers": _lines(f"gradient_norm/(?!({others})$)")}
 
 
 def _norm_charts(layers: Iterable[str]) -> Layout:
@@ -116,4 +122,28 @@ def add_graph(writer: Any, network: nn.Module, inputs: Tensor) -> None:
     warnings.warn(
         f"TensorBoard does not show the network's graph, because it cannot be traced: {reason}",
         stacklevel=2,
+    )
+
+
+def selection_table(layers: Mapping[str, Sequence[str]], max_layers: int) -> str:
+    """Return a table, in Markdown, of the layers that are monitored.
+
+    Args:
+        layers: names of all layers of each kind, in order.
+        max_layers: number of layers of each kind that are monitored at most.
+    """
+    rows = []
+    for kind, names in layers.items():
+        chosen = selection(names, max_layers)
+        rows.append(f"| {kind} | {len(chosen)} of {len(names)} | {', '.join(chosen)} |")
+    most = max(map(len, layers.values()))
+    return "\n".join(["| | monitored | names |", "|---|---|---|", *rows, "", how_to_monitor(most)])
+
+
+def how_to_monitor(max_layers: int) -> str:
+    """Return how to monitor a number of layers."""
+    return (
+        "To monitor all of them, add --trainer.callbacks+=bn_lightning.NormMonitor "
+        f"--trainer.callbacks.max_layers {max_layers} (in Python: "
+        f"NormMonitor(max_layers={max_layers}))."
     )

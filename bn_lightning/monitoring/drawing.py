@@ -5,17 +5,46 @@ than drawing all figures.
 """
 
 import math
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from bn_lightning.training.confusion import describe_selection, reported_classes, short_name
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 LINE = 14  # line height of captions in pixels
 # TensorBoard shows an image 350 pixels wide and does not interpolate. Text stays
 # legible if it is large and the width is a multiple of 350.
 CONFUSION_FONT, CARD_WIDTH = 20, 350
+MAX_FILTERS = 64
+
+
+def legible(name: str, label: int) -> str:
+    """Return the name of a class as a figure can show it.
+
+    Pillow's font has few characters besides ASCII. Accents are removed, and other
+    characters that the font lacks become question marks. A name of which no letter
+    remains becomes `class LABEL`. Long names are shortened in the middle.
+    """
+    decomposed = unicodedata.normalize("NFKD", name)
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    text = "".join(c if _has_glyph(c) else "?" for c in short_name(plain))
+    if "?" in text and not any(c.isalpha() for c in text):
+        return f"class {label}"
+    return text
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    # U+FFFF is no character, so the font draws the sign for a missing one.
+    font = _font()
+    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
 def grid(images: Tensor, captions: Sequence[str], columns: int = 0, size: int = 84) -> Image.Image:
@@ -24,72 +53,100 @@ def grid(images: Tensor, captions: Sequence[str], columns: int = 0, size: int = 
     Args:
         captions: caption below each image; it may have several lines.
         columns: images per row; 0 means about as many rows as columns.
-        size: longer side of each image in pixels; images are resized without
-            interpolation.
+        size: longer side of each image in pixels, at most; small images are enlarged to
+            a multiple of their size, without interpolation.
     """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images)) or 1
     rows = math.ceil(len(images) / columns)
+    pictures = [_resized(Image.fromarray(image.cpu().numpy()), size) for image in images]
+    shown_width, shown_height = pictures[0].size if pictures else (size, size)
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
     font = _font()
     text_width = max(
         (font.getlength(line) for caption in captions for line in caption.split("\n")), default=0
     )
-    width, height = max(size, math.ceil(text_width)) + 10, size + lines * LINE + 8
+    width = max(shown_width, math.ceil(text_width)) + 10
+    height = shown_height + lines * LINE + 8
     sheet = Image.new("RGB", (columns * width, rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = number % columns * width, number // columns * height
-        picture = Image.fromarray(image.cpu().numpy()).convert("RGB")
-        scale = size / max(picture.size)
-        resized = [round(side * scale) for side in picture.size]
-        picture = picture.resize(resized, Image.Resampling.NEAREST)
-        sheet.paste(picture, (left + (width - picture.width) // 2, top + 4))
-        draw.multiline_text((left + 5, top + size + 5), caption, INK, font, spacing=3)
+        sheet.paste(picture, (left + (width - shown_width) // 2, top + 4))
+        draw.multiline_text((left + 5, top + shown_height + 5), caption, INK, font, spacing=3)
     return sheet
 
 
-def filters(weight: Tensor) -> Image.Image:
-    """Draw the filters of a convolution, (K, C, h, w), one image for each k and c.
+def _resized(picture: Image.Image, size: int) -> Image.Image:
+    longest = max(picture.size)
+    scale = size // longest or size / longest
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    # Pixels of a small image stay visible. A large image would lose most of them.
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    return picture.convert("RGB").resize((width, height), resampling)
 
-    Positive weights are red, negative weights are blue, and zero is white.
+
+def filters(weight: Tensor) -> Image.Image:
+    """Draw the filters of a layer, (K, C, h, w), in color if they have three channels.
+
+    Otherwise there is one gray image for each filter and channel. Zero is gray, and the
+    largest absolute weight is white or black, or the full intensity of its color. Only
+    the first `MAX_FILTERS` images are drawn.
     """
-    flat = weight.detach().float().flatten(0, 1).cpu()  # (K * C, h, w)
-    names = [
-        f"{k}" if weight.size(1) == 1 else f"{k}, {c}"
-        for k in range(len(weight))
-        for c in range(weight.size(1))
-    ]
-    return grid(_diverging(flat / flat.abs().amax().clamp(min=1e-12)), names, columns=8)
+    num_filters, channels = weight.shape[:2]
+    values = weight.detach().float().cpu()
+    values = 0.5 + 0.5 * values / values.abs().amax().clamp(min=1e-12)
+    pixels = (255 * values).round().to(torch.uint8)
+    kind, names, columns = "filters", [f"{k}" for k in range(num_filters)], 8
+    images = pixels.permute(0, 2, 3, 1) if channels == 3 else pixels.flatten(0, 1)
+    if channels not in (1, 3):
+        kind, columns = "pairs of filter and channel", min(channels, 8)
+        names = [f"{k}, {c}" for k in range(num_filters) for c in range(channels)]
+    sheet = grid(images[:MAX_FILTERS], names[:MAX_FILTERS], columns)
+    if len(images) <= MAX_FILTERS:
+        return sheet
+    return _titled(sheet, f"The first {MAX_FILTERS} of {len(images)} {kind}", _font())
 
 
 def confusion(matrix: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw a confusion matrix: counts (C, C), a row per true class, a column per predicted class.
 
-    The shade of a cell shows its fraction of the row.
+    The shade of a cell shows its fraction of the row. If there are many classes, those
+    with the lowest accuracy are shown, and the last column counts the predictions of all
+    other classes.
     """
+    shown = reported_classes(matrix)
     font = _font(CONFUSION_FONT)
     line = CONFUSION_FONT + 4
-    margin = math.ceil(max(font.getlength(text) for text in (*names, "predicted"))) + 14
-    cell = math.ceil(font.getlength(f"{int(matrix.max())}")) + 8
-    side = math.ceil((margin + cell * len(names)) / CARD_WIDTH) * CARD_WIDTH
-    cell = (side - margin) // len(names)
-    sheet = Image.new("RGB", (side, side), PAPER)
+    rows = [names[label] for label in shown]
+    counts, columns = matrix[shown][:, shown], rows
+    totals = matrix[shown].sum(1, keepdim=True)
+    if len(shown) < len(matrix):
+        counts = torch.cat([counts, totals - counts.sum(1, keepdim=True)], 1)
+        columns = [*rows, "other classes"]
+    margin = math.ceil(max(font.getlength(text) for text in (*columns, "predicted"))) + 14
+    cell = math.ceil(font.getlength(f"{int(counts.max())}")) + 8
+    side = math.ceil((margin + cell * len(columns)) / CARD_WIDTH) * CARD_WIDTH
+    cell = (side - margin) // len(columns)
+    # There is no row for the last column of a selection.
+    height = side - cell * (len(columns) - len(rows))
+    sheet = Image.new("RGB", (side, height), PAPER)
     draw = ImageDraw.Draw(sheet)
 
     draw.text((margin - 8, 4), "predicted", INK, font, anchor="ra")
     draw.text((margin - 8, margin - 8), "true", INK, font, anchor="rs")
-    for index, name in enumerate(names):
+    for index, name in enumerate(columns):
         middle = margin + index * cell + cell // 2
-        draw.text((margin - 8, middle), name, INK, font, anchor="rm")
+        if index < len(rows):
+            draw.text((margin - 8, middle), name, INK, font, anchor="rm")
         upright = Image.new("RGB", (margin, line), PAPER)
         ImageDraw.Draw(upright).text((8, line // 2), name, INK, font, anchor="lm")
         sheet.paste(upright.rotate(90, expand=True), (middle - line // 2, 0))
 
-    fractions = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    for row in range(len(names)):
-        for column in range(len(names)):
+    fractions = counts / totals.clamp(min=1)
+    for row in range(len(rows)):
+        for column in range(len(columns)):
             left, top = margin + column * cell, margin + row * cell
-            fraction, count = float(fractions[row, column]), int(matrix[row, column])
+            fraction, count = float(fractions[row, column]), int(counts[row, column])
             # Without the square root only the diagonal would be visible.
             shade = fraction**0.5 * torch.tensor([225.0, 155.0, 75.0])
             colour = tuple(int(255 - part) for part in shade)
@@ -98,16 +155,20 @@ def confusion(matrix: Tensor, names: Sequence[str]) -> Image.Image:
                 ink = PAPER if fraction > 0.35 else INK
                 centre = left + cell // 2, top + cell // 2
                 draw.text(centre, f"{count}", ink, font, anchor="mm")
-    return sheet
+    note = describe_selection(matrix)
+    return _titled(sheet, note, font) if note else sheet
 
 
-def _diverging(values: Tensor) -> Tensor:
-    """Return the colours, uint8 (..., 3), of values from -1 to 1."""
-    positive = values.clamp(min=0).unsqueeze(-1)
-    negative = (-values).clamp(min=0).unsqueeze(-1)
-    absorbed = positive * torch.tensor([0.2, 0.8, 0.85]) + negative * torch.tensor([0.85, 0.6, 0.2])
-    return (255 * (1 - absorbed)).to(torch.uint8)
+def _titled(sheet: Image.Image, title: str, font: Font) -> Image.Image:
+    """Return an image with a line of text above it."""
+    height = math.ceil(font.getbbox(title)[3]) + 10
+    width = max(sheet.width, math.ceil(font.getlength(title)) + 10)
+    titled = Image.new("RGB", (width, sheet.height + height), PAPER)
+    ImageDraw.Draw(titled).text((5, 4), title, INK, font)
+    titled.paste(sheet, (0, height))
+    return titled
 
 
-def _font(size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+@cache
+def _font(size: int = 11) -> Font:
     return ImageFont.load_default(size=size)

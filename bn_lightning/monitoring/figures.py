@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bn_lightning.errors import describe_error
 from bn_lightning.monitoring import dashboard, drawing
+from bn_lightning.norms import recognition
 from bn_lightning.training.data_module import DataModule
 
 Draw = Callable[[], Image.Image | None]
@@ -24,7 +25,8 @@ class ClosingPictures(pl.Callback):
     """Writes figures to TensorBoard at the end of a test, under Images and Graphs.
 
     The figures are the confusion matrix, the misclassified samples with the highest
-    probability, the filters of the first convolution, and the network's graph.
+    probability, the filters of the first layer, and the network's graph. A first layer
+    without convolution is drawn if it has one weight per pixel and channel of an image.
 
     The confusion matrix requires the task's attribute `confusion`. The misclassified
     samples also require logits (B, C) from `test_step`, and a `DataModule` that
@@ -122,10 +124,10 @@ class ClosingPictures(pl.Callback):
         else:
             # Classes without names are numbered.
             classes = getattr(data, "classes", None) or range(len(counts))
-            names = [str(name) for name in classes]
+            names = [drawing.legible(str(name), label) for label, name in enumerate(classes)]
             figures["confusion_matrix"] = partial(_draw_confusion, counts, names)
             figures["most_confident_mistakes"] = partial(self._draw_worst, data, names)
-        figures["first_layer_filters"] = partial(_draw_filters, pl_module)
+        figures["first_layer_filters"] = partial(_draw_filters, pl_module, self._example)
         return figures
 
     def _draw_worst(self, data: Any, names: list[str]) -> Image.Image | None:
@@ -166,9 +168,19 @@ def _draw_confusion(counts: Tensor, names: list[str]) -> Image.Image:
     return drawing.confusion(counts, names[: len(counts)])
 
 
-def _draw_filters(pl_module: pl.LightningModule) -> Image.Image | None:
-    weight = next((p for p in pl_module.parameters() if p.dim() == 4), None)
-    return None if weight is None else drawing.filters(weight)
+def _draw_filters(pl_module: pl.LightningModule, example: Tensor | None) -> Image.Image | None:
+    """Draw the weights of the first layer, given a network input (1, ...)."""
+    weights = (p for p in pl_module.parameters() if p.dim() in (2, 4))
+    # The parameters of a norm may have the shape (1, C) or (1, C, 1, 1).
+    weight = next((p for p in weights if not recognition.are_channel_values([p])), None)
+    if weight is None:
+        return None
+    if weight.dim() == 2:
+        # A linear layer with one weight for each pixel and channel of an image.
+        if example is None or example.dim() != 4 or example.numel() != weight.size(1):
+            return None
+        return drawing.filters(weight.view(-1, *example.shape[1:]))
+    return drawing.filters(weight)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Measurements of one monitored step: norm layers, activations and gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bn_lightning.norms import definition, recognition
 
-# In larger networks, only this number of layers of each kind is monitored.
+# A network with more layers of a kind is monitored in part.
 MAX_LAYERS = 10
 PERCENTILES = (15, 50, 85)  # as in figure 1 of Ioffe and Szegedy 2015
 # Percentiles and saturation of a layer are computed from about this number of values.
@@ -35,12 +35,12 @@ NOT_MONITORED = (
 )
 
 
-def selection(items: Sequence[T]) -> list[T]:
-    """Return at most MAX_LAYERS items in order, evenly spaced, with the first and the last."""
-    if len(items) <= MAX_LAYERS:
+def selection(items: Sequence[T], size: int) -> list[T]:
+    """Return at most `size` items in order, evenly spaced, with the first and the last."""
+    if len(items) <= size:
         return list(items)
-    step = (len(items) - 1) / (MAX_LAYERS - 1)
-    return [items[round(number * step)] for number in range(MAX_LAYERS)]
+    step = (len(items) - 1) / (size - 1)
+    return [items[round(number * step)] for number in range(size)]
 
 
 class Measurements:
@@ -49,21 +49,37 @@ class Measurements:
     A step may consist of several batches. The first forward pass is measured, before
     the step changes any parameter or running statistic.
 
+    Args:
+        max_layers: number of activations, and of layers that are no norms, that are
+            measured at most; at least 2.
+
     Attributes:
         scalars: measurements since the last `take`.
         histograms: values of all channels (C,), if requested in `begin_step`.
+        norms: names of all norm layers, as given to `begin_step`.
+        activations: all activations of the step, in execution order.
+        other_layers: names of all layers with a gradient that are no norms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_layers: int = MAX_LAYERS) -> None:
+        self.max_layers = max_layers
         self._steepest: dict[nn.Module, float] = {}  # steepest slope of each activation
         self.begin_step(with_histograms=False)
 
-    def begin_step(self, with_histograms: bool) -> None:
-        """Discard the previous step."""
+    def begin_step(self, with_histograms: bool, norms: Collection[str] = ()) -> None:
+        """Discard the previous step.
+
+        Args:
+            with_histograms: whether to measure histograms too.
+            norms: names of the norm layers of the network.
+        """
         self.scalars: dict[str, float] = {}
         self.histograms: dict[str, Tensor] = {}
+        self.activations: list[nn.Module] = []
+        self.other_layers: list[str] = []
+        self.norms = list(norms)
         self._with_histograms = with_histograms
-        self._norms: set[str] = set()  # norm layers measured in this step
+        self._measured_norms: set[str] = set()
         self._inputs: list[tuple[nn.Module, Tensor]] = []  # of activations, in execution order
         self._squared_norms: dict[Optimizer, float] = {}  # of the gradients of its parameters
 
@@ -81,9 +97,9 @@ class Measurements:
         """Measure a norm layer before its forward pass; a forward pre-hook, given a name."""
         # The first call of a step updates the running statistics, so later calls are
         # ignored.
-        if name in self._norms:
+        if name in self._measured_norms:
             return
-        self._norms.add(name)
+        self._measured_norms.add(name)
         tensors = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
         found = recognition.channel_values(dict(tensors))
         x = _first_tensor(args, kwargs)
@@ -114,7 +130,9 @@ class Measurements:
 
     def measure_activations(self) -> None:
         """Measure a selection of the inputs that were kept, numbered in execution order."""
-        for number, (activation, values) in selection([*enumerate(self._inputs, 1)]):
+        self.activations += [activation for activation, _ in self._inputs]
+        chosen = selection([*enumerate(self._inputs, 1)], self.max_layers)
+        for number, (activation, values) in chosen:
             levels = np.percentile(values.cpu().numpy(), PERCENTILES)
             for percentile, level in zip(PERCENTILES, levels, strict=True):
                 self.scalars[f"activation_input/{number}/p{percentile}"] = float(level)
@@ -133,21 +151,30 @@ class Measurements:
         return bool(self._squared_norms)
 
     def measure_gradients(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Measure the gradient norm of each layer, before the first step of an optimizer."""
+        """Measure the gradient norm of each layer, before the first step of an optimizer.
+
+        In a large network, the layers are a selection of the norms and a selection of the
+        others.
+        """
         if optimizer in self._squared_norms:
             return
         own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        by_layer: list[tuple[str, list[Tensor]]] = []
+        by_layer: dict[str, list[Tensor]] = {}
         for name, layer in module.named_modules():
             of_layer = [p for p in layer.parameters(recurse=False) if p in own]
             gradients = [p.grad for p in of_layer if p.grad is not None]
             if gradients:
                 # A parameter that two layers share counts for the first one only.
                 own -= set(of_layer)
-                by_layer.append((short_name(name), gradients))
-        for name, gradients in selection(by_layer):
-            self.scalars[f"gradient_norm/{name}"] = float(get_total_norm(gradients))
-        everything = [gradient for _, gradients in by_layer for gradient in gradients]
+                by_layer[name] = gradients
+        others = [name for name in by_layer if name not in self.norms]
+        self.other_layers += others
+        chosen = {*selection(self.norms, self.max_layers), *selection(others, self.max_layers)}
+        for name in by_layer:
+            if name in chosen:
+                norm = float(get_total_norm(by_layer[name]))
+                self.scalars[f"gradient_norm/{short_name(name)}"] = norm
+        everything = [gradient for gradients in by_layer.values() for gradient in gradients]
         self._squared_norms[optimizer] = float(get_total_norm(everything)) ** 2
         self.scalars["gradient_norm/all"] = math.sqrt(sum(self._squared_norms.values()))
 

@@ -14,6 +14,7 @@ from bn_lightning.networks import registry
 from bn_lightning.networks.lenet import Activation, Pooling
 from bn_lightning.norms import recognition
 from bn_lightning.norms.registry import note_on_momentum
+from bn_lightning.training.confusion import describe_selection, reported_classes, short_name
 from bn_lightning.training.task import Stage, Step, Task
 
 # The number of values of a norm layer that are printed at the end of a run.
@@ -118,9 +119,12 @@ class Classifier(Task):
         self.test_confusion.reset()
         self.confusion = counts.cpu()
         accuracies = counts.diag() / counts.sum(1)
-        for name, accuracy in zip(self._class_names(), accuracies, strict=True):
-            # The confusion matrix is already reduced over all ranks.
-            self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)
+        totals = self.confusion.sum(1).tolist()
+        for name, accuracy, total in zip(self._class_names(), accuracies, totals, strict=True):
+            # A class without test samples has no accuracy.
+            if total:
+                # The confusion matrix is already reduced over all ranks.
+                self.log(f"test_acc_of/{name}", accuracy, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return probabilities (B, num_classes)."""
@@ -164,11 +168,15 @@ class Classifier(Task):
 def class_table(confusion: Tensor, names: Sequence[str]) -> str:
     """Return a table with the accuracy of each class and its most frequent misclassification.
 
+    If there are many classes, the table has those with the lowest accuracy.
+
     Args:
         confusion: counts (C, C), a row per true class and a column per predicted class.
     """
+    names = [short_name(name) for name in names]
     rows = []
-    for truth, counts in enumerate(confusion):
+    for truth in reported_classes(confusion):
+        counts = confusion[truth]
         total = int(counts.sum())
         others = counts.clone()
         others[truth] = 0
@@ -176,7 +184,9 @@ def class_table(confusion: Tensor, names: Sequence[str]) -> str:
         mistake = f"{names[wrong]} ({int(others[wrong]) / total:.1%})" if int(others[wrong]) else ""
         accuracy = f"{int(counts[truth]) / total:.3f}" if total else "none"
         rows.append([names[truth], accuracy, mistake])
-    return terminal.table(("class", "test acc", "most often misclassified as"), rows)
+    table = terminal.table(("class", "test acc", "most often misclassified as"), rows)
+    note = describe_selection(confusion)
+    return f"{note}:\n{table}" if note else table
 
 
 def _format(values: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Measure the cost of monitoring on 60,000 images.
 
-    python tests/benchmarks/monitors.py [--rounds 5] [--epochs 4] [--norm custom]
+    python tests/benchmarks/monitors.py [--rounds 5] [--epochs 4] [--norm custom] [--network lenet]
 
 The first measurement times the hooks of `NormMonitor` within one process. It prints
 their share of the training time, and the seconds for the plots after training.
@@ -26,7 +26,7 @@ from bn_lightning import Classifier, ClosingPictures, FashionMNIST, NormMonitor
 from bn_lightning.monitoring.measurements import Measurements
 
 
-def measure_hooks(norm: str, epochs: int) -> tuple[float, float]:
+def measure_hooks(norm: str, network: str, epochs: int) -> tuple[float, float]:
     """Train with timed hooks, and return the costs of monitoring.
 
     Returns:
@@ -59,7 +59,9 @@ def measure_hooks(norm: str, epochs: int) -> tuple[float, float]:
             enable_checkpointing=False,
             limit_val_batches=0,
         )
-        model, data = Classifier(norm=norm), FashionMNIST(val_images=0)
+        # With the default learning rate, deep networks would diverge.
+        model = Classifier(norm=norm, network=network, lr=0.01)
+        data = FashionMNIST(val_images=0)
         start = time.perf_counter()
         trainer.fit(model, data)
         total = time.perf_counter() - start
@@ -79,16 +81,18 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument("--epochs", type=int, default=4, help="epochs per run (default: 4)")
-    parser.add_argument("--norm", default="custom", help="norm of LeNet (default: custom)")
+    parser.add_argument("--norm", default="custom", help="norm layer (default: custom)")
+    parser.add_argument("--network", default="lenet", help="network (default: lenet)")
     args = parser.parse_args()
 
-    costs = [measure_hooks(args.norm, args.epochs) for _ in range(args.rounds)]
+    costs = [measure_hooks(args.norm, args.network, args.epochs) for _ in range(args.rounds)]
     percentages = [100 * fraction for fraction, _ in costs]
     print_result("share of the training time", percentages, "%")
     print_result("plots after training", [seconds for _, seconds in costs], " s")
 
     settings = ("--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0")
-    settings += ("--model.norm", args.norm, "--trainer.max_epochs", str(args.epochs))
+    settings += ("--model.norm", args.norm, "--model.network", args.network)
+    settings += ("--model.lr", "0.01", "--trainer.max_epochs", str(args.epochs))
     ratios = []
     for _ in range(args.rounds):
         monitored = images_per_second(*settings, "--monitor", "true")

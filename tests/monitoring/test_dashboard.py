@@ -56,7 +56,8 @@ def test_charts_of_a_network_with_norm_layers():
         },
         "Gradient norms": {
             "all parameters": ["Multiline", ["gradient_norm/all$"]],
-            "by layer": ["Multiline", ["gradient_norm/(?!all$)"]],
+            "norm layers": ["Multiline", ["gradient_norm/(norm1)$"]],
+            "other layers": ["Multiline", ["gradient_norm/(?!(all|norm1)$)"]],
         },
         "gamma and beta, channel 0": {
             "gamma": ["Multiline", ["channel_0/.*/gamma"]],
@@ -76,8 +77,24 @@ def test_charts_of_a_network_with_norm_layers():
     assert list(charts) == list(expected)
 
 
+def test_each_gradient_norm_is_in_one_chart():
+    layers = ("conv", "norm", "blocks.0.conv1", "blocks.0.norm1", "fc")
+    norms = [f"channel_0/{name}/gamma" for name in layers if "norm" in name]
+    charts = dashboard.layout((), norms)["Gradient norms"]
+    shown = {
+        title: [name for name in ("all", *layers) if re.match(pattern, f"gradient_norm/{name}")]
+        for title, (_, [pattern]) in charts.items()
+    }
+    assert shown == {
+        "all parameters": ["all"],
+        "norm layers": ["norm", "blocks.0.norm1"],
+        "other layers": ["conv", "blocks.0.conv1", "fc"],
+    }
+
+
 def test_a_network_without_norm_layers_has_no_charts_of_them():
     found = dashboard.layout((), ["gradient_norm/all"])
+    assert list(found["Gradient norms"]) == ["all parameters", "other layers"]
     assert list(found["Training"]) == ["loss", "learning rate"]
     titles = ["Training", dashboard.INPUTS, "Saturated activations", "Gradient norms"]
     assert list(found) == titles and found[dashboard.INPUTS] == {}

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from bn_lightning import Classifier, ClosingPictures, FashionMNIST
+from bn_lightning import Classifier, ClosingPictures, DataModule, FashionMNIST
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.monitoring import drawing
 from tests.projects.friedman.experiment import Regression, Table
@@ -183,3 +183,76 @@ def test_a_module_without_a_network_has_no_graph(tmp_path, recwarn):
 
     assert not tags_after_test(tmp_path, Plain(), loader())["graph"]
     assert not [w for w in recwarn if "TensorBoard" in str(w.message)]
+
+
+class Colors(DataModule):
+    """Noise in color, 20x24 pixels, standardized per channel. Class 1 has no test samples."""
+
+    classes = ("猫", "a class that no test sample belongs to", "café")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
+
+    def __init__(self):
+        super().__init__(batch_size=16)
+        shape, generator = (30, 3, 20, 24), torch.manual_seed(0)
+        self.images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        self.labels = torch.arange(30) % 2 * 2
+
+    def test_dataloader(self):
+        return self.batches((self.images / 255 - self.mean) / self.std, self.labels)
+
+    def draw(self, inputs):
+        pixels = (inputs * self.std + self.mean) * 255
+        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("network", ["mlp", "resnet"])
+def test_mistakes_and_filters_are_in_color(tmp_path, monkeypatch, network):
+    drawn, grid = [], drawing.grid
+
+    def recorded_grid(images, captions, *rest, **named):
+        drawn.append((images, captions))
+        return grid(images, captions, *rest, **named)
+
+    monkeypatch.setattr(drawing, "grid", recorded_grid)
+    size = {"widths": [5]} if network == "mlp" else {"depth": 8, "width": 4}
+    shape = {"in_channels": 3, "image_size": (20, 24), "num_classes": 3}
+    torch.manual_seed(0)
+    model, data = Classifier(network=network, network_args=size, **shape), Colors()
+    assert tags_after_test(tmp_path, model, data)["images"] == TAGS
+    (mistakes, captions), (filters, _) = drawn
+
+    images = data.images.permute(0, 2, 3, 1)
+    positions = [(images == mistake).flatten(1).all(1).nonzero().item() for mistake in mistakes]
+    truths = ["class 0" if data.labels[i] == 0 else "cafe" for i in positions]
+    assert [caption.split("true: ")[1] for caption in captions] == truths
+    num_wrong = (model.confusion.sum() - model.confusion.trace()).item()
+    assert 0 < len(mistakes) == min(num_wrong, 25)
+
+    weight = next(p for p in model.network.parameters() if p.dim() > 1).detach()
+    if network == "mlp":
+        weight = torch.stack([row.reshape(3, 20, 24) for row in weight])
+    expected = 127.5 * (1 + weight.permute(0, 2, 3, 1) / weight.abs().max())
+    assert (filters.float() - expected).abs().max() <= 0.5 + 1e-3
+    rows = [line.split() for line in model.test_report().splitlines()]
+    assert rows[1][0] == "猫" and rows[2][-1] == "none"
+
+
+class FirstNorm(torch.nn.Module):
+    """A network that starts with a norm whose parameters have the shape (1, C, 1, 1)."""
+
+    def __init__(self, in_channels, image_size, num_classes, norm):
+        super().__init__()
+        self.norm = norm(in_channels, 4)
+        self.conv = torch.nn.Conv2d(in_channels, 2, 7)
+        self.fc = torch.nn.Linear(2, num_classes)
+
+    def forward(self, images):
+        return self.fc(self.conv(self.norm(images)).mean((2, 3)))
+
+
+def test_the_filters_are_those_of_the_first_convolution(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "filters", lambda weight: drawn.append(weight))
+    model = Classifier("article", network=f"{__name__}.FirstNorm")
+    tags_after_test(tmp_path, model, loader())
+    assert drawn[0] is model.network.conv.weight and len(drawn) == 1

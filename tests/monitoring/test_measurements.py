@@ -1,6 +1,7 @@
 """Measurements of one step, compared with closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +9,20 @@ from torch import nn
 
 from bn_lightning.monitoring import measurements
 from bn_lightning.monitoring.measurements import Measurements
+
+
+@pytest.mark.parametrize("count", [11, 19, 20, 34, 121])
+@pytest.mark.parametrize("size", [2, 10])
+def test_a_selection_is_evenly_spaced_from_first_to_last(count, size):
+    chosen = measurements.selection(range(count), size)
+    gaps = {after - before for before, after in pairwise(chosen)}
+    assert (len(chosen), chosen[0], chosen[-1]) == (size, 0, count - 1)
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10])
+def test_a_small_number_of_layers_is_selected_completely(count):
+    assert measurements.selection(range(count), 10) == [*range(count)]
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (20, 3, 4), (10, 3, 4, 5), (5, 3, 4, 5, 2)])
@@ -203,3 +218,21 @@ def test_gradient_norms_are_measured_by_layer_and_in_total():
     scalars, histograms = measured.take()
     assert scalars == pytest.approx(expected) and histograms == {}
     assert measured.scalars == {} and not measured.has_gradients
+
+
+def test_in_a_large_network_gradients_of_some_norms_and_other_layers_are_measured():
+    layers = [layer for _ in range(7) for layer in (nn.Linear(3, 3), nn.BatchNorm1d(3))]
+    network = nn.Sequential(*layers)
+    network(torch.randn(5, 3, generator=torch.manual_seed(0))).square().sum().backward()
+    measured = Measurements(max_layers=3)
+    measured.begin_step(False, norms=[f"{n}" for n in range(1, 14, 2)])
+    measured.measure_gradients(network, torch.optim.SGD(network.parameters(), 0.1))
+    expected = {
+        f"gradient_norm/{n}": math.hypot(*(p.grad.norm().item() for p in layers[n].parameters()))
+        for n in (0, 1, 6, 7, 12, 13)
+    }
+    of_all = [p.grad.norm().item() for p in network.parameters()]
+    assert measured.scalars == pytest.approx(
+        {**expected, "gradient_norm/all": math.hypot(*of_all)}, rel=1e-5
+    )
+    assert measured.other_layers == [f"{n}" for n in range(0, 14, 2)]

@@ -108,6 +108,23 @@ def test_logged_values_are_those_of_the_network(tmp_path, norm):
         assert logged["gradient_norm/all", step] == pytest.approx(total, rel=1e-5)
 
 
+def test_all_layers_of_lenet_are_monitored(trained):
+    folder, printed = trained
+    tags = events_in(folder).Tags()
+    norms = ("norm1", "norm2", "norm3", "norm4")
+    layers = ("all", *norms, "conv1", "conv2", "fc1", "fc2", "fc3")
+    quantities = ("gamma", "beta", "batch_mean", "batch_var", "running_mean", "running_var")
+    expected = {f"channel_0/{name}/{what}" for name in norms for what in quantities}
+    expected |= {f"running_lag/{name}/{what}" for name in norms for what in ("mean", "var")}
+    expected |= {f"activation_input/{n}/p{p}" for n in (1, 2, 3, 4) for p in (15, 50, 85)}
+    expected |= {f"saturated/{n}" for n in (1, 2, 3, 4)}
+    expected |= {f"gradient_norm/{name}" for name in layers}
+    groups = ("channel_0", "running_lag", "activation_input", "saturated", "gradient_norm")
+    assert {tag for tag in tags["scalars"] if tag.startswith(groups)} == expected
+    assert "monitors" not in printed
+    assert not [tag for tag in tags["tensors"] if "monitored_layers" in tag]
+
+
 def test_hooks_are_registered_in_every_nth_step_only(tmp_path):
     class Counted(pl.Callback):
         hooks = {}
@@ -311,15 +328,19 @@ def test_hooks_are_removed_when_an_epoch_is_skipped(tmp_path):
     assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 
 
-def test_every_n_steps_below_1_is_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="every_n_steps is 0"):
         NormMonitor(0)
+    with pytest.raises(UserError, match="max_layers is 1; it must be at least 2"):
+        NormMonitor(max_layers=1)
 
 
 def test_a_users_monitor_replaces_the_default(main, tmp_path):
     own = ("--trainer.callbacks+=bn_lightning.NormMonitor", "--trainer.callbacks.every_n_steps", 10)
-    code, _, err = main("fit", *QUICK, *own)
+    own += ("--trainer.callbacks.max_layers", 3)
+    code, out, err = main("fit", *QUICK, *own)
     assert code == 0, err
+    assert out.count("NormMonitor monitors 3 of 4 norm layers: norm1, norm3, norm4\n") == 1
     steps = [event.step for event in events_in(tmp_path / "runs/lenet/0").Scalars("saturated/1")]
     assert steps == [0, 10, 20, 30, 40]
 

@@ -210,3 +210,41 @@ def test_classes_without_names_are_numbered():
     assert {f"test_acc_of/{label}" for label in range(10)} <= metrics.keys()
     names = [line.split()[0] for line in model.test_report().splitlines()[1:]]
     assert names == [str(label) for label in range(10)]
+
+
+def test_the_table_of_many_classes_has_the_worst_only():
+    counts = torch.full((100, 100), 1) + torch.diag(torch.arange(100).flip(0) * 10)
+    note, header, *rows = class_table(counts, [f"name {c}" for c in range(100)]).splitlines()
+    assert note == "The 20 of 100 classes with the lowest test accuracy:"
+    assert header.split() == ["class", "test", "acc", "most", "often", "misclassified", "as"]
+    # The accuracy of class c is (991 - 10 c) / (1090 - 10 c).
+    expected = [
+        ["name", f"{c}", f"{(991 - 10 * c) / (1090 - 10 * c):.3f}"] for c in range(99, 79, -1)
+    ]
+    assert [row.split()[:3] for row in rows] == expected
+
+
+@pytest.mark.parametrize("name", ["a long name of a class, " * 5, "猫" * 12, "Straße"])
+def test_names_of_any_length_fit_into_a_narrow_terminal(monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    counts = torch.tensor([[0, 9], [9, 0]])
+    _, first, second = class_table(counts, [name, "cat"]).splitlines()
+    assert max(map(len, (first, second))) <= 80
+    assert first.startswith(name[:8]) and first.endswith("cat (100.0%)")
+    assert second.startswith("cat") and name[:8] in second.removeprefix("cat")
+
+
+def test_a_class_without_test_samples_has_no_accuracy():
+    class Images(Table):
+        """A data module without test samples of class 7."""
+
+        def test_dataloader(self):
+            labels = torch.arange(20) % 10
+            return self.batches(torch.rand(20, 1, 28, 28), labels.where(labels != 7, 8))
+
+    model = Classifier()
+    [metrics] = pl.Trainer(**QUIET).test(model, datamodule=Images(), verbose=False)
+    expected = {f"test_acc_of/{label}" for label in range(10) if label != 7}
+    assert {name for name in metrics if "/" in name} == expected
+    assert model.test_report().splitlines()[8].split() == ["7", "none"]
