@@ -78,7 +78,7 @@ class FashionMNIST(DataModule):
             `--seed_everything`.
 
     Raises:
-        UserError: val_images, shift or resize is out of range.
+        UserError: val_images, shift or resize is out of range, or augment is invalid.
     """
 
     classes = CLASSES

@@ -71,7 +71,7 @@ class Transforms:
         The global generators are not changed.
         """
         is_grey = images.ndim == 3
-        # The random numbers of the CPU are the same on any machine.
+        # On the CPU, the random numbers do not depend on the device of the images.
         inputs = images.cpu().unsqueeze(1) if is_grey else images.cpu()
         results: list[Tensor] = []
         size = None if self.may_resize else images.shape[-2:]

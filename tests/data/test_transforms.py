@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -267,3 +269,12 @@ def test_the_parser_imports_nothing_that_a_setting_names(main, tmp_path):
     for setting in ([named], [{"name": "Lambda", "args": {"lambd": named}}]):
         code, _, err = main("fit", *QUICK, "--data.augment", json.dumps(setting))
         assert code == 2 and "imported" not in err
+
+
+@pytest.mark.slow
+def test_without_transforms_those_of_torchvision_are_not_imported():
+    code = (
+        "import sys; from bn_lightning import FashionMNIST; FashionMNIST(flip=True, shift=1)\n"
+        "assert 'torchvision.transforms.v2' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
