@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bn_lightning.data import mirrors, pictures, sources
-from bn_lightning.data.augmentation import Augmentation
+from bn_lightning.data.augmentation import Augmentation, TransformSettings, in_sequence
 from bn_lightning.data.splits import stratified_split
 from bn_lightning.errors import UserError
-from bn_lightning.training.batches import TensorBatches
+from bn_lightning.training.batches import Augment, TensorBatches
 from bn_lightning.training.data_module import DataModule
 
 CLASSES = (
@@ -70,13 +70,15 @@ class FashionMNIST(DataModule):
             training set; otherwise they are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.
         shift: maximum random shift of training images in pixels, along each axis.
+        augment: random transforms of training images after flip and shift: a list of
+            transforms of torchvision, each `{"name": NAME, "args": {...}}`.
         resize: height and width to which images are resized before the network, for
             networks that need larger images, for example 32; null keeps 28x28.
         seed: seed of the data split and of the order of images; set by
             `--seed_everything`.
 
     Raises:
-        UserError: val_images, shift or resize is out of range.
+        UserError: val_images, shift or resize is out of range, or augment is invalid.
     """
 
     classes = CLASSES
@@ -96,6 +98,7 @@ class FashionMNIST(DataModule):
         normalize: bool = False,
         flip: bool = False,
         shift: int = 0,
+        augment: TransformSettings = None,
         resize: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -121,6 +124,12 @@ class FashionMNIST(DataModule):
             )
         self.image_size = (28, 28) if resize is None else (resize, resize)
         self.preprocessing: Preprocessing = Preprocessing(normalize, resize)
+        self.transforms = None
+        if augment not in (None, []):
+            # Importing torchvision's transforms takes time, and other runs do not need it.
+            from bn_lightning.data.transforms import Transforms
+
+            self.transforms = Transforms(augment, (28, 28), may_resize=resize is not None)
         self.images: sources.Images | None = None
 
     def prepare_data(self) -> None:
@@ -159,11 +168,14 @@ class FashionMNIST(DataModule):
         images = self._loaded
         return self.train_batches(images.train_images, images.train_labels, self.train_indices)
 
-    def augmentation(self, epoch: int) -> Augmentation | None:
-        if not (self.flip or self.shift):
-            return None
+    def augmentation(self, epoch: int) -> Augment | None:
         num_images = len(self._loaded.train_labels)
-        return Augmentation(num_images, self.seed, epoch, self.flip, self.shift)
+        steps: list[Augment] = []
+        if self.flip or self.shift:
+            steps.append(Augmentation(num_images, self.seed, epoch, self.flip, self.shift))
+        if self.transforms is not None:
+            steps.append(self.transforms.of_epoch(num_images, self.seed, epoch))
+        return in_sequence(steps)
 
     def val_dataloader(self) -> TensorBatches:
         if self.validates_on_test_set:

@@ -252,6 +252,7 @@ class SettingsCLI(LightningCLI):
             settings = settings_in(checkpoint, machine_settings)
             for name in self.experiment.task.stated_by_data:
                 settings.pop(f"model.{name}", None)
+            trust.refuse_objects(path, settings)
             self._parser(command).set_defaults(settings)
         except KeyError as error:
             raise UserError(

@@ -3,6 +3,7 @@
 Importing them would execute code that a file names.
 """
 
+import contextlib
 import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from bn_lightning import lookup
 from bn_lightning.errors import UserError
@@ -82,6 +84,24 @@ def untrusted(
     }
 
 
+def refuse_objects(path: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a checkpoint from which the parser would create objects.
+
+    In a value of type `Any`, such as an entry of `norm_args`, the parser calls the class
+    that `class_path` names.
+
+    Raises:
+        UserError: a setting names an object.
+    """
+    for name, value in settings.items():
+        for named in _objects(value):
+            raise UserError(
+                f"{path!r} contains the object {named!r} in the setting {name}. Settings in a "
+                "checkpoint must be plain data, because creating an object executes code.\n"
+                "Use a checkpoint that fit has written."
+            )
+
+
 def refuse_untrusted_files(files: Sequence[Path], chosen: Mapping[str, Any], package: str) -> None:
     """Refuse objects, such as callbacks, that only the settings files of a run name.
 
@@ -116,7 +136,12 @@ def _objects(settings: Any, is_object: bool = False) -> Iterator[str]:
     if isinstance(settings, str):
         if is_object and lookup.IMPORT_PATH.fullmatch(settings):
             yield settings
-    elif isinstance(settings, list):
+        # The parser reads YAML in strings too.
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            value = get_loader("yaml")(settings)
+            if isinstance(value, list | dict):
+                yield from _objects(value, is_object)
+    elif isinstance(settings, list | tuple):
         for value in settings:
             yield from _objects(value, is_object)
     elif isinstance(settings, dict):

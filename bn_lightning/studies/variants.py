@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ class Variant:
     @property
     def folder(self) -> str:
         """The name of the folder that contains the runs."""
-        return re.sub(r"[^\w.,=+-]+", ",", self.name)
+        name = re.sub(r"[^\w.,=+-]+", ",", self.name)
+        # File systems allow 255 bytes. The value of a setting may be a long list.
+        return name if len(name) <= 200 else f"{name[:190]},{zlib.crc32(name.encode()):08x}"
 
     def arguments(self, common: Sequence[str]) -> list[str]:
         """Return the arguments of `fit`. Later arguments override earlier ones.

@@ -5,7 +5,8 @@ The contract, for the seed of `--seed_everything`:
 * weights: the global generators, seeded once before the network is created;
 * data split: a function of the seed;
 * order of an epoch: a function of (seed, epoch);
-* augmentation of a sample: a function of (seed, epoch, sample);
+* augmentation of a sample, also one that draws from torch's global generator: a function of
+  (seed, epoch, sample);
 * everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank);
 * global generators while a batch is fetched, such as those of a user's transform: another
   function of (seed, epoch, batch, rank); while the iterator of a loader is created: one of
@@ -42,6 +43,16 @@ def for_samples(seed: int, epoch: int) -> np.random.Generator:
     """
     # The third number distinguishes it from the generator of `epoch_order`.
     return np.random.default_rng((seed, epoch, 1))
+
+
+def of_samples(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """Return a seed for each sample in one epoch, int64 (num_samples,).
+
+    It is for transforms of a sample that draw from torch's global generator.
+    """
+    # torch's generator on the CPU uses only 32 bits of a seed.
+    random = np.random.default_rng((seed, epoch, 2))
+    return torch.from_numpy(random.integers(2**32, size=num_samples))
 
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int, device: torch.device) -> None:

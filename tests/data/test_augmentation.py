@@ -59,3 +59,11 @@ def test_images_need_not_be_square(shape):
         expected = torch.zeros(shape[0] + 2, shape[1] + 2, dtype=torch.uint8)
         expected[1 + dy : 1 + dy + shape[0], 1 + dx : 1 + dx + shape[1]] = source
         assert torch.equal(result, expected[1:-1, 1:-1])
+
+
+def test_the_channels_of_an_image_move_together():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (20, 3, 12, 16), dtype=torch.uint8, generator=generator)
+    augmentation, indices = Augmentation(20, 1, 2, flip=True, shift=3), torch.arange(20)
+    channels = [augmentation(images[:, channel], indices) for channel in range(3)]
+    assert torch.equal(augmentation(images, indices), torch.stack(channels, 1))

@@ -28,6 +28,34 @@ def test_an_import_path_that_only_a_checkpoint_names_is_refused(main, trained, t
     assert (tmp_path / "imported").exists()
 
 
+TRAP = {"class_path": "trap.Norm", "init_args": {"num_features": 3}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm_args": {"eps": TRAP}},
+        {"norm_args": {"eps": [{"of": TRAP}]}},
+        {"norm_args": {"eps": str(TRAP)}},
+        {"norm_args": {"eps": '{"class\\u005fpath": "trap.Norm"}'}},
+        {"norm_args": str({"eps": TRAP})},
+        {"augment": [{"name": "RandomErasing", "args": TRAP}]},
+    ],
+    ids=str,
+)
+def test_no_object_is_created_from_the_settings_of_a_checkpoint(main, trained, tmp_path, settings):
+    (tmp_path / "trap.py").write_text(
+        "open('imported', 'w')\nfrom bn_lightning import BatchNorm as Norm\n"
+    )
+    checkpoint = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)
+    section = "datamodule_hyper_parameters" if "augment" in settings else "hyper_parameters"
+    checkpoint[section] |= settings
+    torch.save(checkpoint, tmp_path / "trap.ckpt")
+    code, _, err = main("test", "--ckpt_path", "trap.ckpt")
+    assert (code, "contains the object 'trap.Norm' in the setting" in err) == (2, True)
+    assert not (tmp_path / "imported").exists()
+
+
 # A package with an experiment whose task and data module each have an import path
 
 EXPERIMENT = """\
@@ -267,6 +295,14 @@ def test_objects_that_only_the_folder_of_a_run_names_are_refused(planted, main, 
     code, _, err = main(*RESUME)
     assert (code, "contains the import path 'trap." in err) == (2, True)
     assert "--config runs/lenet/0/config.yaml" in err
+    assert not list(tmp_path.rglob("imported"))
+
+
+@pytest.mark.parametrize("value", [TRAP, str(TRAP)], ids=["object", "string"])
+def test_no_object_is_created_from_arguments_in_the_folder_of_a_run(planted, main, tmp_path, value):
+    planted({"model": {"norm_args": {"eps": value}}}, "config.yaml")
+    code, _, err = main(*RESUME)
+    assert (code, "contains the import path 'trap.Norm'" in err) == (2, True)
     assert not list(tmp_path.rglob("imported"))
 
 

@@ -52,6 +52,13 @@ def test_the_folder_name_of_a_variant_has_no_special_characters():
     assert Variant("callbacks=[a/b: c]", "", (), ()).folder == "callbacks=,a,b,c,"
 
 
+def test_long_names_of_variants_have_short_folders_that_differ():
+    names = ["x" * 200, *(f"{'x' * 300}{end}" for end in "ab")]
+    folders = [Variant(name, "", (), ()).folder for name in names]
+    assert folders[0] == names[0]
+    assert all(len(folder) < 200 for folder in folders[1:]) and len(set(folders)) == 3
+
+
 def test_options_are_separated_from_settings_of_fit():
     options, _, common = variants.parse(["--seeds", "5", "--steps_to", "0.8", "--model.lr=1"])
     assert (options.seeds, options.jobs, options.name, options.steps_to) == (5, 1, "compare", 0.8)

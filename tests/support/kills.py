@@ -37,9 +37,13 @@ class Noisy(nn.Sequential):
     def __init__(self, num_features, num_dims):
         super().__init__(BatchNorm(num_features, num_dims=num_dims), nn.Dropout(0.1))
 """
+TRANSFORMS = [
+    {"name": "RandomCrop", "args": {"size": 28, "padding": 2}},
+    {"name": "ColorJitter", "args": {"brightness": 0.2, "contrast": 0.2}},
+]
 SETTINGS = (
     *("--data.source", "sample", "--data.batch_size", "32"),
-    *("--data.flip", "true", "--data.shift", "2"),
+    *("--data.flip", "true", "--data.shift", "2", "--data.augment", json.dumps(TRANSFORMS)),
     *("--model.norm", "noisy.Noisy", "--model.optimizer", "AdamW", "--model.lr", "0.01"),
     *("--model.scheduler", "OneCycleLR"),
     *("--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "2"),

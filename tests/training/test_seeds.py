@@ -49,3 +49,14 @@ def test_augmentation_order_and_split_use_different_numbers():
     permutations.append(epoch_order(100, 3, 1).tolist())
     assert len(set(map(tuple, permutations))) == 4
     assert seeds.for_samples(3, 1).permutation(100).tolist() == permutations[0]
+
+
+def test_neighbouring_seeds_and_epochs_share_no_more_seeds_of_samples_than_chance():
+    runs = [seeds.of_samples(60_000, seed, epoch) for seed in range(4) for epoch in range(4)]
+    numbers = torch.cat(runs)
+    assert numbers.min() >= 0 and 2**31 < numbers.max() < 2**32
+    # With n numbers out of 2^32, n^2 / 2^33 pairs are equal on average: 107, with a standard
+    # deviation of 10.
+    equal = len(numbers) - len(numbers.unique())
+    assert 60 < equal < 160
+    assert all((one == other).sum() <= 1 for one in runs for other in runs if one is not other)
