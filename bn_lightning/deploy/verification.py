@@ -17,7 +17,7 @@ from bn_lightning.deploy.served import Forward, Restored, Served
 from bn_lightning.errors import RunFailed, describe_error
 
 # The allowed difference, relative to the largest output and to the rounding error. In
-# networks of 4 to 59 folded layers, differences were at most 2.1 rounding errors.
+# networks of 7 to 59 folded layers, differences were at most 2.1 rounding errors.
 TOLERANCE = 1e-5
 ROUNDING_ERRORS = 10
 # The rounding error is measured on at most this number of samples.
