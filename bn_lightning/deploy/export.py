@@ -273,18 +273,20 @@ def _parser(experiment: Experiment) -> ArgumentParser:
 
 
 def _print_report(exported: Exported, out: Path) -> None:
-    eager, (largest, changed) = exported.eager, exported.difference
+    eager, (largest, allowed, changed) = exported.eager, exported.difference
     unfolded = sum(p.numel() for p in eager.network.parameters())
     source = f" ({exported.source})" if exported.source else ""
     classes = "" if changed is None else f", {changed} predicted classes differ"
     metrics = ", ".join(
         f"{n.replace('_', ' ')} {value:.4f}" for n, value in exported.metrics.items()
     )
-    print("\n".join(exported.notes))
+    for note in exported.notes:
+        print(note)
     print(f"{exported.parameters:,} parameters (checkpoint: {unfolded:,})")
     print(
         f"{len(exported.inputs):,} test {eager.sample_noun}{source}: {eager.output_name} differ by "
-        f"at most {largest:.1e}{classes}" + (f"; {metrics}" if metrics else "")
+        f"at most {largest:.1e} (allowed: {allowed:.1e}){classes}"
+        + (f"; {metrics}" if metrics else "")
     )
     print(f"{out}: {out.stat().st_size:,} bytes (checkpoint: {exported.ckpt.stat().st_size:,})")
 
