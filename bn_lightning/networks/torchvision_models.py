@@ -74,6 +74,10 @@ def build(
             f"The network {name!r} returns several outputs in training, because it has auxiliary "
             "classifiers. Turn them off: --model.network_args.aux_logits false"
         )
+    if hasattr(network, "transform_input"):
+        # With pretrained weights, two networks rescale their input. A checkpoint is
+        # loaded without pretrained weights, and must give the same outputs.
+        network.transform_input = False
     if weights:
         _replace_last_layer(network, num_classes)
     if small_stem:
@@ -87,9 +91,6 @@ def _set_in_channels(network: nn.Module, in_channels: int, is_pretrained: bool) 
     path, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     if first.in_channels == in_channels:
         return
-    if isinstance(network, torchvision.models.GoogLeNet | torchvision.models.Inception3):
-        # With pretrained weights, these two rescale the three channels of their input.
-        network.transform_input = False
     new = _like(first, in_channels=in_channels)
     if is_pretrained:
         with torch.no_grad():
