@@ -74,9 +74,9 @@ def build(
             f"The network {name!r} returns several outputs in training, because it has auxiliary "
             "classifiers. Turn them off: --model.network_args.aux_logits false"
         )
-    if hasattr(network, "transform_input"):
-        # With pretrained weights, two networks rescale their input. A checkpoint is
-        # loaded without pretrained weights, and must give the same outputs.
+    if isinstance(network, torchvision.models.GoogLeNet | torchvision.models.Inception3):
+        # With pretrained weights, these two rescale their input. A checkpoint is loaded
+        # without pretrained weights, and must give the same outputs.
         network.transform_input = False
     if weights:
         _replace_last_layer(network, num_classes)
