@@ -14,7 +14,8 @@ from typing import Any
 
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import experiment, process, records, result
-from bn_lightning.studies import code, compare_report, study, variants, workers
+from bn_lightning.runs.folder import flat
+from bn_lightning.studies import code, compare_report, shared_settings, study, variants, workers
 from bn_lightning.studies.progress import StudyProgress
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
@@ -32,7 +33,11 @@ def main(arguments: list[str], reference: str) -> None:
     process.set_up()
     selection = Selection(*experiment.load(reference).task.selects)
     common = [*study.DEFAULTS, *common]
-    plan = study.plan_runs(reference, *(variant.arguments(common) for variant in compared))
+    plan = study.plan_runs(
+        reference,
+        *(variant.arguments(common) for variant in compared),
+        names=[f"The variant {variant.name!r}" for variant in compared],
+    )
     folder = plan.root / options.name
     with study.locked(folder):
         _store_settings(folder, compared, plan, selection)
@@ -43,7 +48,10 @@ def main(arguments: list[str], reference: str) -> None:
         comparison = _Comparison(folder, options, compared, common, selection, codes)
         runs = comparison.train(reference, plan.gpus())
         try:
-            compare_report.write(folder, runs, compared, selection, options.steps_to)
+            # A second level of names: runs may share some of their `network_args`.
+            settings = [flat(one) for one in plan.settings]
+            shared = shared_settings.non_defaults(settings, flat(plan.defaults), study.DEFAULTS)
+            compare_report.write(folder, runs, compared, selection, options.steps_to, shared)
         except OSError as error:
             raise RunFailed(
                 f"The tables and plots cannot be written to {folder}: {error}\n"

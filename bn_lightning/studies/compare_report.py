@@ -1,7 +1,7 @@
 """The output files of `compare`: tables in several formats, the list of runs, and plots."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from bn_lightning import terminal
 from bn_lightning.errors import report_failure
 from bn_lightning.runs import result
-from bn_lightning.studies import compare_table, plots, statistics, study
+from bn_lightning.studies import compare_table, plots, shared_settings, statistics, study, variants
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 from bn_lightning.training import checkpoints
@@ -27,12 +27,14 @@ def write(
     compared: Sequence[Variant],
     selection: Selection,
     threshold: float | None,
+    settings: Mapping[str, Any],
 ) -> None:
     """Print the tables; write tables, runs and plots into the folder of the study.
 
     Args:
         threshold: validation metric up to which steps are counted. None selects the
             final value of the worst variant.
+        settings: settings that all runs share and that are not the defaults of `fit`.
     """
     is_given = threshold is not None
     if threshold is None:
@@ -47,24 +49,26 @@ def write(
         if run.failure
     ]
     tables: list[Table] = []
+    label = variants.baseline_label(compared)
     for metric in metrics:
-        header = compare_table.header(metric.name, set(baselines.values()))
+        header = compare_table.header(metric.name, label)
         cells = [
             compare_table.cells(row, metric.digits) for row in rows if row.metric == metric.name
         ]
         tables.append((header, cells))
     stale = describe_stale(runs)
-    remarks = stale + "".join(
-        f"note: {line}\n" for line in notes(runs, rows, selection, None if is_given else threshold)
-    )
-    text = _as_text(tables, failures) + remarks
+    remarks = notes(runs, rows, selection, None if is_given else threshold)
+    footer = shared_settings.describe(settings) + stale
+    footer += "".join(f"note: {remark}\n" for remark in remarks)
+    text = _as_text(tables, failures) + footer
     print(text, end="")
     row_data = [row.as_data() for row in rows]
     files = {
-        "table.md": _as_markdown(tables, failures) + f"\n{remarks}",
+        "table.md": _as_markdown(tables, failures) + f"\n{footer}",
         "table.csv": compare_table.as_csv(row_data),
         "runs.csv": compare_table.as_csv(run_data),
-        "table.json": result.to_json({"rows": row_data, "runs": run_data}) + "\n",
+        "table.json": result.to_json({"settings": settings, "rows": row_data, "runs": run_data})
+        + "\n",
         "table.txt": text,
     }
     for name, content in files.items():

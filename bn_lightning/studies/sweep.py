@@ -21,10 +21,10 @@ from optuna.trial import TrialState
 from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import experiment, process
-from bn_lightning.studies import code, study, sweep_report
+from bn_lightning.studies import code, shared_settings, study, sweep_report
 from bn_lightning.studies import space as spaces
 from bn_lightning.studies.first_validation import refuse_runs_without_validation
-from bn_lightning.studies.objective import Objective
+from bn_lightning.studies.objective import Objective, describe
 from bn_lightning.studies.search import PRUNERS, SAMPLERS, STORAGE_ERRORS, Search
 from bn_lightning.studies.space import Space
 from bn_lightning.studies.statistics import Selection
@@ -214,7 +214,7 @@ def main(arguments: list[str], reference: str) -> None:
         unfinished = search.get_trials(TrialState.WAITING, TrialState.RUNNING)
         if unfinished or len(search.done()) < options.trials:
             _run_trials(search, options, space, common, selection, reference, code_of, plan.gpus())
-        changed = _non_defaults(settings, plan.defaults)
+        changed = shared_settings.non_defaults([settings], plan.defaults, DEFAULTS)
         try:
             sweep_report.write(
                 search, options.name, selection, changed, search.stale_trials(code_of)
@@ -237,7 +237,8 @@ def _plan(reference: str, space: Space, common: Sequence[str], selection: Select
         return [*common, *spaces.flags(params)]
 
     def validate(params: Mapping[str, Any]) -> None:
-        study.rehearse(reference, arguments(params))
+        with study.naming(f"A trial with {describe(params)}"):
+            study.rehearse(reference, arguments(params))
 
     points = spaces.valid_points(space, validate)
     plan = study.plan_runs(reference, *map(arguments, points), check=refuse_runs_without_validation)
@@ -249,16 +250,6 @@ def _plan(reference: str, space: Space, common: Sequence[str], selection: Select
             "--trainer.limit_val_batches 0."
         )
     return plan
-
-
-def _non_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from the defaults of `fit` and from `DEFAULTS`."""
-    own = dict(zip(DEFAULTS[::2], DEFAULTS[1::2], strict=True))
-    return {
-        name: value
-        for name, value in settings.items()
-        if value != defaults.get(name) and str(value).lower() != own.get(f"--{name}")
-    }
 
 
 def _run_trials(

@@ -191,6 +191,17 @@ def variants(
     return list(found.values())
 
 
+def baseline_label(compared: Sequence[Variant]) -> str:
+    """Return the name of the baseline, or its norm if there are several baselines.
+
+    Several baselines have the same norm, which is that of the first variant.
+    """
+    first = compared[0]
+    if len({variant.baseline for variant in compared}) == 1:
+        return first.baseline
+    return dict(first.settings)[NORM]
+
+
 def _with_norm(point: Point, norm: str) -> Point:
     return tuple((name, norm if name == NORM else value) for name, value in point)
 

@@ -10,6 +10,7 @@ from bn_lightning.studies import compare_report
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 
+SHARED = {"model.network": "mlp", "model.network_args": {"widths": [8]}}
 MIN = Selection("val_rmse", "min")
 VARIANTS = [Variant(f"lr={lr}", "lr=1", (), (("model.lr", lr),)) for lr in ("1", "2")]
 
@@ -26,7 +27,7 @@ def written(tmp_path, capsys):
     """The folder of a report, and the printed text."""
     runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
     runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss at step 3, epoch 1"))
-    compare_report.write(tmp_path, runs, VARIANTS, MIN, None)
+    compare_report.write(tmp_path, runs, VARIANTS, MIN, None, SHARED)
     return tmp_path, capsys.readouterr().out
 
 
@@ -42,6 +43,8 @@ def test_tables_are_printed_and_written(written):
     assert f"- failed: {failure}" in (folder / "table.md").read_text()
     head = "| test rmse | n | mean ± sd | 95% interval | vs lr=1 (95%) | d |"
     assert head in (folder / "table.md").read_text()
+    shared = "all runs: --model.network mlp --model.network_args.widths '[8]'\n"
+    assert shared in text and shared in (folder / "table.md").read_text()
     assert f"4 runs, 1 failed. Tables and plots are in {folder}" in out
 
 
@@ -53,13 +56,14 @@ def test_the_columns_of_csv_and_json_files(written):
     assert list(runs[0])[:5] == ["choice", "seed", "folder", "failure", "train loss"]
     assert [line["steps to 2.300"] for line in runs] == ["40", "20", "", ""]
     data = json.loads((folder / "table.json").read_text())
+    assert data["settings"] == SHARED
     assert [line["choice"] for line in data["runs"]] == ["lr=1", "lr=2", "lr=1", "lr=2"]
     [row] = [r for r in data["rows"] if (r["figure"], r["choice"]) == ("test rmse", "lr=2")]
     assert (row["mean"], row["compared"], row["failed"]) == (2.0, -2.0, 1)
 
 
 def test_a_given_threshold_is_used(tmp_path):
-    compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5)
+    compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5, {})
     [line] = csv.DictReader((tmp_path / "runs.csv").open())
     assert line["steps to 4.500"] == "20"
 
@@ -69,7 +73,7 @@ def test_notes_say_which_epoch_is_reported_and_warn_of_few_runs(tmp_path, capsys
     runs = [run("lr=1", seed, 2.0 + seed) for seed in range(seeds)]
     for one in runs:
         one.result["tested"] = "best.ckpt"
-    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None)
+    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None, {})
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[0] == (
         "note: val rmse and test rmse are those of the checkpoint with the best val rmse. "
@@ -91,7 +95,7 @@ def test_a_plot_that_fails_is_one_line(tmp_path, capsys):
     # A lone `$` makes matplotlib read the name as a formula, and this one is invalid.
     name = r"a=$\frac$ lr=1"
     variant = Variant(name, name, (), (("model.lr", "1"),))
-    compare_report.write(tmp_path, [run(name, 0, 2.0)], [variant], MIN, None)
+    compare_report.write(tmp_path, [run(name, 0, 2.0)], [variant], MIN, None, {})
     captured = capsys.readouterr()
     assert "1 runs, 0 failed." in captured.out
     [line] = captured.err.splitlines()

@@ -33,6 +33,16 @@ def test_the_baseline_has_the_first_norm_or_is_the_first_variant():
     assert baselines("--vary.model.lr", "1", "2") == ["lr=1", "lr=1"]
 
 
+def test_several_baselines_are_named_by_their_norm():
+    def label(*arguments):
+        return variants.baseline_label(variants.parse(list(arguments))[1])
+
+    networks, norms = ("--vary.model.network", "x", "y"), ("--vary.model.norm", "a", "b")
+    assert label(*networks, *norms) == label(*norms, *networks) == "a"
+    assert label(*networks, "--norm", "a") == "a network=x"
+    assert label(*networks) == "network=x"
+
+
 def test_settings_with_the_same_last_part_keep_their_full_names():
     found = names("--vary.model.args.size", "1", "--vary.data.args.size", "2")
     assert found == ["model.args.size=1 data.args.size=2"]
