@@ -9,7 +9,15 @@ from typing import Any
 from bn_lightning import terminal
 from bn_lightning.errors import report_failure
 from bn_lightning.runs import result
-from bn_lightning.studies import compare_table, plots, shared_settings, statistics, study, variants
+from bn_lightning.studies import (
+    compare_table,
+    plots,
+    repetitions,
+    shared_settings,
+    statistics,
+    study,
+    variants,
+)
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 from bn_lightning.training import checkpoints
@@ -44,7 +52,7 @@ def write(
     rows = statistics.rows(runs, metrics, baselines)
     run_data = [_run_data(run, metrics) for run in runs]
     failures = [
-        f"{run.variant}, seed {run.seed}: {run.failure} ({run.folder})"
+        f"{run.variant}, {run.repetition}: {run.failure} ({run.folder})"
         for run in runs
         if run.failure
     ]
@@ -90,7 +98,7 @@ def notes(
     selection: Selection,
     threshold: float | None,
 ) -> list[str]:
-    """Return remarks on the tables: which epoch a metric is from, and how few runs there are.
+    """Return remarks on the tables: the epoch of a metric, and the number of repetitions.
 
     Args:
         threshold: the threshold if it was derived from the runs, otherwise None.
@@ -107,34 +115,45 @@ def notes(
             f"{statistics.steps_to(threshold)}: this threshold is derived from the last "
             "validation of the worst variant, not from its best one. --steps_to sets another."
         )
+    all_repetitions = [run.repetition for run in runs]
+    folds = [f"--vary.{name}" for name, _ in all_repetitions[0].settings]
+    if folds:
+        found.append(
+            f"means, intervals and d are over {repetitions.count(all_repetitions)}. Runs that "
+            "share training samples, as folds do, are not independent: the intervals are too "
+            "narrow."
+        )
     counts = [row.runs - row.failed for row in rows]
     n = min(filter(None, counts), default=FEW)
+    advice = f"Use more values of {' or '.join(folds)}." if folds else f"Use --seeds {FEW} or more."
     if n == 1:
-        found.append(f"n = 1: one run has no interval. Use --seeds {FEW} or more.")
+        found.append(f"n = 1: one run has no interval. {advice}")
     elif n < FEW:
         found.append(
-            f"n = {n}: with so few runs, the intervals are wide and d is not reliable. Use "
-            f"--seeds {FEW} or more."
+            f"n = {n}: with so few runs, the intervals are wide and d is not reliable. {advice}"
         )
     return found
 
 
 def describe_stale(runs: Sequence[Run]) -> str:
-    """Return the seeds of stale runs by variant and reason, as lines; "" if no run is stale."""
-    seeds: dict[tuple[str, str], list[str]] = {}
+    """Return the stale runs by variant and reason, as lines; "" if no run is stale."""
+    values: dict[tuple[str, str, str], list[str]] = {}
     for run in runs:
         if run.stale:
-            seeds.setdefault((run.variant, run.stale), []).append(str(run.seed))
+            # For example `seed` and `0`, or `seed 0, fold` and `1`.
+            name, _, value = str(run.repetition).rpartition(" ")
+            values.setdefault((run.variant, name, run.stale), []).append(value)
     lines = [
-        f"stale: {variant}, seed {', '.join(numbers)}: {reason}\n"
-        for (variant, reason), numbers in seeds.items()
+        f"stale: {variant}, {name} {', '.join(found)}: {reason}\n"
+        for (variant, name, reason), found in values.items()
     ]
     return "".join([*lines, study.RERUN] if lines else [])
 
 
 def _run_data(run: Run, metrics: Sequence[statistics.ReportedMetric]) -> dict[str, Any]:
     """Return the row of a run in runs.csv."""
-    about = {"variant": run.variant, "seed": run.seed, "folder": run.folder, "failure": run.failure}
+    about = {"variant": run.variant, "seed": run.repetition.seed, **dict(run.repetition.settings)}
+    about |= {"folder": run.folder, "failure": run.failure}
     stale = {"stale": run.stale}
     about = {statistics.KEYS.get(name, name): value for name, value in about.items()}
     return about | {metric.name: metric.value_of(run) for metric in metrics} | stale

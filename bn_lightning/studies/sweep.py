@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import experiment, process
-from bn_lightning.studies import code, shared_settings, study, sweep_report
+from bn_lightning.studies import code, repetitions, shared_settings, study, sweep_report
 from bn_lightning.studies import space as spaces
 from bn_lightning.studies.first_validation import refuse_runs_without_validation
 from bn_lightning.studies.objective import Objective, describe
@@ -185,6 +185,7 @@ def main(arguments: list[str], reference: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     loaded = experiment.load(reference)
     selection = Selection(*loaded.task.selects)
+    _refuse_repetitions(space, repetitions.declared_by(loaded.data))
     plan = _plan(reference, space, common, selection)
     # These settings may differ between the machines that work on a study.
     names = (*loaded.data.machine_settings, *loaded.data.source_settings)
@@ -224,6 +225,17 @@ def main(arguments: list[str], reference: str) -> None:
                 f"The report of the sweep cannot be written to {folder}: {error}\n"
                 "Fix the cause, then run the same command again. It does not repeat the trials."
             ) from error
+
+
+def _refuse_repetitions(space: Space, repeated: Sequence[str]) -> None:
+    """Raise a UserError if repetitions, such as folds, are searched."""
+    for name in repeated:
+        if name in space:
+            raise UserError(
+                f"{name} cannot be searched: its values are repetitions, and the sweep would "
+                "select the one with the easiest validation samples.\n"
+                f"Remove it from the search space, and set it for all trials: --{name} VALUE"
+            )
 
 
 def _plan(reference: str, space: Space, common: Sequence[str], selection: Selection) -> study.Plan:

@@ -2,11 +2,13 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from bn_lightning.studies import compare_report
+from bn_lightning.studies.repetitions import Repetition
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 
@@ -19,14 +21,22 @@ def run(variant, seed, error):
     result = {"train_loss": error, "val_rmse": error, "test_rmse": 2 * error}
     result |= {"images_per_second": 1_000.0, "val_images_from": "training set"}
     validations = [{"step": 10 * n, "val_rmse": error * 4 / n} for n in (1, 2, 4)]
-    return Run(variant, seed, f"{variant}/{seed}", None, result, [{"train_loss": 1.0}], validations)
+    return Run(
+        variant,
+        Repetition(seed),
+        f"{variant}/{seed}",
+        None,
+        result,
+        [{"train_loss": 1.0}],
+        validations,
+    )
 
 
 @pytest.fixture
 def written(tmp_path, capsys):
     """The folder of a report, and the printed text."""
     runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
-    runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss at step 3, epoch 1"))
+    runs.append(Run("lr=2", Repetition(1), "lr=2/1", "non-finite loss at step 3, epoch 1"))
     compare_report.write(tmp_path, runs, VARIANTS, MIN, None, SHARED)
     return tmp_path, capsys.readouterr().out
 
@@ -83,6 +93,23 @@ def test_notes_say_which_epoch_is_reported_and_warn_of_few_runs(tmp_path, capsys
     assert all(note in (tmp_path / "table.md").read_text() for note in notes)
     assert len(notes) == 2 + (shown is not None)
     assert shown is None or notes[2].startswith(f"note: {shown}")
+
+
+def test_folds_are_named_and_are_not_called_independent(tmp_path, capsys):
+    folds = [Repetition(0, (("data.fold", fold),)) for fold in "012"]
+    runs = [replace(run("lr=1", 0, 2.0 + n), repetition=one) for n, one in enumerate(folds)]
+    runs[1] = replace(runs[1], failure="NaN")
+    runs[0] = replace(runs[0], stale="other code")
+    runs[2] = replace(runs[2], stale="other code")
+    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None, {})
+    out = capsys.readouterr().out
+    assert "failed: lr=1, seed 0, fold 1: NaN" in out
+    assert "stale: lr=1, seed 0, fold 0, 2: other code\n" in out
+    assert "d are over 3 folds. Runs that share training samples, as folds do, are not" in out
+    assert "n = 2: " in out and "Use more values of --vary.data.fold." in out
+    lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert list(lines[0])[:4] == ["choice", "seed", "data.fold", "folder"]
+    assert [line["data.fold"] for line in lines] == ["0", "1", "2"]
 
 
 def test_plots_are_written(written):
