@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 from tests.conftest import PROJECTS, assert_same_weights, command, on_cpu, run_here, weights
 
@@ -174,13 +175,14 @@ def test_two_processes_train_like_one(tmp_path):
         assert one[name] == pytest.approx(two[name], rel=2e-6), name  # metrics are float32
 
 
-def test_compare_has_a_metric_to_minimize(friedman, tmp_path):
-    code, out, err = friedman(
-        *("compare", "--vary.model.width", 4, 32, "--seeds", 2, "--trainer.max_epochs", 6),
-        *("--trainer.accelerator", "cpu"),
-    )
+def test_compare_has_a_metric_to_minimize_and_folds(friedman, tmp_path):
+    arguments = ("compare", "--vary.model.width", 4, 32, "--trainer.max_epochs", 6)
+    arguments += ("--trainer.accelerator", "cpu", "--vary.data.fold", 0, 2)
+    code, out, err = friedman(*arguments)
     assert code == 0, err
     assert "4 runs, 0 failed" in out
+    assert "[3/4] width=4, seed 0, fold 2: " in out
+    assert "note: means, intervals and d are over 2 folds." in out
     heads = [line.split("  ")[0] for line in out.splitlines()]
     assert {"train loss", "val rmse", "test rmse", "samples per second"} <= set(heads)
     table = json.loads((tmp_path / "runs/compare/table.json").read_text())
@@ -189,6 +191,52 @@ def test_compare_has_a_metric_to_minimize(friedman, tmp_path):
     threshold = float(steps.removeprefix("steps to "))
     for run in table["runs"]:
         assert run[steps] is not None or run["val rmse"] > threshold
+        # A fold is no variant. All variants have the same folds.
+        [folder] = (tmp_path / "runs/compare").glob(
+            f"{run['choice']}/seed-0/fold-{run['data.fold']}/0"
+        )
+        assert folder == tmp_path / run["folder"]
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        assert settings["data"]["fold"] == int(run["data.fold"])
+    keys = [(run["choice"], run["seed"], run["data.fold"]) for run in table["runs"]]
+    assert keys == [(f"width={width}", 0, fold) for fold in ("0", "2") for width in (4, 32)]
+    errors = [run["test rmse"] for run in table["runs"]]
+    reference = stats.ttest_rel(errors[1::2], errors[::2])
+    row = next(
+        row for row in table["rows"] if (row["figure"], row["choice"]) == ("test rmse", "width=32")
+    )
+    assert row["pairs"] == 2
+    ends = reference.confidence_interval(0.95)
+    assert (row["compared_low"], row["compared_high"]) == pytest.approx(tuple(ends))
+
+    again = friedman(*arguments)[1]
+    assert "[" not in again and again == out[out.index("train loss  ") :]
+    code, _, err = friedman(*arguments[:-3], "--data.fold", 0)
+    assert code == 2 and "--data.fold was varied and is now 0" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--vary.data.fold", 1, 3, "--vary.model.width", 4, 8),
+            "The variant 'width=4', seed 0, fold 3, cannot be trained:\n",
+        ),
+        (("--vary.data.fold", 1, "01"), "Two of the values of --vary.data.fold are the same"),
+        (("--ablate.data.fold", 1), "Use --vary.data.fold"),
+    ],
+)
+def test_wrong_folds_are_refused_before_any_run(friedman, tmp_path, arguments, message):
+    code, _, err = friedman("compare", *arguments)
+    assert code == 2 and message in err, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folds_are_not_searched(friedman, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("sweep: {space: {data.fold: [0, 1]}}\n")
+    code, _, err = friedman("sweep", "--config", "sweep.yaml")
+    assert code == 2 and "data.fold cannot be searched" in err, err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_sweep_minimizes(friedman, tmp_path):

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bn_lightning.studies.statistics import Row
@@ -50,15 +50,8 @@ COLUMNS: dict[str, Callable[[Row, int], str]] = {
 }
 
 
-def header(metric: str, baselines: Collection[str]) -> list[str]:
-    """Return the header of the table of a metric.
-
-    Several baselines have the same norm, which is the first word of their names. The
-    header then shows only the norm.
-    """
-    baseline = min(baselines)
-    if len(baselines) > 1:
-        baseline = baseline.split()[0]
+def header(metric: str, baseline: str) -> list[str]:
+    """Return the header of the table of a metric."""
     return [column.format(metric=metric, baseline=baseline) for column in COLUMNS]
 
 

@@ -61,7 +61,7 @@ class Objective:
         pruning = _Pruning(trial, self.progress, "ends_early" in frozen.user_attrs)
         name = f"{self.search.study.study_name}/{parent.name}"
         arguments = [*self.common, *spaces.flags(params), "--ckpt_path", "last", "--name", name]
-        line = f"trial {trial.number}{retried}: {_text(params)}"
+        line = f"trial {trial.number}{retried}: {describe(params)}"
         try:
             folder = study.fit(self.pool, arguments, parent / "log.txt", pruning)
         except workers.MachineFailure as error:
@@ -131,7 +131,7 @@ class _Pruning:
         return not self.ends_early
 
 
-def _text(params: dict[str, Any]) -> str:
+def describe(params: Mapping[str, Any]) -> str:
     """Return the settings of a trial as text, such as `lr 0.1, batch_size 64`."""
     names = study.short_names(params)
     return ", ".join(f"{names[name]} {_number(value)}" for name, value in params.items())

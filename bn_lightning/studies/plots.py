@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bn_lightning.studies import repetitions
 from bn_lightning.studies.statistics import (
     Run,
     Selection,
@@ -29,7 +30,7 @@ Points = list[tuple[float, list[Run]]]
 def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> None:
     """Plot the training loss against the epoch, and the validation metric against the step.
 
-    Lines are means over seeds. Bands extend from the minimum to the maximum.
+    Lines are means over seeds and folds. Bands extend from the minimum to the maximum.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -51,7 +52,8 @@ def learning_curves(runs: Sequence[Run], selection: Selection, path: Path) -> No
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.set(xlabel="epoch", ylabel="train loss")
     right.set(xlabel="step", ylabel=selection.test_label if on_test_set else selection.label)
-    right.legend(title="mean over seeds\n(band: min to max)", **BESIDE)
+    over = repetitions.count(run.repetition for run in runs)
+    right.legend(title=f"mean over {over}\n(band: min to max)", **BESIDE)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Statistics over runs: means with intervals, and differences paired by seed."""
+"""Statistics over runs: means with intervals, and differences paired by repetition."""
 
 import math
 import statistics
@@ -8,6 +8,8 @@ from decimal import ROUND_CEILING, Context
 from typing import Any, Literal
 
 from scipy import stats
+
+from bn_lightning.studies.repetitions import Repetition
 
 # The columns of the CSV and JSON files that are not named like the fields of `Row`.
 KEYS = {
@@ -71,7 +73,7 @@ class Run:
 
     Attributes:
         variant: name of the variant.
-        seed: seed of the run.
+        repetition: seed, and fold if folds are varied.
         folder: folder of the run.
         failure: the reason if the run has no result, otherwise None.
         stale: how the current code differs from that of the run, or None.
@@ -81,7 +83,7 @@ class Run:
     """
 
     variant: str
-    seed: int
+    repetition: Repetition
     folder: str
     failure: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
@@ -118,9 +120,10 @@ class ReportedMetric:
 class Row:
     """One metric over all runs of one variant.
 
-    Intervals are 95% confidence intervals of the mean over seeds, from Student's t
-    distribution. A variant is compared with its baseline by pairs of runs with the same
-    seed. The mean ratio is the geometric mean of the ratios of the pairs. Its interval
+    Intervals are 95% confidence intervals of the mean over repetitions, from Student's
+    t distribution, as if the runs were independent. A variant is compared with its
+    baseline by pairs of runs with the same seed, and the same fold if folds are varied.
+    The mean ratio is the geometric mean of the ratios of the pairs. Its interval
     and effect size are computed from the logarithms of the ratios.
 
     Attributes:
@@ -130,11 +133,11 @@ class Row:
         n: number of runs with this metric.
         failed: number of runs without a result.
         stale: number of runs of other code than the current one.
-        mean, sd: mean and standard deviation over seeds.
+        mean, sd: mean and standard deviation over repetitions.
         low, high: lower and upper end of the interval of the mean.
         compared_by: "difference" or "ratio".
         baseline: the variant that this one is compared with.
-        pairs: number of seeds for which both variants have the metric.
+        pairs: number of repetitions for which both variants have the metric.
         compared: mean difference from the baseline, or mean ratio to it.
         compared_low, compared_high: lower and upper end of the interval of `compared`.
         effect_size: Cohen's d of the pairs: the mean of their differences divided by
@@ -174,7 +177,7 @@ def validated_on_test_set(runs: Iterable[Run]) -> bool:
 
 
 def default_threshold(runs: Iterable[Run], selection: Selection) -> float | None:
-    """Return a threshold that every variant reaches, on average over its seeds.
+    """Return a threshold that every variant reaches, on average over its runs.
 
     The threshold is the final value of the worst variant, rounded to a value that this
     variant reaches too. If higher values are better, as for accuracy, it is rounded
@@ -260,11 +263,11 @@ def rows(
 
 def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, baseline: str) -> Row:
     own_runs = [run for run in runs if run.variant == variant]
-    own = _by_seed(own_runs, metric)
-    others: dict[int, float] = {}
+    own = _by_repetition(own_runs, metric)
+    others: dict[Repetition, float] = {}
     if variant != baseline:
-        others = _by_seed([run for run in runs if run.variant == baseline], metric)
-    pairs = [(own[seed], others[seed]) for seed in sorted(own.keys() & others.keys())]
+        others = _by_repetition([run for run in runs if run.variant == baseline], metric)
+    pairs = [(value, others[key]) for key, value in own.items() if key in others]
     compared, compared_low, compared_high, effect_size = _compare(pairs, metric.compared_by)
     mean, sd, low, high = mean_and_interval(list(own.values()))
     return Row(
@@ -288,9 +291,9 @@ def _row(runs: Sequence[Run], metric: ReportedMetric, variant: str, baseline: st
     )
 
 
-def _by_seed(runs: Iterable[Run], metric: ReportedMetric) -> dict[int, float]:
-    values = {run.seed: metric.value_of(run) for run in runs if run.failure is None}
-    return {seed: float(value) for seed, value in values.items() if value is not None}
+def _by_repetition(runs: Iterable[Run], metric: ReportedMetric) -> dict[Repetition, float]:
+    values = {run.repetition: metric.value_of(run) for run in runs if run.failure is None}
+    return {key: float(value) for key, value in values.items() if value is not None}
 
 
 def _compare(

@@ -1,5 +1,6 @@
 """A study: the settings of its runs, the lock of its folder, and the runs to resume."""
 
+import itertools
 import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ class Plan:
 def plan_runs(
     reference: str,
     *runs: Sequence[str],
+    names: Sequence[str] = (),
     check: Callable[[pl.Trainer, DataModule], None] = lambda trainer, data: None,
 ) -> Plan:
     """Validate the settings of each run, and prepare the data.
@@ -73,6 +75,7 @@ def plan_runs(
     Args:
         reference: import path of the experiment.
         runs: the arguments of `fit` for each run.
+        names: what distinguishes each run from the others, for messages.
         check: raises a UserError if a run is not suitable; its data are prepared.
 
     Raises:
@@ -81,9 +84,10 @@ def plan_runs(
     settings: list[dict[str, Any]] = []
     defaults: dict[str, Any] = {}
     roots, trainers, modules, holds_out = set(), [], [], True
-    for arguments in runs:
+    for arguments, name in itertools.zip_longest(runs, names):
         # The networks of many runs would take a lot of memory, so they are not kept.
-        cli = rehearse(reference, arguments)
+        with naming(name if len(runs) > 1 else None):
+            cli = rehearse(reference, arguments)
         settings.append(_result_settings(cli, cli.config.fit))
         roots.add(Path(cli.config.fit.trainer.default_root_dir))
         trainers.append(cli.trainer)
@@ -112,6 +116,20 @@ def rehearse(reference: str, arguments: Sequence[str]) -> run.CLI:
     cli = run.command_line(["fit", *arguments], reference, run.Rehearsal)
     _refuse_unsupported_settings(cli)
     return cli
+
+
+@contextmanager
+def naming(combination: str | None) -> Iterator[None]:
+    """Put the name of a combination of settings before the message of a UserError.
+
+    Of the settings of a study, often only one combination is invalid.
+    """
+    try:
+        yield
+    except UserError as error:
+        if combination is None:
+            raise
+        raise type(error)(f"{combination} cannot be trained:\n{error}") from error
 
 
 def read_settings(reference: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from optuna.trial import TrialState
 from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.runs import experiment, process
-from bn_lightning.studies import code, study, sweep_report
+from bn_lightning.studies import code, repetitions, shared_settings, study, sweep_report
 from bn_lightning.studies import space as spaces
 from bn_lightning.studies.first_validation import refuse_runs_without_validation
-from bn_lightning.studies.objective import Objective
+from bn_lightning.studies.objective import Objective, describe
 from bn_lightning.studies.search import PRUNERS, SAMPLERS, STORAGE_ERRORS, Search
 from bn_lightning.studies.space import Space
 from bn_lightning.studies.statistics import Selection
@@ -185,6 +185,7 @@ def main(arguments: list[str], reference: str) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     loaded = experiment.load(reference)
     selection = Selection(*loaded.task.selects)
+    _refuse_repetitions(space, repetitions.declared_by(loaded.data))
     plan = _plan(reference, space, common, selection)
     # These settings may differ between the machines that work on a study.
     names = (*loaded.data.machine_settings, *loaded.data.source_settings)
@@ -214,7 +215,7 @@ def main(arguments: list[str], reference: str) -> None:
         unfinished = search.get_trials(TrialState.WAITING, TrialState.RUNNING)
         if unfinished or len(search.done()) < options.trials:
             _run_trials(search, options, space, common, selection, reference, code_of, plan.gpus())
-        changed = _non_defaults(settings, plan.defaults)
+        changed = shared_settings.non_defaults([settings], plan.defaults, DEFAULTS)
         try:
             sweep_report.write(
                 search, options.name, selection, changed, search.stale_trials(code_of)
@@ -224,6 +225,17 @@ def main(arguments: list[str], reference: str) -> None:
                 f"The report of the sweep cannot be written to {folder}: {error}\n"
                 "Fix the cause, then run the same command again. It does not repeat the trials."
             ) from error
+
+
+def _refuse_repetitions(space: Space, repeated: Sequence[str]) -> None:
+    """Raise a UserError if repetitions, such as folds, are searched."""
+    for name in repeated:
+        if name in space:
+            raise UserError(
+                f"{name} cannot be searched: its values are repetitions, and the sweep would "
+                "select the one with the easiest validation samples.\n"
+                f"Remove it from the search space, and set it for all trials: --{name} VALUE"
+            )
 
 
 def _plan(reference: str, space: Space, common: Sequence[str], selection: Selection) -> study.Plan:
@@ -237,7 +249,8 @@ def _plan(reference: str, space: Space, common: Sequence[str], selection: Select
         return [*common, *spaces.flags(params)]
 
     def validate(params: Mapping[str, Any]) -> None:
-        study.rehearse(reference, arguments(params))
+        with study.naming(f"A trial with {describe(params)}"):
+            study.rehearse(reference, arguments(params))
 
     points = spaces.valid_points(space, validate)
     plan = study.plan_runs(reference, *map(arguments, points), check=refuse_runs_without_validation)
@@ -249,16 +262,6 @@ def _plan(reference: str, space: Space, common: Sequence[str], selection: Select
             "--trainer.limit_val_batches 0."
         )
     return plan
-
-
-def _non_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from the defaults of `fit` and from `DEFAULTS`."""
-    own = dict(zip(DEFAULTS[::2], DEFAULTS[1::2], strict=True))
-    return {
-        name: value
-        for name, value in settings.items()
-        if value != defaults.get(name) and str(value).lower() != own.get(f"--{name}")
-    }
 
 
 def _run_trials(

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bn_lightning import terminal
 from bn_lightning.errors import report_failure
 from bn_lightning.runs import folder
-from bn_lightning.studies import compare_table, study
+from bn_lightning.studies import compare_table, shared_settings, study
 from bn_lightning.studies.search import MACHINE_FAILURE, Search
 from bn_lightning.studies.statistics import Selection
 from bn_lightning.training import checkpoints
@@ -46,7 +46,7 @@ def write(
         f"{states[state]} {state}" for state in ("finished", "ended early", "failed")
     )
     print(f"\n{len(trials)} trials: {counts}. All trials are in {file}")
-    print(describe_stale(stale), end="")
+    print(shared_settings.describe(settings), describe_stale(stale), sep="", end="")
     best = trials[0]
     if best.state != TrialState.COMPLETE:
         print("No trial has finished, so there is no best trial.", flush=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
-from bn_lightning.studies import study
+from bn_lightning.studies import repetitions, study
+from bn_lightning.studies.repetitions import Point
 
 DESCRIPTION = "Train norms or settings with several seeds, and compare them in tables and plots."
 EPILOG = """\
@@ -20,14 +21,12 @@ skips finished ones.
 """
 
 NORM = "model.norm"
-
-# The name and value of each varied setting.
-Point = tuple[tuple[str, str], ...]
+SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that are trained with each seed.
+    """Settings that are trained with each seed, and each fold if folds are varied.
 
     Attributes:
         name: name in tables and plots.
@@ -59,8 +58,15 @@ class Variant:
         return [*configs, *common, *settings]
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Variant], list[str]]:
+def parse(
+    arguments: Sequence[str], repeated: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[Variant], list[str]]:
     """Return the options of `compare`, the variants, and the settings that all runs share.
+
+    The options include the `repetitions` of each variant.
+
+    Args:
+        repeated: settings whose values are repetitions, such as `data.fold`.
 
     Raises:
         UserError: the options are invalid.
@@ -75,12 +81,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Variant], 
         options, common = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}\nFor all options, see: {parser.prog} --help") from error
-    _check(options, varied, common)
+    _check(options, varied, common, repeated)
     grid: dict[str, list[str]] = {NORM: options.norm} if options.norm else {}
     ablated: dict[str, list[str]] = {}
     for flag in varied:
         kind, _, name = flag.partition(".")
         (grid if kind == "--vary" else ablated)[name] = getattr(options, flag)
+    folds = {name: grid.pop(name) for name in repeated if name in grid}
+    # Folds already repeat the runs. More seeds multiply the cost.
+    seeds = options.seeds or (1 if folds else SEEDS)
+    options.repetitions = repetitions.product(seeds, folds)
     return options, variants(grid, ablated), common
 
 
@@ -113,7 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         help="Values for one setting; each is combined only with the first variant of the grid.",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="Train with seeds 0 to N-1 (default: 3)."
+        "--seeds",
+        type=int,
+        metavar="N",
+        help=f"Train with seeds 0 to N-1 (default: {SEEDS}, or 1 if --vary gives the folds of a "
+        "cross-validation).",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=study.HELP_JOBS)
     parser.add_argument("--name", default="compare", help=f"{study.HELP_NAME} (default: compare).")
@@ -128,12 +142,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace, varied: Iterable[str], common: Sequence[str]) -> None:
+def _check(
+    options: argparse.Namespace,
+    varied: Iterable[str],
+    common: Sequence[str],
+    repeated: Sequence[str],
+) -> None:
     for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1, for example --{name} 2.")
+    for name in repeated:
+        if f"--ablate.{name}" in varied:
             raise UserError(
-                f"--{name} is {getattr(options, name)}; it must be at least 1, for example "
-                f"--{name} 2."
+                f"--ablate.{name} cannot be used: the values of {name} are repetitions, as seeds "
+                f"are, and no variants.\nUse --vary.{name}, which trains every variant with each "
+                "value."
             )
     names = [flag.partition(".")[2] for flag in varied]
     for name in ("seed_everything", "name", "ckpt_path", "trainer.default_root_dir"):
@@ -192,6 +216,17 @@ def variants(
             )
         found[variant.folder.casefold()] = variant
     return list(found.values())
+
+
+def baseline_label(compared: Sequence[Variant]) -> str:
+    """Return the name of the baseline, or its norm if there are several baselines.
+
+    Several baselines have the same norm, which is that of the first variant.
+    """
+    first = compared[0]
+    if len({variant.baseline for variant in compared}) == 1:
+        return first.baseline
+    return dict(first.settings)[NORM]
 
 
 def _with_norm(point: Point, norm: str) -> Point:

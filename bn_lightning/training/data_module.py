@@ -51,6 +51,10 @@ class DataModule(pl.LightningDataModule):
             from a checkpoint, and may differ between the machines of a study.
         fixed_settings: names of the settings that must not change when a run is
             resumed, each with what would happen otherwise.
+        repetitions: names of the settings whose values repeat a run, such as the fold of
+            cross-validation. `compare` treats them like seeds: it compares variants in
+            pairs of runs of the same fold, and reports the mean and the spread over
+            folds.
         import_paths: names of the settings whose value may be an import path. An import
             path that only a checkpoint contains is not imported.
 
@@ -65,6 +69,7 @@ class DataModule(pl.LightningDataModule):
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "seed": "training samples would move to the validation set"
     }
+    repetitions: ClassVar[tuple[str, ...]] = ()
     import_paths: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:

@@ -109,6 +109,68 @@ def test_seeds_and_variants_can_be_added(main, tmp_path):
     assert code == 0 and table_of(again) == table_of(out)
 
 
+NETWORKS = """\
+from torch import nn
+
+from bn_lightning.networks.mlp import MLP as WithNorm
+
+
+class WithoutNorm(nn.Sequential):
+    def __init__(self, in_channels, image_size, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(784, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variant", "reason"),
+    [
+        (("mlp", "lenet", "--data.resize", "8"), "network=lenet", "Enlarge them"),
+        (("mlp", "net"), "network=net", "Unknown network 'net'"),
+        (
+            ("own_network.WithoutNorm", "--norm", "none", "builtin", "custom"),
+            "custom network=own_network.WithoutNorm",
+            "WithoutNorm has no norm layer that can be replaced",
+        ),
+        (
+            ("resnet", "mlp", "--model.network_args.depth", "8"),
+            "network=mlp",
+            "got an unexpected keyword argument 'depth'",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_trained_are_refused(main, tmp_path, arguments, variant, reason):
+    (tmp_path / "own_network.py").write_text(NETWORKS)
+    code, _, err = main("compare", *QUICK, "--vary.model.network", *arguments)
+    assert code == 2 and reason in err and len(err.splitlines()) < 25, err
+    assert f"The variant '{variant}' cannot be trained:\n" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_networks_are_compared(tmp_path):
+    (tmp_path / "own_network.py").write_text(NETWORKS)
+    networks = ("mlp", "own_network.WithNorm")
+    arguments = ("compare", "--vary.model.network", *networks, "--seeds", "1", *QUICK)
+    arguments += ("--vary.model.norm", "custom", "builtin", "--model.network_args.widths", "[8]")
+    arguments += ("--trainer.limit_train_batches", "2")
+    out = run_here(*arguments, cwd=tmp_path).stdout
+    assert out.count("vs custom (95%)") == 5
+    assert "--model.network_args.widths '[8]'" in out
+    lines = list(csv.DictReader((tmp_path / "runs/compare/runs.csv").open()))
+    names = [f"network={network} {norm}" for network in networks for norm in ("custom", "builtin")]
+    assert [line["choice"] for line in lines] == names
+    # Both networks are the same class, and the norms compute the same.
+    losses = [float(line["train loss"]) for line in lines]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    for line in lines:
+        result = json.loads((tmp_path / line["folder"] / "result.json").read_text())
+        assert line["choice"] == f"network={result['network']} {result['norm']}"
+    # An unfinished run is resumed. The user has typed the import path.
+    (tmp_path / lines[2]["folder"] / "result.json").unlink()
+    again = run_here(*arguments, cwd=tmp_path).stdout
+    assert "[4/4] network=own_network.WithNorm custom" in again and "4 runs, 0 failed" in again
+
+
 KILLED = """\
 import multiprocessing, os, signal
 from torch import nn

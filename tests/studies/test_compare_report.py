@@ -2,14 +2,17 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from bn_lightning.studies import compare_report
+from bn_lightning.studies.repetitions import Repetition
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 
+SHARED = {"model.network": "mlp", "model.network_args": {"widths": [8]}}
 MIN = Selection("val_rmse", "min")
 VARIANTS = [Variant(f"lr={lr}", "lr=1", (), (("model.lr", lr),)) for lr in ("1", "2")]
 
@@ -18,15 +21,23 @@ def run(variant, seed, error):
     result = {"train_loss": error, "val_rmse": error, "test_rmse": 2 * error}
     result |= {"images_per_second": 1_000.0, "val_images_from": "training set"}
     validations = [{"step": 10 * n, "val_rmse": error * 4 / n} for n in (1, 2, 4)]
-    return Run(variant, seed, f"{variant}/{seed}", None, result, [{"train_loss": 1.0}], validations)
+    return Run(
+        variant,
+        Repetition(seed),
+        f"{variant}/{seed}",
+        None,
+        result,
+        [{"train_loss": 1.0}],
+        validations,
+    )
 
 
 @pytest.fixture
 def written(tmp_path, capsys):
     """The folder of a report, and the printed text."""
     runs = [run("lr=1", 0, 2.0), run("lr=2", 0, 1.0), run("lr=1", 1, 2.5)]
-    runs.append(Run("lr=2", 1, "lr=2/1", "non-finite loss at step 3, epoch 1"))
-    compare_report.write(tmp_path, runs, VARIANTS, MIN, None)
+    runs.append(Run("lr=2", Repetition(1), "lr=2/1", "non-finite loss at step 3, epoch 1"))
+    compare_report.write(tmp_path, runs, VARIANTS, MIN, None, SHARED)
     return tmp_path, capsys.readouterr().out
 
 
@@ -42,6 +53,8 @@ def test_tables_are_printed_and_written(written):
     assert f"- failed: {failure}" in (folder / "table.md").read_text()
     head = "| test rmse | n | mean ± sd | 95% interval | vs lr=1 (95%) | d |"
     assert head in (folder / "table.md").read_text()
+    shared = "all runs: --model.network mlp --model.network_args.widths '[8]'\n"
+    assert shared in text and shared in (folder / "table.md").read_text()
     assert f"4 runs, 1 failed. Tables and plots are in {folder}" in out
 
 
@@ -53,13 +66,14 @@ def test_the_columns_of_csv_and_json_files(written):
     assert list(runs[0])[:5] == ["choice", "seed", "folder", "failure", "train loss"]
     assert [line["steps to 2.300"] for line in runs] == ["40", "20", "", ""]
     data = json.loads((folder / "table.json").read_text())
+    assert data["settings"] == SHARED
     assert [line["choice"] for line in data["runs"]] == ["lr=1", "lr=2", "lr=1", "lr=2"]
     [row] = [r for r in data["rows"] if (r["figure"], r["choice"]) == ("test rmse", "lr=2")]
     assert (row["mean"], row["compared"], row["failed"]) == (2.0, -2.0, 1)
 
 
 def test_a_given_threshold_is_used(tmp_path):
-    compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5)
+    compare_report.write(tmp_path, [run("lr=1", 0, 2.0)], VARIANTS[:1], MIN, 4.5, {})
     [line] = csv.DictReader((tmp_path / "runs.csv").open())
     assert line["steps to 4.500"] == "20"
 
@@ -69,7 +83,7 @@ def test_notes_say_which_epoch_is_reported_and_warn_of_few_runs(tmp_path, capsys
     runs = [run("lr=1", seed, 2.0 + seed) for seed in range(seeds)]
     for one in runs:
         one.result["tested"] = "best.ckpt"
-    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None)
+    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None, {})
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes[0] == (
         "note: val rmse and test rmse are those of the checkpoint with the best val rmse. "
@@ -79,6 +93,23 @@ def test_notes_say_which_epoch_is_reported_and_warn_of_few_runs(tmp_path, capsys
     assert all(note in (tmp_path / "table.md").read_text() for note in notes)
     assert len(notes) == 2 + (shown is not None)
     assert shown is None or notes[2].startswith(f"note: {shown}")
+
+
+def test_folds_are_named_and_are_not_called_independent(tmp_path, capsys):
+    folds = [Repetition(0, (("data.fold", fold),)) for fold in "012"]
+    runs = [replace(run("lr=1", 0, 2.0 + n), repetition=one) for n, one in enumerate(folds)]
+    runs[1] = replace(runs[1], failure="NaN")
+    runs[0] = replace(runs[0], stale="other code")
+    runs[2] = replace(runs[2], stale="other code")
+    compare_report.write(tmp_path, runs, VARIANTS[:1], MIN, None, {})
+    out = capsys.readouterr().out
+    assert "failed: lr=1, seed 0, fold 1: NaN" in out
+    assert "stale: lr=1, seed 0, fold 0, 2: other code\n" in out
+    assert "d are over 3 folds. Runs that share training samples, as folds do, are not" in out
+    assert "n = 2: " in out and "Use more values of --vary.data.fold." in out
+    lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert list(lines[0])[:4] == ["choice", "seed", "data.fold", "folder"]
+    assert [line["data.fold"] for line in lines] == ["0", "1", "2"]
 
 
 def test_plots_are_written(written):
@@ -91,7 +122,7 @@ def test_a_plot_that_fails_is_one_line(tmp_path, capsys):
     # A lone `$` makes matplotlib read the name as a formula, and this one is invalid.
     name = r"a=$\frac$ lr=1"
     variant = Variant(name, name, (), (("model.lr", "1"),))
-    compare_report.write(tmp_path, [run(name, 0, 2.0)], [variant], MIN, None)
+    compare_report.write(tmp_path, [run(name, 0, 2.0)], [variant], MIN, None, {})
     captured = capsys.readouterr()
     assert "1 runs, 0 failed." in captured.out
     [line] = captured.err.splitlines()

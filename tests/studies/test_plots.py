@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bn_lightning.studies import plots
+from bn_lightning.studies.repetitions import Repetition
 from bn_lightning.studies.statistics import Run, Selection
 from bn_lightning.studies.variants import Variant
 
@@ -30,7 +31,7 @@ def run(variant, seed, selection, value, test_set=False):
     result |= {selection.metric: value, selection.test_metric: value}
     validations = [{"step": 10 * n, selection.metric: value * n} for n in (1, 2, 3)]
     epochs = [{"train_loss": 1 / n} for n in (1, 2, 3)]
-    return Run(variant, seed, "", None, result, epochs, validations)
+    return Run(variant, Repetition(seed), "", None, result, epochs, validations)
 
 
 def is_not_blank(path):
@@ -40,7 +41,7 @@ def is_not_blank(path):
 
 def test_learning_curves_are_means_over_seeds(axes, tmp_path):
     runs = [run("a", 0, MAX, 0.1), run("a", 1, MAX, 0.3), run("b", 0, MAX, 0.2)]
-    runs.append(Run("b", 1, "", "failed"))
+    runs.append(Run("b", Repetition(1), "", "failed"))
     plots.learning_curves(runs, MAX, tmp_path / "curves.png")
     assert is_not_blank(tmp_path / "curves.png")
     left, right = axes
@@ -49,6 +50,7 @@ def test_learning_curves_are_means_over_seeds(axes, tmp_path):
     assert list(line.get_xdata()) == [10, 20, 30]
     assert list(line.get_ydata()) == pytest.approx([0.2, 0.4, 0.6])
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["a", "b"]
+    assert right.get_legend().get_title().get_text() == "mean over 2 seeds\n(band: min to max)"
 
 
 def test_the_legend_covers_no_curve_and_epochs_are_integers(axes, tmp_path):
@@ -99,7 +101,7 @@ def test_numeric_settings_have_one_line_per_combination_of_other_settings():
 def test_metric_by_setting(axes, tmp_path, selection, level):
     points = [
         (0.1, [run("lr=0.1", 0, selection, 0.4), run("lr=0.1", 1, selection, 0.6)]),
-        (1.0, [run("lr=1", 0, selection, 0.3), Run("lr=1", 1, "", "non-finite loss")]),
+        (1.0, [run("lr=1", 0, selection, 0.3), Run("lr=1", Repetition(1), "", "non-finite loss")]),
     ]
     plots.metric_by_setting("model.lr", {"": points}, selection, tmp_path / "lr.png")
     assert is_not_blank(tmp_path / "lr.png")

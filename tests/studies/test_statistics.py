@@ -5,6 +5,7 @@ import math
 import pytest
 from scipy import stats
 
+from bn_lightning.studies.repetitions import Repetition
 from bn_lightning.studies.statistics import (
     Run,
     Selection,
@@ -25,7 +26,7 @@ def runs(losses=LOSS, speed=(100.0, 150.0)):
     return [
         Run(
             variant,
-            seed,
+            Repetition(seed),
             f"runs/{variant}/{seed}",
             None,
             {"train_loss": loss, "images_per_second": speed[number]},
@@ -46,7 +47,7 @@ def table(of_runs, threshold=None, selection=MAX):
 
 
 def names(result, selection, threshold=None):
-    shown = reported_metrics([Run("a", 0, "", None, result)], selection, threshold)
+    shown = reported_metrics([Run("a", Repetition(0), "", None, result)], selection, threshold)
     return [metric.name for metric in shown]
 
 
@@ -80,6 +81,23 @@ def test_differences_are_paired_by_seed():
     assert of(table(runs()), "train loss", "a").compared is None
 
 
+def test_differences_are_paired_by_seed_and_fold():
+    keys = [Repetition(seed, (("data.fold", fold),)) for seed in (0, 1) for fold in "01"]
+    found = [
+        Run(variant, key, "", None, {"train_loss": loss})
+        for variant, losses in LOSS.items()
+        for key, loss in zip(keys, losses, strict=True)
+    ]
+    # The order of the runs has no influence.
+    row = of(table(found[:4] + found[:3:-1]), "train loss", "b")
+    ends = tuple(stats.ttest_rel(LOSS["b"], LOSS["a"]).confidence_interval(0.95))
+    assert (row.n, row.pairs) == (4, 4)
+    assert (row.compared_low, row.compared_high) == pytest.approx(ends)
+    # A pair has the same fold.
+    row = of(table([*found[:3], found[7]]), "train loss", "b")
+    assert (row.n, row.pairs, row.compared) == (1, 0, None)
+
+
 def test_a_ratio_is_the_geometric_mean_over_pairs():
     row = of(table(runs()), "samples per second", "b")
     assert (row.compared_by, row.compared) == ("ratio", pytest.approx(1.5))
@@ -87,8 +105,8 @@ def test_a_ratio_is_the_geometric_mean_over_pairs():
 
 
 def test_a_failed_run_is_counted_and_its_pair_is_excluded():
-    failed = Run("b", 2, "runs/b/2", "NaN")
-    some = [run if (run.variant, run.seed) != ("b", 2) else failed for run in runs()]
+    failed = Run("b", Repetition(2), "runs/b/2", "NaN")
+    some = [run if (run.variant, run.repetition.seed) != ("b", 2) else failed for run in runs()]
     row = of(table(some), "train loss", "b")
     assert (row.runs, row.n, row.failed, row.pairs) == (4, 3, 1, 3)
     kept = (0, 1, 3)
@@ -98,16 +116,16 @@ def test_a_failed_run_is_counted_and_its_pair_is_excluded():
 
 def test_steps_to_a_threshold_end_at_the_first_validation_that_reaches_it():
     values = curve("val_acc", 0.5, 0.8, 0.7)
-    reached = Run("a", 0, "", None, {}, [], values)
+    reached = Run("a", Repetition(0), "", None, {}, [], values)
     found = [reached.steps_to(threshold, MAX) for threshold in (0.4, 0.6, 0.8, 0.81)]
     assert found == [10, 20, 20, None]
-    other = Run("a", 1, "", None, {}, [], values[:1])
+    other = Run("a", Repetition(1), "", None, {}, [], values[:1])
     row = of(table([reached, other], 0.8), "steps to 0.800", "a")
     assert (row.n, row.failed, row.mean) == (1, 0, 20)
 
 
 def test_a_minimized_metric_reaches_thresholds_that_it_does_not_exceed():
-    reached = Run("a", 0, "", None, {}, [], curve("val_rmse", 3.0, 1.5, 2.0))
+    reached = Run("a", Repetition(0), "", None, {}, [], curve("val_rmse", 3.0, 1.5, 2.0))
     found = [reached.steps_to(threshold, MIN) for threshold in (4.0, 3.0, 2.0, 1.5, 1.4)]
     assert found == [10, 10, 20, 20, None]
     row = of(table([reached], 2.0, MIN), "steps to 2.000", "a")
@@ -117,13 +135,13 @@ def test_a_minimized_metric_reaches_thresholds_that_it_does_not_exceed():
 def test_the_mean_of_every_variant_reaches_the_default_threshold():
     finals = {"a": [0.91, 0.92], "b": [0.836, 0.84]}
     done = [
-        Run(variant, seed, "", None, {}, [], curve("val_acc", 0.99, final))
+        Run(variant, Repetition(seed), "", None, {}, [], curve("val_acc", 0.99, final))
         for variant, values in finals.items()
         for seed, final in enumerate(values)
     ]
     assert default_threshold(done, MAX) == 0.835  # 0.838, rounded down
-    assert default_threshold([Run("a", 0, "", "failed")], MAX) is None
-    nothing = Run("a", 0, "", None, {}, [], curve("val_acc", 0.004))
+    assert default_threshold([Run("a", Repetition(0), "", "failed")], MAX) is None
+    nothing = Run("a", Repetition(0), "", None, {}, [], curve("val_acc", 0.004))
     assert default_threshold([nothing], MAX) is None
 
 
@@ -142,8 +160,8 @@ def test_the_mean_of_every_variant_reaches_the_default_threshold():
     ],
 )
 def test_the_default_threshold_of_a_minimized_metric_has_two_digits(final, threshold):
-    better = Run("a", 0, "", None, {}, [], curve("val_rmse", final - 1))
-    worse = Run("b", 0, "", None, {}, [], curve("val_rmse", 0.0, final))
+    better = Run("a", Repetition(0), "", None, {}, [], curve("val_rmse", final - 1))
+    worse = Run("b", Repetition(0), "", None, {}, [], curve("val_rmse", 0.0, final))
     assert default_threshold([worse, better], MIN) == threshold
     if threshold is not None:
         assert worse.steps_to(threshold, MIN) and better.steps_to(threshold, MIN)

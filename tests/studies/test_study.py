@@ -83,6 +83,19 @@ def test_invalid_settings_are_refused(read, arguments, message):
     assert message in str(caught.value)
 
 
+def test_an_invalid_combination_is_named(read):
+    runs = [(*SAMPLE, "--data.resize", "8", "--model.network", name) for name in ("mlp", "lenet")]
+    with pytest.raises(UserError) as caught:
+        study.plan_runs(EXPERIMENT, *runs, names=["The first", "The second"])
+    first, *others = str(caught.value).splitlines()
+    assert first == "The second cannot be trained:" and "--data.resize" in others[-1]
+    # A single run needs no name.
+    with pytest.raises(UserError) as caught:
+        study.plan_runs(EXPERIMENT, runs[1], names=["The only"])
+    assert "The only" not in str(caught.value)
+    assert read == []
+
+
 def test_changed_settings_are_refused_and_listed():
     before = {"model.lr": 1.0, "gone": 1, "same": [1]}
     now = {"model.lr": 0.5, "same": [1], "new": "auto", "other": 3}

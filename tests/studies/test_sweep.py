@@ -90,7 +90,10 @@ def test_a_finished_sweep_trains_nothing_and_prints_the_same_report(swept):
         ({"model.lr": {"low": 0.0, "high": 1.0, "log": True}}, "space of model.lr is invalid"),
         ({"data.val_images": [0, 5000]}, "No validation samples are held out"),
         ({"model.lrr": [1]}, "Did you mean"),
-        ({"model.norm": ["custom", "layer"]}, "Unknown norm 'layer'"),
+        (
+            {"model.norm": ["custom", "layer"]},
+            "norm layer, momentum 0.5 cannot be trained:\nUnknown norm 'layer'",
+        ),
         ({}, "No search space is given"),
     ],
 )
@@ -143,6 +146,35 @@ def test_trials_with_a_non_finite_loss_count_as_failed(main):
     assert "there is no best trial" in out
     again = main("sweep", "--config", "sweep.yaml")[1]
     assert "FAILED" not in again and "3 failed" in again
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Target and region quantiles")
+def test_networks_are_searched_and_the_shared_network_is_shown(main, tmp_path):
+    (tmp_path / "swept_network.py").write_text("from bn_lightning.networks.mlp import MLP\n")
+    common = ("--data.source", "sample", "--trainer.max_steps", "2")
+    common += ("--trainer.val_check_interval", "2", "--trainer.accelerator", "cpu")
+    for name, shared, space in (
+        ("a", {}, {"model.network": ["mlp", "swept_network.MLP"]}),
+        (
+            "b",
+            {"network": "resnet", "network_args": {"width": 4}},
+            {"model.network_args.depth": [8]},
+        ),
+    ):
+        section = {"trials": 2, "sampler": "random", "pruner": "none", "space": space}
+        Path("sweep.yaml").write_text(yaml.safe_dump({"model": shared, "sweep": section}))
+        code, out, err = main("sweep", "--config", "sweep.yaml", "--name", name, *common)
+        assert code == 0, err
+        assert "2 trials: 2 finished" in out
+    [line] = [line for line in out.splitlines() if line.startswith("all runs: ")]
+    assert line.endswith("--model.network resnet --model.network_args.width 4")
+    trials = list(csv.DictReader((tmp_path / "runs/a/trials.csv").open()))
+    for trial in trials:
+        settings = yaml.safe_load((tmp_path / trial["folder"] / "config.yaml").read_text())
+        assert settings["model"]["network"] == trial["model.network"]
+    winner = yaml.safe_load((tmp_path / "runs/b/winner.yaml").read_text())
+    assert winner["model"] == {"network": "resnet", "network_args": {"width": 4, "depth": 8}}
 
 
 @pytest.mark.slow
@@ -220,17 +252,6 @@ def test_invalid_options_and_configs_are_refused(tmp_path, text, arguments, mess
     with pytest.raises(UserError) as caught:
         parse(tmp_path, text, *arguments)
     assert message in str(caught.value)
-
-
-def test_the_best_config_contains_only_settings_that_are_not_defaults():
-    settings = {"monitor": False, "trainer.devices": "1", "trainer.limit_test_batches": 0}
-    settings |= {"model.width": 8, "model.lr": 0.1}
-    defaults = {"monitor": True, "trainer.devices": "auto", "trainer.limit_test_batches": None}
-    defaults |= {"model.width": 32, "model.lr": 0.1}
-    assert sweep._non_defaults(settings, defaults) == {"model.width": 8}
-    settings |= {"monitor": True, "trainer.limit_test_batches": 5}
-    found = sweep._non_defaults(settings, defaults)
-    assert found == {"model.width": 8, "trainer.limit_test_batches": 5}
 
 
 SAMPLE = ("--data.source", "sample", "--trainer.accelerator", "cpu")

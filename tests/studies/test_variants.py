@@ -33,6 +33,31 @@ def test_the_baseline_has_the_first_norm_or_is_the_first_variant():
     assert baselines("--vary.model.lr", "1", "2") == ["lr=1", "lr=1"]
 
 
+def test_several_baselines_are_named_by_their_norm():
+    def label(*arguments):
+        return variants.baseline_label(variants.parse(list(arguments))[1])
+
+    networks, norms = ("--vary.model.network", "x", "y"), ("--vary.model.norm", "a", "b")
+    assert label(*networks, *norms) == label(*norms, *networks) == "a"
+    assert label(*networks, "--norm", "a") == "a network=x"
+    assert label(*networks) == "network=x"
+
+
+def test_folds_are_repetitions_and_no_variants():
+    def repeated(*arguments):
+        options, found, _ = variants.parse(list(arguments), ["data.fold"])
+        return [str(one) for one in options.repetitions], [variant.name for variant in found]
+
+    folds = ("--vary.data.fold", "0", "1")
+    assert repeated("--norm", "a", *folds) == (["seed 0, fold 0", "seed 0, fold 1"], ["a"])
+    assert repeated(*folds, "--seeds", "2")[0] == [
+        f"seed {seed}, fold {fold}" for seed in (0, 1) for fold in (0, 1)
+    ]
+    assert repeated("--norm", "a") == (["seed 0", "seed 1", "seed 2"], ["a"])
+    # Without the declaration of the data module, folds are variants.
+    assert names(*folds) == ["fold=0", "fold=1"]
+
+
 def test_settings_with_the_same_last_part_keep_their_full_names():
     found = names("--vary.model.args.size", "1", "--vary.data.args.size", "2")
     assert found == ["model.args.size=1 data.args.size=2"]

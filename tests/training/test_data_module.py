@@ -55,7 +55,8 @@ def test_invalid_settings_are_refused(settings, message):
 
 def test_settings_include_those_of_the_subclass_and_of_the_base_class():
     data = Table(rows=20, batch_size=5, seed=3)
-    assert dict(data.hparams) == {"rows": 20, "folder": "tables", "batch_size": 5, "seed": 3}
+    own = {"rows": 20, "fold": 2, "folder": "tables"}
+    assert dict(data.hparams) == {**own, "batch_size": 5, "seed": 3}
 
 
 def test_defaults_of_a_minimal_data_module():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError, R2Score
 
 from bn_lightning import DataModule, Experiment, Step, Task
+from bn_lightning.errors import UserError
 from bn_lightning.norms import registry
 
 
@@ -57,16 +58,27 @@ class Table(DataModule):
     Args:
         rows: number of training rows. There are half as many for validation, and as many for the
             test.
+        fold: 0, 1 or 2: the third of the training and validation rows that is the validation set.
         folder: a machine setting without effect.
         loading: further settings of `DataModule`.
     """
 
     machine_settings = ("folder",)
-    fixed_settings = {**DataModule.fixed_settings, "rows": "rows that were trained on would move"}
+    fixed_settings = {
+        **DataModule.fixed_settings,
+        "rows": "rows that were trained on would move",
+        "fold": "validation rows would have been trained on",
+    }
+    repetitions = ("fold",)
 
-    def __init__(self, rows: int = 1_000, folder: str = "tables", **loading: Any) -> None:
+    def __init__(
+        self, rows: int = 1_000, fold: int = 2, folder: str = "tables", **loading: Any
+    ) -> None:
         super().__init__(**loading)
+        if fold not in range(3):
+            raise UserError(f"fold is {fold}; it must be 0, 1 or 2.")
         self.rows = rows
+        self.fold = fold
 
     def setup(self, stage: str) -> None:
         random = np.random.default_rng(self.seed)
@@ -78,11 +90,15 @@ class Table(DataModule):
         self.targets = torch.tensor(y, dtype=torch.float32)
 
     def train_dataloader(self) -> Any:
-        return self.train_batches(self.inputs, self.targets, torch.arange(self.rows))
+        rows = torch.arange(self.rows * 3 // 2)
+        is_held_out = torch.isin(rows, self.held_out())
+        return self.train_batches(self.inputs, self.targets, rows[~is_held_out])
 
     def val_dataloader(self) -> Any:
-        rows = torch.arange(self.rows, self.rows * 3 // 2)
-        return self.batches(self.inputs, self.targets, rows)
+        return self.batches(self.inputs, self.targets, self.held_out())
+
+    def held_out(self) -> Tensor:
+        return torch.arange(self.fold * self.rows // 2, (self.fold + 1) * self.rows // 2)
 
     def test_dataloader(self) -> Any:
         return self.batches(*self.test_samples())
