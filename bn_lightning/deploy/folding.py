@@ -128,7 +128,8 @@ def _affine_map(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         b = by_channel(module(torch.zeros_like(x)))[:, :1]
         a = (by_channel(module(torch.full_like(x, size)))[:, :1] - b) / size
         for probe in probes:
-            y, values = module(probe), by_channel(probe)
+            # A module such as an in-place ReLU changes its input.
+            y, values = module(probe.clone()), by_channel(probe)
             allowed = TOLERANCE * (a.abs() * values.abs().amax(1, keepdim=True) + b.abs())
             is_close = (by_channel(y) - (a * values + b)).abs() <= allowed  # False for NaN
             if y.shape != x.shape or not bool(is_close.all()):

@@ -55,6 +55,14 @@ class PredictCLI(CLI):
             "predictions.",
         )
 
+    def _paths_in(self, settings: Any) -> dict[str, Any]:
+        paths, data = super()._paths_in(settings), settings.data
+        names = self.experiment.data.found_in_data
+        if data.get("images") is None or not names or None in map(data.get, names):
+            return paths
+        # For the user's own files, the data are not read, so their code is not imported.
+        return {name: value for name, value in paths.items() if not name.startswith("data.")}
+
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         # These two are options of `predict`, not arguments of the data module.

@@ -45,6 +45,7 @@ class Doubles(nn.Module):
 CONVOLUTION = nn.Sequential(
     nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Dropout(), nn.Identity(), nn.ReLU()
 )
+IN_PLACE = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
 GROUPS = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.BatchNorm1d(4))
 OTHER_CHANNELS = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(3))
 PER_SAMPLE = nn.Sequential(nn.Conv2d(2, 3, 3), nn.LayerNorm((3, 3, 3)))
@@ -55,6 +56,7 @@ AFFINE_ON_X = nn.Sequential(nn.Linear(3, 3), nn.Hardtanh(-99, 99))
     ("network", "shape", "notes"),
     [
         (CONVOLUTION, (4, 2, 5, 5), [f"{i} is folded into 0" for i in (1, 2, 3)]),
+        (IN_PLACE, (4, 2, 5, 5), ["1 is folded into 0"]),
         (GROUPS, (4, 4, 9), ["1 is folded into 0"]),
         (nn.Sequential(nn.Linear(3, 3), Doubles()), (4, 3), ["1 is folded into 0"]),
         (
