@@ -117,11 +117,14 @@ class ImageData(DataModule):
 
     def _refuse_wrong_settings(self) -> None:
         if self.dataset != datasets.FASHION_MNIST:
-            given = {"source": self.source != "auto", "mirrors": self.mirrors != list(MIRRORS)}
-            for name in (name for name, is_given in given.items() if is_given):
+            is_given = {"source": self.source != "auto", "mirrors": self.mirrors != list(MIRRORS)}
+            for name, default in {"source": "auto", "mirrors": "null"}.items():
+                if not is_given[name]:
+                    continue
                 raise UserError(
                     f"--data.{name} is for the data set {datasets.FASHION_MNIST!r} only, but the "
-                    f"data set is {self.dataset!r}. Remove --data.{name}."
+                    f"data set is {self.dataset!r}. Remove it; if a checkpoint or a file sets it, "
+                    f"use --data.{name} {default}."
                 )
         if self.resize is not None and self.resize < 1:
             raise UserError(

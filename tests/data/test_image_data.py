@@ -3,6 +3,8 @@
 import gc
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -157,6 +159,47 @@ TINY = ("--model.network", "resnet", "--model.network_args.depth", 8)
 TINY = (*TINY, "--model.network_args.width", 4, "--model.lr", 0.1, "--data.batch_size", 32)
 
 
+def test_an_import_path_that_only_a_checkpoint_names_is_not_imported(main, trained, tmp_path):
+    (tmp_path / "trap.py").write_text("open('imported', 'w')\n")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    checkpoint = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)
+    settings = checkpoint["datamodule_hyper_parameters"]
+    settings |= {"dataset": "trap.load", "source": "auto"}
+    torch.save(checkpoint, tmp_path / "trap.ckpt")
+    code, out, err = main("predict", "--ckpt_path", "trap.ckpt", "--data.images", "a.png")
+    assert code == 0 and "a.png" in out, err  # the pictures need no data
+    settings["facts"] = None  # now only the data have them
+    torch.save(checkpoint, tmp_path / "no_facts.ckpt")
+    for command in (
+        ("predict", "--data.images", "a.png", "--ckpt_path", "no_facts.ckpt"),
+        ("predict", "--ckpt_path", "trap.ckpt"),
+        ("test", "--ckpt_path", "trap.ckpt"),
+        ("fit", "--ckpt_path", "trap.ckpt"),
+        ("export", "trap.ckpt", "x.pt2"),
+    ):
+        code, _, err = main(*command)
+        assert code == 2 and "on the command line: --data.dataset trap.load" in err
+    assert not (tmp_path / "imported").exists()
+
+
+def test_one_process_at_a_time_calls_the_function(tmp_path, monkeypatch, shapes):
+    """The function may download data, and the processes of a machine start together."""
+    load, running = shapes.load, []
+
+    def slow():
+        running.append(1)
+        assert len(running) == 1
+        time.sleep(0.05)
+        running.pop()
+        return load()
+
+    shapes.slow = slow
+    with ThreadPoolExecutor(4) as pool:
+        all_images = list(pool.map(lambda _: datasets.call("shapes.slow", {}, tmp_path), range(4)))
+    assert len({images.sha256 for images in all_images}) == 1
+
+
+@pytest.mark.slow
 def test_a_set_of_the_user_is_trained_tested_resumed_predicted_and_exported(tmp_path):
     (tmp_path / "shapes.py").write_text(SHAPES)
 
@@ -175,11 +218,7 @@ def test_a_set_of_the_user_is_trained_tested_resumed_predicted_and_exported(tmp_
     assert (facts["image_size"], facts["classes"][2]) == ((20, 24), "blue")
     result = json.loads((tmp_path / "runs/x/0/result.json").read_text())
     assert (result["data_source"], result["data_sha256"]) == tuple(saved["data"].values())
-    # The code is imported only if the user names it.
     resume = ("fit", "--resume", "runs/x/0", "--trainer.max_steps", 30)
-    for command in (resume, ("test", "--ckpt_path", ckpt), ("predict", "--ckpt_path", ckpt)):
-        assert "set it on the command line: --data.dataset shapes.load" in run(*command, code=2)
-    assert "--data.dataset shapes.load" in run("export", ckpt, "x.pt2", code=2)
     other = ("--data.dataset_args.seed", 4)
     assert "was trained on other data (source shapes.load)" in run(*resume, *own, *other, code=2)
     assert "Resuming from step 2" in run(*resume, *own)
