@@ -13,6 +13,7 @@ from PIL import Image
 
 from bn_lightning import ImageData, UserError
 from bn_lightning.data import datasets
+from bn_lightning.data.labelled_images import LabelledImages
 from tests.conftest import run_here
 
 # Three classes in colour, 20x24 pixels: the channel of the class is bright.
@@ -141,6 +142,20 @@ WRONG = [
 def test_wrong_settings_are_refused(shapes, settings, message):
     with pytest.raises(UserError, match=message):
         ImageData(**settings)
+
+
+def test_runs_with_the_same_data_share_images(tmp_path):
+    settings = {"dataset": "mnist", "root": str(tmp_path)}
+    one, same, other = ImageData(**settings), ImageData(**settings, flip=True), ImageData("kmnist")
+    images = torch.zeros(24, 28, 28, dtype=torch.uint8)
+    labels = torch.arange(24) % 10
+    one.images = LabelledImages(
+        images, labels, images, labels, tuple("abcdefghij"), "mnist", "0", tmp_path
+    )
+    same.reuse(one)
+    other.reuse(one)
+    assert same.images is one.images and other.images is None
+    assert same.classes == tuple("abcdefghij")
 
 
 def test_images_must_fit_those_of_the_checkpoint(shapes):
