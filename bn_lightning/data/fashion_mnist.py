@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from bn_lightning.data import datasets
 from bn_lightning.data.image_data import ImageData
 from bn_lightning.data.sources import CLASSES as CLASSES
 from bn_lightning.data.sources import MEAN as MEAN
@@ -17,4 +16,4 @@ class FashionMNIST(ImageData):
     """
 
     def __init__(self, source: str = "auto", root: str = "data", **settings: Any) -> None:
-        super().__init__(dataset=datasets.FASHION_MNIST, source=source, root=root, **settings)
+        super().__init__(source=source, root=root, **settings)

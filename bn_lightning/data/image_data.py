@@ -26,22 +26,20 @@ class ImageData(DataModule):
 
     Args:
         dataset: `fashion_mnist`, `mnist`, `kmnist`, `cifar10`, `cifar100`, `svhn`, or
-            the import path `package.module.name` of a function that returns
-            `(train_images, train_labels, test_images, test_labels, class_names)`.
+            the import path of a function that returns images, labels and class names.
         dataset_args: arguments of that function.
         root: folder that is searched for the files, and to which they are downloaded.
-        source: where Fashion-MNIST is from: `auto`, `system`, `download`, `sample`, or a
-            folder with the idx files, raw or .gz. `auto` tries `root`, the system's
-            copy, the download and the packaged sample, in this order.
-        mirrors: base URLs to download Fashion-MNIST from; null for the usual ones.
+        source: origin of Fashion-MNIST: `system`, `download`, `sample`, a folder, or
+            `auto`, which tries `root` and then the others, in this order.
+        mirrors: base URLs to download Fashion-MNIST from.
         batch_size: number of images per batch, over all processes.
-        val_images: number of training images held out for validation; by default one
-            twelfth. For the sample of Fashion-MNIST it is scaled down. With 0, the test
-            set is used for validation, as in the article, and no checkpoint is selected.
-        folds: number of parts of a cross-validation, with equal class proportions.
-        fold: part that is held out for validation, from 0.
-        normalize: standardize pixels with the mean and standard deviation of the
-            training set, per channel; otherwise they are in [0, 1], as in the article.
+        val_images: number of training images held out for validation, scaled down for
+            the sample; by default one twelfth. With 0, the test set is used, as in the
+            article, and no checkpoint is selected.
+        folds: number of folds of a cross-validation.
+        fold: index of the fold that is held out for validation, from 0.
+        normalize: standardize each channel with the mean and standard deviation of the
+            training set; otherwise pixels are in [0, 1], as in the article.
         flip: flip half of the training images left to right, at random in each epoch.
         shift: maximum random shift of training images in pixels, along each axis.
         resize: height and width to which images are resized before the network, for
@@ -168,7 +166,7 @@ class ImageData(DataModule):
         if known.shape != found.shape:
             raise UserError(
                 f"The images of the data set {self.dataset!r} have {found.shape}, but the network "
-                f"is for {known.shape}.\nUse the data set of the checkpoint: remove --data.dataset."
+                f"is for {known.shape}.\nUse the data with which the network was trained."
             )
         if not known.mean:
             mean, std = mean_and_std(images.train_images)

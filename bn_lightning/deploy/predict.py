@@ -38,8 +38,7 @@ class PredictCLI(CLI):
             "--data.invert",
             type=bool | None,
             default=None,
-            help="Whether to invert the brightness of your images. null inverts an image if its "
-            "border is bright.",
+            help="Whether to invert the brightness of your images. null lets the data set decide.",
         )
         parser.add_argument(
             "--format",

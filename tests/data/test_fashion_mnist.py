@@ -169,6 +169,11 @@ def test_runs_with_the_same_source_share_images(tmp_path):
         assert other.images is None
 
 
+def test_a_module_is_built_again_from_its_hyperparameters():
+    data = FashionMNIST("sample", val_images=600, flip=True)
+    assert FashionMNIST(**data.hparams).hparams == data.hparams
+
+
 def test_identity_contains_source_and_checksums():
     identity = set_up().identity()
     assert identity["source"] == "sample"

@@ -177,7 +177,6 @@ def test_task_and_data_declare_their_import_paths(shop):
     model = ["model.network", "model.norm", "model.optimizer", "model.scheduler"]
     assert paths == [*model, "data.dataset"]
     assert trust.import_paths(experiment.load(SHOP)) == [
-        "model.network",
         "model.norm",
         "model.optimizer",
         "model.scheduler",
