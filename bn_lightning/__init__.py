@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bn_lightning.data.fashion_mnist import FashionMNIST as FashionMNIST
+    from bn_lightning.data.image_data import ImageData as ImageData
     from bn_lightning.errors import UserError as UserError
     from bn_lightning.monitoring.figures import ClosingPictures as ClosingPictures
     from bn_lightning.monitoring.norm_monitor import NormMonitor as NormMonitor
@@ -40,6 +41,7 @@ _MODULES = {
     "ExactResume": "training.resume",
     "Experiment": "runs.experiment",
     "FashionMNIST": "data.fashion_mnist",
+    "ImageData": "data.image_data",
     "LayerSync": "norms.sync",
     "LeNet": "networks.lenet",
     "NormMonitor": "monitoring.norm_monitor",

@@ -13,6 +13,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bn_lightning import cli
@@ -51,8 +52,9 @@ PROGRAM = "python -m bn_lightning "
 COMMANDS = [
     line.removeprefix(PROGRAM)
     for line in LINES
-    if line.startswith(PROGRAM) and "--help" not in line
+    if line.startswith(PROGRAM) and "--help" not in line and "stripes" not in line
 ]
+# The guide with stripes is run as printed by a test of its own.
 # Compilation takes long, and tests/training/test_task.py has it.
 FIT = [line for line in COMMANDS if line.startswith("fit") and "--model.compile" not in line]
 OTHER_PROGRAMS = (
@@ -233,8 +235,25 @@ def test_norms_of_a_network_are_replaced(run_script):
     assert re.search(r"^layer1.0.bn1 +BatchNorm2d +BatchNorm$", printed, flags=re.M)
 
 
+@pytest.mark.slow
+def test_the_guide_own_data_runs_as_printed(main, tmp_path):
+    guide = REPOSITORY / ".github/guides/own-data.md"
+    [code] = blocks("python", [guide])
+    (tmp_path / "my_data.py").write_text(code)
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    for line in "".join(blocks("sh", [guide])).replace("\\\n", " ").splitlines():
+        returned, out, err = main(*shlex.split(line.removeprefix(PROGRAM)))
+        assert returned == 0, err
+        if line.startswith(f"{PROGRAM}test"):
+            assert float(re.search(r"test_acc +(\S+)", out)[1]) > 0.9
+    assert (tmp_path / "model.pt2").exists()
+
+
 def test_each_python_block_is_tested():
-    words = ("RMSNorm", "L.Trainer", "onnxruntime", "theirs", "class TwoLayers", "replace_norms")
+    words = (
+        *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
+        *("class TwoLayers", "replace_norms", "def stripes"),
+    )
     tested = [example(word) for word in words]
     assert sorted(blocks("python")) == sorted(tested)
 

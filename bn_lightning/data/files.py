@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bn_lightning.errors import UserError
+from bn_lightning.data.labelled_images import DataError, DataNotFound
 
 # Subfolders that are searched. The first is torchvision's, and downloads are stored
 # there.
@@ -83,14 +83,6 @@ SAMPLE = (
     ),
     File(TEST_LABELS, (1_000,), "3128d790775889812b73c4f13923559c8b9e281d112c6ea7862acf60a206a909"),
 )
-
-
-class DataError(UserError):
-    """The data are missing, corrupt, or not Fashion-MNIST."""
-
-
-class DataNotFound(DataError):
-    """A folder, file or mirror was not found. Another source may have the data."""
 
 
 def locate(folder: Path, file: File) -> Path:

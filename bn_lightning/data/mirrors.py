@@ -1,14 +1,17 @@
 """Download from mirrors; each file is verified before it is stored."""
 
-import logging
+import http.client
+import shutil
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from bn_lightning.data import files
-from bn_lightning.data.files import DataError, DataNotFound, File
+from bn_lightning.data.files import File
+from bn_lightning.data.labelled_images import DataError, DataNotFound
 
 # Base URLs of the four .gz files. The first one that answers is tried first.
 MIRRORS = (
@@ -20,6 +23,8 @@ MIRRORS = (
 # network.
 REACH_SECONDS = 6.0
 STALL_SECONDS = 20.0  # until the next bytes of a download
+# urllib raises ValueError for a text that is no URL. A DataError is a ValueError too.
+UNREACHABLE = (OSError, ValueError, http.client.HTTPException)
 
 
 def download(root: Path, mirrors: Sequence[str] = MIRRORS) -> None:
@@ -58,15 +63,6 @@ def _is_valid(root: Path, file: File) -> bool:
 
 
 def _download_file(file: File, target: Path, mirrors: Sequence[str]) -> None:
-    # Imported here, since only a download needs it.
-    import pooch
-
-    # Otherwise pooch recommends a checksum of the compressed file. The content is
-    # verified below.
-    pooch.get_logger().setLevel(logging.WARNING)
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), timeout=(REACH_SECONDS, STALL_SECONDS)
-    )
     name = f"{file.name}.gz"
     failures = []
     for mirror in mirrors:
@@ -74,15 +70,17 @@ def _download_file(file: File, target: Path, mirrors: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target) as folder:
             try:
                 print(f"downloading {url}", file=sys.stderr)
-                path = Path(pooch.retrieve(url, None, name, folder, downloader=downloader))
+                path = Path(folder, name)
+                reply = urllib.request.urlopen(url, timeout=STALL_SECONDS)
+                with reply, path.open("wb") as stream:
+                    shutil.copyfileobj(reply, stream)
                 files.read(path, file)
                 _store(path, target, file)
-            # The errors of requests are OSErrors.
-            except (OSError, DataError) as error:
+            except UNREACHABLE as error:
                 # On Windows a file cannot be replaced while another process reads it.
                 # In that case the other process has already stored a valid file.
                 if not _is_valid(target, file):
-                    failures.append(f"\n    {url}: {_reason(error)}")
+                    failures.append(f"\n    {url}: {error}")
                     continue
             return
     raise DataNotFound(f"{name} could not be downloaded:{''.join(failures)}")
@@ -96,12 +94,6 @@ def _store(path: Path, target: Path, file: File) -> None:
     path.replace(target / path.name)
 
 
-def _reason(error: Exception) -> str:
-    """Return the reason of an error, without the connection pools that requests puts around it."""
-    text, *cause = str(error).rsplit("Caused by ", 1)
-    return cause[0].rsplit(": ", 1)[-1].rstrip("\"')") if cause else text
-
-
 def _reachable_first(mirrors: Sequence[str]) -> list[str]:
     """Return the mirrors that answer within `REACH_SECONDS`, followed by the others.
 
@@ -112,8 +104,6 @@ def _reachable_first(mirrors: Sequence[str]) -> list[str]:
     Raises:
         DataNotFound: no mirror answers.
     """
-    import requests
-
     answered: list[str] = []
     failures: dict[str, str] = {}
     is_decided = threading.Event()
@@ -121,12 +111,11 @@ def _reachable_first(mirrors: Sequence[str]) -> list[str]:
     def contact(mirror: str) -> None:
         url = f"{mirror.rstrip('/')}/{files.TEST_LABELS}.gz"
         try:
-            with requests.get(url, stream=True, timeout=REACH_SECONDS) as reply:
-                reply.raise_for_status()
+            urllib.request.urlopen(url, timeout=REACH_SECONDS).close()
             answered.append(mirror)
             is_decided.set()
-        except OSError as error:
-            failures[mirror] = _reason(error)
+        except UNREACHABLE as error:
+            failures[mirror] = str(error)
         if len(failures) == len(mirrors):
             is_decided.set()
 

@@ -1,6 +1,6 @@
-"""Conversion of a user's image files to the style of Fashion-MNIST.
+"""Reading of a user's image files: plainly, or converted to the style of Fashion-MNIST.
 
-The steps are those of section 2 of Xiao, Rasul and Vollgraf 2017,
+The steps of the conversion are those of section 2 of Xiao, Rasul and Vollgraf 2017,
 https://arxiv.org/abs/1708.07747: trim the edges that have the colour of the corners,
 resize the longer side to 28 pixels, sharpen, centre, invert, convert to grey. There are
 three differences. Resizing averages pixels instead of dropping rows and columns.
@@ -10,7 +10,7 @@ these changes, enlarged images of the data set are converted back to the origina
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,11 +52,12 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A converted image.
+    """An image that was read.
 
     Attributes:
         path: the image file.
-        pixels: uint8 (28, 28), a bright object on a black background.
+        pixels: uint8 (H, W) or (C, H, W). In the style of Fashion-MNIST, it is a bright
+            object on a black background.
         inverted: whether brightness was inverted.
     """
 
@@ -132,7 +133,34 @@ def read(path: Path, invert: bool | None = None) -> Picture:
     return Picture(path, torch.from_numpy(255 - grey if invert else grey.copy()), invert)
 
 
-def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Picture], int]:
+def read_as(path: Path, size: tuple[int, int], channels: int, invert: bool = False) -> Picture:
+    """Read an image file in grey or RGB, with a given size.
+
+    The shorter side is resized, and the centre is cropped.
+
+    Args:
+        size: width and height in pixels.
+        channels: 1 or 3.
+        invert: whether to invert brightness.
+
+    Raises:
+        PictureError: the file does not exist, or is not a readable image.
+        UserError: there is another number of channels.
+    """
+    if channels not in (1, 3):
+        raise UserError(
+            f"Image files are read with 1 or 3 channels, but the network is for {channels}. Remove "
+            "--data.images to predict the test set."
+        )
+    picture = ImageOps.fit(_open(path), size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB")))
+    pixels = pixels if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return Picture(path, 255 - pixels if invert else pixels, invert)
+
+
+def read_all(
+    paths: Sequence[Path], read_one: Callable[[Path], Picture] = read
+) -> tuple[list[Picture], int]:
     """Read image files, and return the images and the number of files that failed.
 
     Each file that cannot be read is reported on stderr.
@@ -143,7 +171,7 @@ def read_all(paths: Sequence[Path], invert: bool | None = None) -> tuple[list[Pi
     pictures = []
     for path in tqdm(paths, "reading", disable=None, leave=False):
         try:
-            pictures.append(read(path, invert))
+            pictures.append(read_one(path))
         except PictureError as error:
             tqdm.write(f"cannot read {error}", file=sys.stderr)
     if not pictures:

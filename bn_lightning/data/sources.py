@@ -2,38 +2,25 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bn_lightning.data import files
-from bn_lightning.data.files import DataError, DataNotFound, File
+from bn_lightning.data.files import File
+from bn_lightning.data.labelled_images import DataError, DataNotFound, Facts, LabelledImages
 from bn_lightning.data.mirrors import MIRRORS, download
+
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+MEAN, STD = 0.2860, 0.3530  # of the training pixels in [0, 1]
+FACTS = Facts(1, (28, 28), len(CLASSES), CLASSES, (MEAN,), (STD,))
 
 # Installed by the package dataset-fashion-mnist of Debian and Ubuntu.
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
-
-
-@dataclass(frozen=True)
-class Images:
-    """All images, uint8 (N, 28, 28), and labels, int64 (N,), in the order of the data set.
-
-    Attributes:
-        source: `system`, `download`, `sample` or `folder`.
-        folder: the folder that contains the files.
-        sha256: checksum of each decompressed file, by name.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    source: str
-    folder: Path
-    sha256: dict[str, str]
 
 
 def load(
@@ -41,7 +28,7 @@ def load(
     root: str | Path = "data",
     mirrors: Sequence[str] = MIRRORS,
     may_download: bool = True,
-) -> Images:
+) -> LabelledImages:
     """Read Fashion-MNIST and verify it.
 
     Args:
@@ -81,7 +68,7 @@ def load(
     return _read_folder(Path(source), files.FULL, "folder")
 
 
-def _load_first(root: Path, mirrors: Sequence[str], may_download: bool) -> Images:
+def _load_first(root: Path, mirrors: Sequence[str], may_download: bool) -> LabelledImages:
     """Return the data of the first source that has them."""
     for folder, source in ((root, "download"), (SYSTEM, "system")):
         try:
@@ -114,14 +101,16 @@ def _warn(message: str) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _read_folder(folder: Path, expected: Sequence[File], source: str) -> Images:
+def _read_folder(folder: Path, expected: Sequence[File], source: str) -> LabelledImages:
     arrays = {file.name: files.read(files.locate(folder, file), file) for file in expected}
-    return Images(
+    return LabelledImages(
         torch.from_numpy(arrays[files.TRAIN_IMAGES]),
         torch.from_numpy(arrays[files.TRAIN_LABELS]).long(),
         torch.from_numpy(arrays[files.TEST_IMAGES]),
         torch.from_numpy(arrays[files.TEST_LABELS]).long(),
+        CLASSES,
         source,
-        folder,
         {file.name: file.sha256 for file in expected},
+        folder,
+        num_whole=files.FULL[0].shape[0] if source == "sample" else None,
     )

@@ -20,6 +20,7 @@ from bn_lightning.runs import records, result
 from bn_lightning.runs.experiment import Experiment
 from bn_lightning.runs.settings import settings_in
 from bn_lightning.training import checkpoints
+from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
 MAX_CHANNELS = 6  # of a norm, printed one by one
@@ -36,7 +37,8 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
         norms: for each norm layer, gamma, beta and the running statistics of each
             channel.
         settings: values by flag, without `--`.
-        data: the identity of the data, such as source and checksums.
+        data: the identity of the data, such as source and checksums, and what was found
+            in them, such as the size of images.
         epochs, validations: the metrics of each.
         versions: versions of the packages, and the device and number of processes in
             training.
@@ -47,6 +49,7 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
     local, checkpoint = checkpoints.load(path)
     layers = _tensors_by_layer(path, checkpoint)
     recorded = records.recorded_in(checkpoint)
+    data = experiment.data
     file = Path(local).stat()
     return {
         "checkpoint": path,
@@ -64,13 +67,18 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
         "norms": {
             layer: _norm_values(tensors) for layer, tensors in layers.items() if _is_norm(tensors)
         },
-        "settings": settings_in(checkpoint, experiment.data.machine_settings),
-        "data": experiment.data.identity_in(checkpoint),
+        "settings": settings_in(checkpoint, (*data.machine_settings, *data.found_in_data)),
+        "data": data.identity_in(checkpoint) | _found_in_data(checkpoint, data),
         "epochs": recorded.get("epochs", []),
         "validations": recorded.get("validations", []),
         "versions": {"lightning": checkpoint.get("pytorch-lightning_version")}
         | checkpoint.get("between_steps", {}).get("surroundings", {}),
     }
+
+
+def _found_in_data(checkpoint: Mapping[str, Any], data: type[DataModule]) -> dict[str, Any]:
+    settings = checkpoint.get("datamodule_hyper_parameters", {})
+    return {name: settings[name] for name in data.found_in_data if name in settings}
 
 
 def _tensors_by_layer(path: str, checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

@@ -38,8 +38,7 @@ class PredictCLI(CLI):
             "--data.invert",
             type=bool | None,
             default=None,
-            help="Whether to invert the brightness of your images. null inverts an image if its "
-            "border is bright.",
+            help="Whether to invert the brightness of your images. null lets the data set decide.",
         )
         parser.add_argument(
             "--format",
@@ -54,6 +53,14 @@ class PredictCLI(CLI):
             help="Image file to write, for example grid.png. It shows the images with their "
             "predictions.",
         )
+
+    def _paths_in(self, settings: Any) -> dict[str, Any]:
+        paths, data = super()._paths_in(settings), settings.data
+        names = self.experiment.data.found_in_data
+        if data.get("images") is None or not names or None in map(data.get, names):
+            return paths
+        # For the user's own files, the data are not read, so their code is not imported.
+        return {name: value for name, value in paths.items() if not name.startswith("data.")}
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()

@@ -246,6 +246,7 @@ class CLI(SettingsCLI):
         with refusals.of_settings():
             found = self.trainer.validate(**kwargs, verbose=False)
         self._print(console.metrics(found))
+        self._print(f"data: {self.datamodule.describe()}")
 
     def test(self, **kwargs: Any) -> None:
         """Print the metrics of a checkpoint on the test samples."""
@@ -253,6 +254,7 @@ class CLI(SettingsCLI):
         with refusals.of_settings():
             found = self.trainer.test(**kwargs, verbose=False)
         self._print(console.metrics(found))
+        self._print(f"data: {self.datamodule.describe()}")
         self._print(self.model.test_report())
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:

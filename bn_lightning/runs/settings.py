@@ -1,8 +1,10 @@
 """Settings of a run. Their precedence is: defaults < checkpoint < --config < flags."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace
@@ -45,6 +47,7 @@ class SettingsCLI(LightningCLI):
     resuming: bool = False
     resumes_at: int = 0
     was_finished: bool = False
+    _found_in_data: Mapping[str, Any] = MappingProxyType({})  # of the loaded checkpoint
 
     def __init__(self, reference: str, arguments: list[str], **settings: Any) -> None:
         self.reference = reference
@@ -121,6 +124,8 @@ class SettingsCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         for name in self.experiment.task.stated_by_data:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        for name in self.experiment.data.found_in_data:
+            parser.link_arguments("ckpt_path", f"data.{name}", partial(self._found_value, name))
         try:
             parser.set_defaults(dict(self.experiment.defaults))
         except KeyError as error:
@@ -128,6 +133,10 @@ class SettingsCLI(LightningCLI):
                 f"The defaults of {self.reference!r} have an unknown setting: {error}\n"
                 "Correct the name in Experiment(defaults=...)."
             ) from error
+
+    def _found_value(self, name: str, ckpt_path: str | None) -> Any:
+        """Return what the loaded checkpoint contains of the data; None without a checkpoint."""
+        return self._found_in_data.get(name)
 
     def add_command_arguments(self) -> None:
         """Add the flags that only one command has."""
@@ -205,6 +214,7 @@ class SettingsCLI(LightningCLI):
         run = Path(config.resume)
         found = folder.checkpoint_to_resume(run, warn=_is_rank_zero())
         checkpoints.refuse_other_versions(*found)
+        self._keep_found_in_data(found[1])
         self._resume_in(run, *found)
 
     def _find_checkpoint(self, command: str, config: Namespace) -> dict[str, Any] | None:
@@ -247,9 +257,10 @@ class SettingsCLI(LightningCLI):
     ) -> None:
         """Parse again, with the settings in the checkpoint as defaults."""
         path, chosen = str(self.ckpt_path), self.config[command]
-        machine_settings = self.experiment.data.machine_settings
+        self._keep_found_in_data(checkpoint)
+        data = self.experiment.data
         try:
-            settings = settings_in(checkpoint, machine_settings)
+            settings = settings_in(checkpoint, (*data.machine_settings, *data.found_in_data))
             for name in self.experiment.task.stated_by_data:
                 settings.pop(f"model.{name}", None)
             trust.refuse_objects(path, settings)
@@ -263,6 +274,11 @@ class SettingsCLI(LightningCLI):
         if command == "fit":
             checkpoints.refuse_other_versions(path, checkpoint)
         self._refuse_untrusted(path, chosen)
+
+    def _keep_found_in_data(self, checkpoint: dict[str, Any]) -> None:
+        data = checkpoint.get("datamodule_hyper_parameters", {})
+        names = self.experiment.data.found_in_data
+        self._found_in_data = {name: data[name] for name in names if name in data}
 
     def _ignore_initial_weights(self) -> None:
         """Remove the settings of initial weights, because the checkpoint has the weights."""
@@ -330,14 +346,14 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     return [command, *itertools.chain.from_iterable(flags)]
 
 
-def settings_in(checkpoint: dict[str, Any], machine_settings: tuple[str, ...]) -> dict[str, Any]:
+def settings_in(checkpoint: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings in a checkpoint by the names of their flags.
 
     Args:
-        machine_settings: data settings that depend on the machine; they are left out.
+        left_out: data settings that depend on the machine, or are not flags.
     """
     data = dict(checkpoint.get("datamodule_hyper_parameters", {}))
-    for name in machine_settings:
+    for name in left_out:
         data.pop(name, None)
     seed = {"seed_everything": data.pop("seed")} if "seed" in data else {}
     model = checkpoint.get("hyper_parameters", {})

@@ -39,7 +39,8 @@ class TensorBoard(TensorBoardLogger):
             for name in (*shown, "images_per_second")
             if result[name] is not None
         }
-        settings = {n: v for n, v in data.hparams.items() if n not in data.machine_settings}
+        left_out = (*data.machine_settings, *data.found_in_data)
+        settings = {n: v for n, v in data.hparams.items() if n not in left_out}
         trained = {"max_epochs": trainer.max_epochs, "precision": trainer.precision}
         hyperparameters = {**task.hparams, **settings, **trained}
         self.log_metrics(metrics, trainer.global_step)

@@ -57,6 +57,10 @@ class DataModule(pl.LightningDataModule):
             folds.
         import_paths: names of the settings whose value may be an import path. An import
             path that only a checkpoint contains is not imported.
+        found_in_data: names of the arguments whose value is found in the data, such as
+            the size of images. They are not flags. If one is None, the data are read;
+            a checkpoint contains the values, and then the data need not be read to
+            construct the data module.
 
     Raises:
         UserError: the batch size is below 1, or the seed is negative.
@@ -71,6 +75,7 @@ class DataModule(pl.LightningDataModule):
     }
     repetitions: ClassVar[tuple[str, ...]] = ()
     import_paths: ClassVar[tuple[str, ...]] = ()
+    found_in_data: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -253,6 +258,7 @@ class DataModule(pl.LightningDataModule):
             f"--data.{name} {settings[name]} (now {self.hparams[name]})"
             for name in settings
             if name in self.hparams and settings[name] != self.hparams[name]
+            if name not in self.found_in_data
         ]
         source = f" (source {before['source']})" if "source" in before else ""
         raise UserError(

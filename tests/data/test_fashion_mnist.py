@@ -97,7 +97,6 @@ def test_without_validation_images_the_test_set_is_used_for_validation():
     "setting",
     [
         {"batch_size": 0},
-        {"val_images": 60_000},
         {"val_images": -1},
         {"seed": -1},
         {"shift": 28},
@@ -108,6 +107,12 @@ def test_settings_out_of_range_are_refused(setting):
     [(name, value)] = setting.items()
     with pytest.raises(UserError, match=f"{name} is {value};"):
         FashionMNIST(**setting)
+
+
+def test_no_more_validation_images_than_training_images():
+    with pytest.raises(UserError, match=r"val_images is 60000; it must be less than .* 60,000"):
+        FashionMNIST("sample", val_images=60_000).prepare_data()
+    assert len(set_up(val_images=59_999).val_indices) == 5_999
 
 
 # Preprocessing
@@ -164,6 +169,11 @@ def test_runs_with_the_same_source_share_images(tmp_path):
         assert other.images is None
 
 
+def test_a_module_is_built_again_from_its_hyperparameters():
+    data = FashionMNIST("sample", val_images=600, flip=True)
+    assert FashionMNIST(**data.hparams).hparams == data.hparams
+
+
 def test_identity_contains_source_and_checksums():
     identity = set_up().identity()
     assert identity["source"] == "sample"
@@ -175,7 +185,7 @@ def test_identity_contains_source_and_checksums():
 def test_machine_source_and_fixed_settings_are_declared():
     assert FashionMNIST.machine_settings == ("root", "mirrors")
     assert FashionMNIST.source_settings == ("source",)
-    assert set(FashionMNIST.fixed_settings) == {"seed", "val_images"}
+    assert set(FashionMNIST.fixed_settings) == {"seed", "val_images", "folds", "fold"}
     assert {*FashionMNIST.machine_settings, "source", "val_images"} <= set(FashionMNIST().hparams)
 
 

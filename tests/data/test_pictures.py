@@ -201,3 +201,38 @@ def test_files_folders_and_patterns_are_expanded(tmp_path, monkeypatch):
     ]
     with pytest.raises(pictures.UserError, match=r"No images were found in in/\*.gif"):
         pictures.find(["in/*.gif"])
+
+
+# Other data sets
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_of_the_size_of_the_data_is_read_as_it_is(tmp_path, channels):
+    colours = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    expected = torch.from_numpy(colours).permute(2, 0, 1)
+    if channels == 1:  # ITU-R 601-2
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        expected = (expected * weights).sum(0).round().to(torch.uint8)
+    pixels = pictures.read_as(tmp_path / "a.png", (24, 20), channels).pixels
+    assert pixels.shape == expected.shape and pixels.dtype == torch.uint8
+    assert (pixels.int() - expected.int()).abs().max() <= (channels == 1)
+    inverted = pictures.read_as(tmp_path / "a.png", (24, 20), channels, invert=True)
+    assert torch.equal(inverted.pixels, 255 - pixels) and inverted.inverted
+
+
+@pytest.mark.parametrize("size", [(240, 50), (24, 100)])
+def test_the_centre_is_cropped(tmp_path, size):
+    """The centre, of the shape of the data, is white, and the rest is black."""
+    picture = Image.new("RGB", size, "black")
+    side = min(size[0] // 6, size[1] // 5)  # the data have 24x20 pixels
+    width, height = side * 6, side * 5
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    picture.paste("white", (left, top, left + width, top + height))
+    picture.save(tmp_path / "a.png")
+    assert (pictures.read_as(tmp_path / "a.png", (24, 20), 3).pixels > 230).all()
+
+
+def test_other_numbers_of_channels_are_refused(tmp_path):
+    with pytest.raises(pictures.UserError, match=r"1 or 3 channels, but the network is for 4"):
+        pictures.read_as(tmp_path / "a.png", (24, 20), 4)

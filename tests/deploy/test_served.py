@@ -101,9 +101,9 @@ def test_a_state_dict_without_settings_uses_the_defaults(tmp_path):
         restore(str(ckpt), FRIEDMAN, {"model.norm": "builtin"})
 
 
-def test_network_and_norm_have_flags():
-    flags = {"model.network": "--model.network", "model.norm": "--model.norm"}
-    assert import_flags(EXPERIMENT) == flags
+def test_network_norm_and_data_set_have_flags():
+    names = ("model.network", "model.norm", "data.dataset")
+    assert import_flags(EXPERIMENT) == {name: f"--{name}" for name in names}
 
 
 def test_inputs_and_outputs_of_a_classifier_have_their_own_names(tmp_path):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from bn_lightning import Classifier, Experiment, FashionMNIST, UserError, cli
+from bn_lightning import Classifier, Experiment, ImageData, UserError, cli
 from bn_lightning.runs import experiment, run
 from tests.projects.friedman.experiment import Regression, Table
 
@@ -37,7 +37,7 @@ def reference(name):
 
 def test_the_experiment_of_this_project():
     found = experiment.load(cli.EXPERIMENT)
-    assert (found.task, found.data, found.name) == (Classifier, FashionMNIST, "lenet")
+    assert (found.task, found.data, found.name) == (Classifier, ImageData, "lenet")
     assert experiment.package_of(cli.EXPERIMENT) == "bn_lightning"
 
 

@@ -202,7 +202,8 @@ def test_settings_of_the_user_replace_untrusted_ones(shop):
 
 def test_task_and_data_declare_their_import_paths(shop):
     paths = trust.import_paths(experiment.load(cli.EXPERIMENT))
-    assert paths == ["model.network", "model.norm", "model.optimizer", "model.scheduler"]
+    model = ["model.network", "model.norm", "model.optimizer", "model.scheduler"]
+    assert paths == [*model, "data.dataset"]
     assert trust.import_paths(experiment.load(SHOP)) == [
         "model.norm",
         "model.optimizer",

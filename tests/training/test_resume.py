@@ -165,7 +165,7 @@ def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main
     ("settings", "message"),
     [
         (("--seed_everything", 1), "--seed_everything was 0 when the run started and is now 1"),
-        (("--data.val_images", 100), "--data.val_images was 5000"),
+        (("--data.val_images", 100), "--data.val_images was None"),
         (("--data.batch_size", 128), "--data.batch_size was 256"),
         (("--model.norm", "none"), "does not fit the network"),
         (
