@@ -86,10 +86,10 @@ def _resized(picture: Image.Image, size: int) -> Image.Image:
 
 
 def filters(weight: Tensor) -> Image.Image:
-    """Draw the filters of a layer, (K, C, h, w), in color if they have three channels.
+    """Draw the filters of a layer, (K, C, h, w), in colour if they have three channels.
 
-    Otherwise there is one gray image for each filter and channel. Zero is gray, and the
-    largest absolute weight is white or black, or the full intensity of its color. Only
+    Otherwise there is one grey image for each filter and channel. Zero is grey, and the
+    largest absolute weight is white or black, or the full intensity of its colour. Only
     the first `MAX_FILTERS` images are drawn.
     """
     num_filters, channels = weight.shape[:2]

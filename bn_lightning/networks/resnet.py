@@ -16,7 +16,7 @@ DEPTHS = (8, 14, 20, 32, 44, 56)
 class ResNet(nn.Module):
     """The CIFAR form of ResNet: 6n + 2 layers, three stages of n blocks, and no bottlenecks.
 
-    With depth 20, width 16 and color images, it has 0.27 million parameters, as in the
+    With depth 20, width 16 and colour images, it has 0.27 million parameters, as in the
     paper (table 6). Convolutions are initialized as in the paper's reference [13] (He
     et al. 2015). The last linear layer starts with small weights, so that the first
     logits are close to 0. With torch's default initialization, the first steps amplify
