@@ -238,7 +238,9 @@ def test_the_example_in_messages_is_correct():
     assert FashionMNIST(augment=[]).transforms is None
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.random, None], ids=["random", "numpy", "state"])
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.random, None], ids=["random", "numpy", "state"]
+)
 def test_a_transform_with_other_random_numbers_or_a_state_is_refused(monkeypatch, draw):
     class Planted(v2.Transform):
         calls = 0

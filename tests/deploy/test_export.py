@@ -77,12 +77,9 @@ def test_a_trained_network_is_exported_with_folded_norms(main, trained, tmp_path
     assert operators(out) == OPERATORS[suffix] + PHI_AND_POOL[suffix, "sigmoid", "avg"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("norm", "activation", "pooling"),
-    [
-        pytest.param("builtin", "sigmoid", "avg", marks=pytest.mark.slow),
-        ("custom", "relu", "max"),
-    ],
+    ("norm", "activation", "pooling"), [("builtin", "sigmoid", "avg"), ("custom", "relu", "max")]
 )
 def test_other_norms_activations_and_poolings_are_exported(
     main, tmp_path, norm, activation, pooling

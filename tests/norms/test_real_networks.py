@@ -156,7 +156,7 @@ def test_a_network_is_unchanged_there_and_back(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small"])
 def test_results_of_a_compiled_step_equal_those_of_pytorchs_layer(name):
     theirs = make(name)
     ours = copy.deepcopy(theirs)

@@ -141,7 +141,7 @@ def test_a_checkpoint_is_plain_data_and_restores_the_model(tmp_path):
     assert torch.equal(restored.eval()(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("norm", ["custom", "article"])
+@pytest.mark.parametrize("norm", ["custom", pytest.param("article", marks=pytest.mark.slow)])
 def test_a_restored_checkpoint_has_the_same_accuracy(tmp_path, norm):
     """This requires that the running statistics are saved."""
     model = Classifier(norm)

@@ -91,7 +91,7 @@ def uninterrupted(tmp_path_factory):
         pytest.param((), 13, id="first step", marks=pytest.mark.slow),
         pytest.param(SWA, 10, id="averaged", marks=pytest.mark.slow),
         pytest.param(SWA, 13, id="averaged, first step"),
-        pytest.param(PLATEAU, 12, id="plateau, last step"),
+        pytest.param(PLATEAU, 12, id="plateau, last step", marks=pytest.mark.slow),
         pytest.param(COSINE, 10, id="cosine", marks=pytest.mark.slow),
     ],
 )
