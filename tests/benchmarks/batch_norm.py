@@ -1,23 +1,24 @@
-"""Compare `BatchNorm` with PyTorch's layer: time and memory, in LeNet and per layer.
+"""Compare `BatchNorm` with PyTorch's layer: time and memory, in a network and per layer.
 
     python tests/benchmarks/batch_norm.py [--threads 1 2] [--device cuda] [--compile]
-        [--rounds 41]
+        [--rounds 41] [--network resnet --batch_size 128]
 
-The candidates are LeNet with norm `builtin` (PyTorch's layer), `custom` (`BatchNorm`)
-and `none`, each in contiguous and channels-last layout. --compile adds compiled
-versions of `builtin` and `custom`.
+The candidates are LeNet, or another network, with norm `builtin` (PyTorch's layer),
+`custom` (`BatchNorm`) and `none`, each in contiguous and channels-last layout.
+--compile adds compiled versions of `builtin` and `custom`.
 
 Each round runs the candidates in a new random order. Each candidate runs a warm-up
 step, then the timed steps. A ratio compares two candidates within the same round. The
 output shows the median and the 5th and 95th percentile over all rounds. "Best layout"
 is the layout with the lower median.
 
-* training step:   zero_grad, forward, cross-entropy, backward and SGD step for 256
-                   random images
+* training step:   zero_grad, forward, cross-entropy, backward and SGD step for random
+                   images
 * evaluation:      forward in eval mode and inference mode
-* layer by layer:  each norm layer of LeNet alone: forward with backward, and forward in
+* layer by layer:  (for LeNet only) each norm layer alone: forward with backward, and forward in
                    eval mode
-* memory:          bytes that a layer saves for the backward pass, including its input
+* memory:          (for LeNet only) bytes that a layer saves for the backward pass,
+                   including its input
 
 Each number of threads is measured in a separate process. On a GPU there is one process,
 and each measurement waits until the GPU is idle.
@@ -39,7 +40,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bn_lightning import BatchNorm, LeNet
+from bn_lightning import BatchNorm
+from bn_lightning.networks.registry import ImageShape, build
 from bn_lightning.runs.process import keep_freed_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -108,8 +110,8 @@ def print_network_times(title: str, times: Times) -> None:
 
 
 def compare_networks(args: argparse.Namespace) -> None:
-    images = torch.rand(256, 1, 28, 28, device=args.device)
-    labels = torch.randint(10, (256,), device=args.device)
+    images = torch.rand(args.batch_size, 1, 28, 28, device=args.device)
+    labels = torch.randint(10, (args.batch_size,), device=args.device)
 
     def training_step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -123,7 +125,7 @@ def compare_networks(args: argparse.Namespace) -> None:
     for norm in norms:
         for layout, memory_format in LAYOUTS.items():
             torch.manual_seed(0)
-            network = LeNet(norm=norm.split()[0])
+            network = build(args.network, ImageShape(1, (28, 28), 10), norm.split()[0])
             network = network.to(args.device, memory_format=memory_format)
             if norm.endswith("compiled"):
                 network.compile()
@@ -216,6 +218,8 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="device (default: cpu)"
     )
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks")
+    parser.add_argument("--network", default="lenet", help="name of the network (default: lenet)")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per step (256)")
     parser.add_argument("--rounds", type=int, default=41, help="number of rounds (default: 41)")
     parser.add_argument(
         "--steps",
@@ -253,8 +257,9 @@ def main() -> None:
     print("Times are medians in ms.")
     print("Ratios are medians over the rounds (5th to 95th percentile).")
     compare_networks(args)
-    compare_layers(args)
-    compare_memory(args)
+    if args.network == "lenet":
+        compare_layers(args)
+        compare_memory(args)
 
 
 if __name__ == "__main__":

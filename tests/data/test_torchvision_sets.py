@@ -120,12 +120,16 @@ def test_each_set_is_read_in_its_own_format(tmp_path, monkeypatch, name):
     assert f"{name} from {tmp_path}: 120 training and 40 test images" in data.describe()
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
-def test_a_set_trains(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("mnist", "builtin"), ("cifar10", "custom"), ("cifar10", "builtin"), ("svhn", "custom")],
+)
+def test_a_set_trains(tmp_path, monkeypatch, name, norm):
     _, names = WRITE[name](tmp_path / "data", monkeypatch)
     network = ("--model.network", "resnet", "--model.network_args.depth", 8)
     flags = ("--model.network_args.width", 4, "--trainer.max_steps", 2, "--monitor", "false")
-    done = run_here("fit", "--data.dataset", name, *network, *flags, cwd=tmp_path)
+    chosen = ("--data.dataset", name, "--model.norm", norm)
+    done = run_here("fit", *chosen, *network, *flags, cwd=tmp_path)
     assert f"{name} from data: 120 training" in done.stdout
     assert f"{names[3]} " in done.stdout  # in the table of classes
     result = json.loads((tmp_path / "runs/lenet/0/result.json").read_text())

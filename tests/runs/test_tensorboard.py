@@ -38,7 +38,7 @@ PAGES = {
     "histograms": ["batch_mean/norm1", "gamma", "running_var"],
     "images": ["confusion_matrix", "most_confident_mistakes", "first_layer_filters"],
     "graphs": ["Main Graph"],
-    "hparams": ["batch_size lr max_epochs norm seed", "result/test_acc"],
+    "hparams": ["batch_size lr max_epochs network norm", "result/test_acc"],
 }
 
 
