@@ -148,7 +148,10 @@ def test_a_network_of_torchvision_is_trained_and_exported(tmp_path):
     pytest.importorskip("onnxruntime")
     short = ("--trainer.max_steps", "2", "--data.batch_size", "32", "--model.lr", "0.05")
     network = ("--model.network", "torchvision.mobilenet_v3_small", "--data.resize", "32")
-    limits = ("--trainer.limit_test_batches", "1", "--data.source", "sample")
+    limits = (
+        *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+        *("--data.source", "sample", "--monitor", "false"),
+    )
     run_here("fit", *short, *network, *limits, "--name", "m", cwd=tmp_path)
     ckpt = tmp_path / "runs/m/0/checkpoints/last.ckpt"
     done = run_here("export", ckpt, "m.onnx", "--source", "sample", cwd=tmp_path)
