@@ -17,7 +17,7 @@ EXPECTED = (
     "as uint8 (N, H, W) or (N, C, H, W) and integer labels (N,), as tensors or NumPy arrays, and a "
     "sequence of names."
 )
-# Numbers of channels of pictures: a last dimension of this size is taken for channels.
+# Numbers of channels of pictures. A last dimension of this size is probably the channels.
 CHANNELS = (1, 3, 4)
 # Pixels that are converted to float64 at a time. They fit into the cache of a CPU.
 CHUNK = 65_536

@@ -12,7 +12,7 @@ from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.runs import trust
 from bn_lightning.runs.experiment import Experiment
-from bn_lightning.training import checkpoints
+from bn_lightning.training import checkpoints, initial_weights
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
@@ -116,7 +116,7 @@ def restore(
     package = experiments.package_of(reference)
     chosen, registered = dict(experiment.defaults) | trusted, trust.registered(experiment)
     trust.refuse_untrusted(ckpt_path, imported, chosen, package, registered, flags)
-    arguments = experiment.task.without_start_only(_section("model", settings))
+    arguments = initial_weights.without(experiment.task.start_only, _section("model", settings))
     task = _build(experiment.task, arguments, ckpt_path)
     try:
         task.load_state_dict(checkpoint["state_dict"])

@@ -10,8 +10,6 @@ from torch import nn
 from bn_lightning import lookup
 from bn_lightning.errors import UserError
 
-PREFIX = "torchvision."
-
 
 def build(
     name: str,
@@ -41,7 +39,7 @@ def build(
             returns several outputs in training.
     """
     known = torchvision.models.list_models(module=torchvision.models)
-    short = name.removeprefix(PREFIX)
+    short = name.partition(".")[2]
     if short not in known:
         names = ", ".join(lookup.similar(short, known)) or "resnet18, mobilenet_v3_small, vgg11_bn"
         raise UserError(

@@ -16,7 +16,7 @@ from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment, folder, threads, trust
 from bn_lightning.runs.parser import Parser, TrainerHelp
-from bn_lightning.training import checkpoints
+from bn_lightning.training import checkpoints, initial_weights
 
 # Defaults of every experiment.
 TRAINER_DEFAULTS = {"default_root_dir": "runs", "log_every_n_steps": 10}
@@ -283,7 +283,8 @@ class SettingsCLI(LightningCLI):
     def _ignore_initial_weights(self) -> None:
         """Remove the settings of initial weights, because the checkpoint has the weights."""
         model = self.config[self.config.subcommand].model
-        for name, value in self.experiment.task.without_start_only(vars(model)).items():
+        start_only = self.experiment.task.start_only
+        for name, value in initial_weights.without(start_only, vars(model)).items():
             model[name] = value
 
     def _refuse_untrusted(self, path: str, chosen: Namespace) -> None:

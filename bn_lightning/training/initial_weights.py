@@ -1,6 +1,7 @@
 """Initial weights from a file, for a new run."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,6 +52,18 @@ def load(path: str, network: nn.Module) -> list[str]:
         if names:
             lines.append(f"  {kind}: {_listed(names)}")
     return lines
+
+
+def without(start_only: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model without those in `Task.start_only`."""
+    found = dict(settings)
+    for name in start_only:
+        setting, _, key = name.partition(".")
+        if not key and setting in found:
+            found[setting] = None
+        elif isinstance(found.get(setting), Mapping):
+            found[setting] = {k: v for k, v in found[setting].items() if k != key}
+    return found
 
 
 def _state_dict(path: str) -> dict[str, Tensor]:

@@ -6,11 +6,12 @@ To add a setting, add an argument to `Task`, which makes it a flag, and pass it 
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -125,6 +126,16 @@ class Optimization:
                 config["strict"] = False
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    def override(self, optimizer: Optimizer, groups: Groups) -> None:
+        """Give a resumed optimizer the current settings instead of those of its checkpoint.
+
+        Args:
+            groups: see `configure`.
+        """
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            settings = {"lr": self.lr, **self.optimizer_args, **own}
+            group.update({name: value for name, value in settings.items() if name != "params"})
+
     def _warm_up(self, optimizer: Optimizer, get_trainer: Callable[[], pl.Trainer]) -> None:
         """Let the learning rates grow linearly in the first steps.
 
@@ -197,6 +208,21 @@ class Optimization:
         if self._accepts("max_lr"):
             arguments["max_lr"] = self.lr
         return arguments | self.scheduler_args
+
+
+def parameter_groups(
+    module: nn.Module, norms: Iterable[nn.Module], decay_norms_and_biases: bool
+) -> Groups:
+    """Return the parameters, and those without weight decay in a group of their own."""
+    exempt: dict[nn.Parameter, None] = {}
+    if not decay_norms_and_biases:
+        for layer in norms:
+            exempt |= dict.fromkeys(layer.parameters())
+        names = module.named_parameters()
+        exempt |= {p: None for name, p in names if name.rpartition(".")[2] == "bias"}
+    decayed = [p for p in module.parameters() if p not in exempt]
+    groups: Groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _find(name: str, kind: str, known: Mapping[str, type]) -> Any:

@@ -17,7 +17,7 @@ from bn_lightning.training import (
     monitors,
     small_batches,
 )
-from bn_lightning.training.optimization import Groups, Optimization
+from bn_lightning.training.optimization import Groups, Optimization, parameter_groups
 
 Stage = Literal["train", "val", "test"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
@@ -134,7 +134,7 @@ class Task(pl.LightningModule):
         # This also saves the arguments of the subclass. They are logged with the
         # results, at the end of the run.
         self.save_hyperparameters(ignore=self._objects(), logger=False)
-        self.hparams.update(self.without_start_only(self.hparams))
+        self.hparams.update(initial_weights.without(self.start_only, self.hparams))
         self.network = network
         self.initial_weights = initial_weights.load(init_from, network) if init_from else []
         self.optimization = Optimization(
@@ -196,18 +196,6 @@ class Task(pl.LightningModule):
         name, mode = cls.selects
         best = max if mode == "max" else min
         return best(validations, key=lambda metrics: metrics[name], default={})
-
-    @classmethod
-    def without_start_only(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of a model without those in `start_only`."""
-        found = dict(settings)
-        for name in cls.start_only:
-            setting, _, key = name.partition(".")
-            if not key and setting in found:
-                found[setting] = None
-            elif isinstance(found.get(setting), Mapping):
-                found[setting] = {k: v for k, v in found[setting].items() if k != key}
-        return found
 
     def names(self, stage: Stage) -> list[str]:
         """Return the logged names of the metrics of a stage, the loss first."""
@@ -321,10 +309,7 @@ class Task(pl.LightningModule):
 
     def on_train_start(self) -> None:
         if self._overrides_checkpoint and self.optimization.scheduler is None:
-            groups = self.trainer.optimizers[0].param_groups
-            for group, own in zip(groups, self._parameter_groups(), strict=True):
-                settings = {"lr": self.optimization.lr, **self.optimization.optimizer_args, **own}
-                group.update({name: value for name, value in settings.items() if name != "params"})
+            self.optimization.override(self.trainer.optimizers[0], self._parameter_groups())
         if self._is_unchecked:
             self.optimization.refuse_other_length(self.trainer)
             monitors.refuse(self.trainer, self.names("val"), self._validation_metrics)
@@ -346,16 +331,8 @@ class Task(pl.LightningModule):
         return self.optimization.configure(self._parameter_groups(), lambda: self.trainer)
 
     def _parameter_groups(self) -> Groups:
-        """Return the parameters, and those without weight decay in a group of their own."""
-        exempt: dict[nn.Parameter, None] = {}
-        if not self.hparams["decay_norms_and_biases"]:
-            for layer in recognition.layers(self.network).values():
-                exempt |= dict.fromkeys(layer.parameters())
-            names = self.named_parameters()
-            exempt |= {p: None for name, p in names if name.rpartition(".")[2] == "bias"}
-        decayed = [p for p in self.parameters() if p not in exempt]
-        groups: Groups = [{"params": decayed}, {"params": [*exempt], "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        norms = recognition.layers(self.network).values()
+        return parameter_groups(self, norms, self.hparams["decay_norms_and_biases"])
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         # In an epoch without validation, Lightning passes the metric of an earlier one.

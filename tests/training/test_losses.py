@@ -14,7 +14,7 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 class Bad(pl.Callback):
-    """A callback that replaces weights by infinity in step 29."""
+    """A callback that sets weights to infinity in step 29."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 29:
