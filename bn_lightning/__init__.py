@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from bn_lightning.training.checkpoints import WholeCheckpointIO as WholeCheckpointIO
     from bn_lightning.training.data_module import DataModule as DataModule
+    from bn_lightning.training.exact_data_loader import ExactDataLoader as ExactDataLoader
     from bn_lightning.training.resume import ExactResume as ExactResume
     from bn_lightning.training.task import Step as Step
     from bn_lightning.training.task import Task as Task
@@ -38,6 +39,7 @@ _MODULES = {
     "Classifier": "tasks.classifier",
     "ClosingPictures": "monitoring.figures",
     "DataModule": "training.data_module",
+    "ExactDataLoader": "training.exact_data_loader",
     "ExactResume": "training.resume",
     "Experiment": "runs.experiment",
     "FashionMNIST": "data.fashion_mnist",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bn_lightning.errors import UserError
+
 Batch = tuple[Tensor, Tensor]
 # (samples, their indices), both on the device of the network -> samples
 Augment = Callable[[Tensor, Tensor], Tensor]
@@ -45,33 +47,93 @@ class Epoch:
         order: sample indices in the order of training, int64 (M,).
         first: index of the first batch to return.
         augment: augmentation of the samples; None for no augmentation.
+        number: the epoch of training, from 0; None in evaluation.
     """
 
     order: Tensor
     first: int = 0
     augment: Augment | None = None
+    number: int | None = None
 
 
-class TensorBatches(ExactLoader):
+class ShardedBatches(ExactLoader):
+    """Base class of loaders of indexed samples, which several ranks share.
+
+    Each rank gets its own shard of every batch. In evaluation, a last batch with fewer
+    samples than ranks is joined to the batch before it, so that no shard is empty.
+
+    Args:
+        indices: indices of the samples to use, int64 (M,).
+        batch_size: samples per batch over all ranks; the last batch may be smaller.
+        for_training: whether the loader is for training; otherwise for evaluation.
+        rank, world_size: the shard to return, and the number of shards.
+
+    Attributes:
+        is_random: whether the current epoch uses the global generators.
+
+    Raises:
+        UserError: there are fewer samples for evaluation than ranks.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        for_training: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not for_training:
+            # Each rank gets at least one sample of each batch.
+            batch_size = max(batch_size, world_size)
+            if len(indices) < world_size:
+                raise UserError(
+                    f"{world_size} processes cannot share {len(indices)} sample(s) for "
+                    "evaluation.\nUse fewer processes (--trainer.devices), or more samples."
+                )
+        self.indices = indices
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.is_random = True
+        rest = len(indices) % batch_size
+        self._joins_last = not for_training and len(indices) > batch_size and 0 < rest < world_size
+
+    def current_epoch(self) -> Epoch:
+        """Return the samples of the current epoch, from the first batch to return."""
+        raise NotImplementedError
+
+    def take(self, indices: Tensor) -> Any:
+        """Return the batch of the samples at `indices` (B,), without augmentation."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size) - self._joins_last
+
+    def size_of(self, batch_idx: int) -> int:
+        rest = len(self.indices) - batch_idx * self.batch_size
+        is_joined = rest < self.batch_size + self.world_size and self._joins_last
+        return rest if is_joined else min(self.batch_size, rest)
+
+    def _shards(self, order: Tensor, first: int) -> Iterator[Tensor]:
+        """Yield the indices of this rank's samples in each batch of an order, from `first`."""
+        batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]
+        if self._joins_last:
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
+        for batch in batches[first:]:
+            yield batch.tensor_split(self.world_size)[self.rank]
+
+
+class TensorBatches(ShardedBatches):
     """A loader that indexes two tensors in memory.
-
-    With several ranks, each rank gets its own shard of every batch. In evaluation, that
-    is without `epoch`, a last batch with fewer samples than ranks is joined to the batch
-    before it, so that no shard is empty.
 
     Args:
         inputs: raw samples (N, ...), on the device of the network.
         targets: (N, ...), on the same device.
-        indices: indices of the samples to use, int64 (M,).
-        batch_size: samples per batch over all ranks; the last batch may be smaller.
-        epoch: called when a batch is first requested; by default `indices` in their
-            order.
-        rank, world_size: the shard to return, and the number of shards.
+        indices, batch_size, rank, world_size: see `ShardedBatches`.
+        epoch: called when a batch is first requested; None for evaluation, in the order
+            of `indices`.
         preprocessing: maps raw samples to the input of the network.
-
-    Attributes:
-        is_random: whether the current epoch has an augmentation, which may use the global
-            generators.
     """
 
     def __init__(
@@ -85,44 +147,27 @@ class TensorBatches(ExactLoader):
         world_size: int = 1,
         preprocessing: nn.Module | None = None,
     ) -> None:
+        super().__init__(indices, batch_size, epoch is not None, rank, world_size)
+        self.epoch = epoch
         self.inputs = inputs
         self.targets = targets
-        self.indices = indices
-        self.batch_size = batch_size
-        self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
         self.preprocessing = preprocessing or nn.Identity()
-        self.is_random = True
 
-    @property
-    def _joins_last(self) -> bool:
-        """Whether the last batch is too small for the ranks, and joined to the one before it."""
-        rest = len(self.indices) % self.batch_size
-        is_joinable = self.epoch is None and len(self.indices) > self.batch_size
-        return is_joinable and 0 < rest < self.world_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size) - self._joins_last
-
-    def size_of(self, batch_idx: int) -> int:
-        rest = len(self.indices) - batch_idx * self.batch_size
-        is_joined = rest < self.batch_size + self.world_size and self._joins_last
-        return rest if is_joined else min(self.batch_size, rest)
+    def current_epoch(self) -> Epoch:
+        return self.epoch() if self.epoch else Epoch(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
         # Lightning calls iter() more than once before it requests a batch. As this is a
         # generator, its body runs only when the first batch is requested.
-        epoch = self.epoch() if self.epoch else Epoch(self.indices)
+        epoch = self.current_epoch()
         self.is_random = epoch.augment is not None
-        order = epoch.order.to(self.inputs.device)
-        batches = order.split(self.batch_size)  # type: ignore[no-untyped-call]
-        if self._joins_last:
-            batches = (*batches[:-2], torch.cat(batches[-2:]))
-        for batch in batches[epoch.first :]:
-            yield self.take(batch.tensor_split(self.world_size)[self.rank], epoch.augment)
+        for indices in self._shards(epoch.order.to(self.inputs.device), epoch.first):
+            yield self._take(indices, epoch.augment)
 
-    def take(self, indices: Tensor, augment: Augment | None = None) -> Batch:
+    def take(self, indices: Tensor) -> Batch:
+        return self._take(indices.to(self.inputs.device), None)
+
+    def _take(self, indices: Tensor, augment: Augment | None) -> Batch:
         """Return the network's input and the targets of the samples at `indices` (B,)."""
         # index_select is four times as fast as inputs[indices].
         inputs = self.inputs.index_select(0, indices)

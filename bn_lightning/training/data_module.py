@@ -201,25 +201,17 @@ class DataModule(pl.LightningDataModule):
         """
         if indices is None:
             indices = torch.arange(len(inputs))
-        processes = self.trainer.world_size if self.trainer else 1
-        if len(indices) < processes:
-            raise UserError(
-                f"{processes} processes cannot share {len(indices)} sample(s) for evaluation.\n"
-                "Use fewer processes (--trainer.devices), or more samples."
-            )
         return self._tensor_batches(inputs, targets, indices)
 
     def train_order(self, epoch: int) -> Tensor:
         """Return the indices of the training samples in the order of an epoch, int64 (M,)."""
-        if getattr(self.trainer, "overfit_batches", 0):
-            return self.train_indices  # the same batches in each epoch
-        return self.train_indices[seeds.epoch_order(len(self.train_indices), self.seed, epoch)]
+        return seeds.shuffled(self.train_indices, self.seed, epoch, self.trainer)
 
     def _epoch(self) -> Epoch:
         """Return the current epoch, starting at the first batch to train."""
         number = self.trainer.current_epoch if self.trainer else 0
         first = lightning_internals.first_batch(self.trainer) if self.trainer else 0
-        return Epoch(self.train_order(number), first, self.augmentation(number))
+        return Epoch(self.train_order(number), first, self.augmentation(number), number)
 
     def _tensor_batches(
         self, inputs: Tensor, targets: Tensor, indices: Tensor, epoch: Any = None
@@ -228,10 +220,8 @@ class DataModule(pl.LightningDataModule):
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         inputs, targets = _on_device(inputs, device), _on_device(targets, device)
-        # In evaluation, each rank gets at least one sample of each batch.
-        batch_size = self.batch_size if epoch else max(self.batch_size, world_size)
         return TensorBatches(
-            inputs, targets, indices, batch_size, epoch, rank, world_size, self.preprocessing
+            inputs, targets, indices, self.batch_size, epoch, rank, world_size, self.preprocessing
         )
 
     # Comparison with the data of a checkpoint

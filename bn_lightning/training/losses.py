@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bn_lightning.errors import RunFailed
-from bn_lightning.training.data_module import DataModule
+from bn_lightning.training.batches import ShardedBatches
 from bn_lightning.training.stopping import end_all_ranks
 
 # Written to the run folder when a non-finite loss ends the run.
@@ -88,10 +88,11 @@ def _write_failure(
     """Write failure.json to the run folder, and return lines on the samples for the message."""
     failure: dict[str, Any] = {"step": step, "epoch": epoch, "batch": batch_idx}
     lines = []
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(data, DataModule) and hasattr(data, "train_indices"):
-        batch = slice(batch_idx * data.batch_size, (batch_idx + 1) * data.batch_size)
-        failure["samples"] = data.train_order(epoch)[batch].tolist()
+    loader = trainer.train_dataloader
+    if isinstance(loader, ShardedBatches):
+        order = loader.current_epoch().order
+        batch = slice(batch_idx * loader.batch_size, (batch_idx + 1) * loader.batch_size)
+        failure["samples"] = order[batch].tolist()
         shown = ", ".join(map(str, failure["samples"][:8]))
         lines.append(f"Indices of the batch's samples in the training set: {shown}, ...")
     if trainer.is_global_zero and run.is_dir():

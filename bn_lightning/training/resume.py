@@ -200,7 +200,8 @@ class ExactResume(Checkpoint):
             print(
                 f"The training loader ({kind}) cannot be resumed within an epoch. last.ckpt is "
                 "written only at the end of each epoch. A resumed run is bit-identical only if the "
-                "loader has a length and no generator of its own.",
+                "loader has a length and no generator of its own.\n"
+                "bn_lightning.ExactDataLoader loads the same Dataset, and is resumed at any batch.",
                 flush=True,
             )
         if self._restored is not None:

@@ -5,8 +5,8 @@ The contract, for the seed of `--seed_everything`:
 * weights: the global generators, seeded once before the network is created;
 * data split: a function of the seed;
 * order of an epoch: a function of (seed, epoch);
-* augmentation of a sample, also one that draws from torch's global generator: a function of
-  (seed, epoch, sample);
+* augmentation of a sample, also one that draws from torch's global generator, and everything
+  else while a sample is read by an `ExactDataLoader`: a function of (seed, epoch, sample);
 * everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank);
 * global generators while a batch is fetched, such as those of a user's transform: another
   function of (seed, epoch, batch, rank); while the iterator of a loader is created: one of
@@ -19,7 +19,10 @@ processes.
 
 import random
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +36,13 @@ def for_split(seed: int) -> np.random.Generator:
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """Return the order of the samples in an epoch, int64 (num_samples,)."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(num_samples))
+
+
+def shuffled(indices: Tensor, seed: int, epoch: int, trainer: pl.Trainer | None) -> Tensor:
+    """Return sample indices in the order of an epoch."""
+    if trainer is not None and trainer.overfit_batches:  # type: ignore[attr-defined]
+        return indices  # the same batches in each epoch
+    return indices[epoch_order(len(indices), seed, epoch)]
 
 
 def for_samples(seed: int, epoch: int) -> np.random.Generator:
@@ -50,9 +60,21 @@ def of_samples(num_samples: int, seed: int, epoch: int) -> Tensor:
 
     It is for transforms of a sample that draw from torch's global generator.
     """
+    return _numbers(num_samples, (seed, epoch, 2))
+
+
+def of_reads(num_samples: int, seed: int, epoch: int | None) -> Tensor:
+    """Return a seed for reading each sample in one epoch, int64 (num_samples,).
+
+    Args:
+        epoch: None for evaluation, which has the same numbers in each pass.
+    """
+    return _numbers(num_samples, (seed, 0, 4) if epoch is None else (seed, epoch, 3))
+
+
+def _numbers(count: int, key: tuple[int, ...]) -> Tensor:
     # torch's generator on the CPU uses only 32 bits of a seed.
-    random = np.random.default_rng((seed, epoch, 2))
-    return torch.from_numpy(random.integers(2**32, size=num_samples))
+    return torch.from_numpy(np.random.default_rng(key).integers(2**32, size=count))
 
 
 def seed_step(seed: int, epoch: int, batch: int, rank: int, device: torch.device) -> None:
@@ -68,12 +90,29 @@ def seed_fetch(seed: int, epoch: int, batch: int, rank: int, device: torch.devic
     _seed_all(f"{seed} {epoch} {batch} {rank} fetch", device)
 
 
+def seed_read(number: int) -> None:
+    """Seed all global generators on the CPU before one sample is read."""
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Restore all global generators on the CPU at the end."""
+    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
 def _seed_all(key: str, device: torch.device) -> None:
     # A checksum is ten times as fast as NumPy's SeedSequence.
     number = zlib.crc32(key.encode())
     # torch.manual_seed takes 0.5 ms if CUDA has not been initialized.
-    torch.default_generator.manual_seed(number)
+    seed_read(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.training import lightning_internals
-from bn_lightning.training.batches import TensorBatches
+from bn_lightning.training.batches import ShardedBatches
 from bn_lightning.training.stopping import end_all_ranks
 
 
@@ -24,7 +24,7 @@ def refuse_small_batches(trainer: pl.Trainer, module: pl.LightningModule) -> Non
         UserError: a batch that will be trained is too small.
     """
     loader, num_ranks = trainer.train_dataloader, trainer.world_size
-    if not isinstance(loader, TensorBatches):
+    if not isinstance(loader, ShardedBatches):
         return
     for batch_idx in _first_and_last(trainer):
         size = loader.size_of(batch_idx)
@@ -56,7 +56,7 @@ def _first_and_last(trainer: pl.Trainer) -> set[int]:
 
 
 def _fault(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: TensorBatches, size: int
+    trainer: pl.Trainer, module: pl.LightningModule, loader: ShardedBatches, size: int
 ) -> str:
     """Try a batch of this size on all ranks. Return the error of any rank, or an empty string."""
     fault = _error_of_forward(trainer, module, loader, size)
@@ -70,14 +70,17 @@ def _fault(
 
 
 def _error_of_forward(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: TensorBatches, size: int
+    trainer: pl.Trainer, module: pl.LightningModule, loader: ShardedBatches, size: int
 ) -> str:
     """Return the error of a forward pass in training mode, which leaves no trace."""
-    samples = loader.indices[torch.arange(size) % len(loader.indices)].to(loader.inputs.device)
+    samples = loader.indices[torch.arange(size) % len(loader.indices)]
     shard = samples.tensor_split(loader.world_size)[loader.rank]
-    inputs, _ = trainer.precision_plugin.convert_input(loader.take(shard))
+    batch = trainer.strategy.batch_to_device(loader.take(shard))
+    batch = trainer.precision_plugin.convert_input(batch)
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    device = trainer.strategy.root_device
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
             module(inputs)
@@ -89,7 +92,7 @@ def _error_of_forward(
     return ""
 
 
-def _example(loader: TensorBatches) -> str:
+def _example(loader: ShardedBatches) -> str:
     """Return a batch size that leaves each rank at least two samples of every batch."""
     num_samples = len(loader.indices)
     for size in range(loader.batch_size + 1, num_samples + 1):

@@ -97,8 +97,8 @@ def test_each_loss_is_checked_once(trainer, tmp_path):
     guard.check(trainer, tmp_path / "a/b", saved_at=-1)
 
 
-def test_without_training_indices_the_message_names_the_step_only(trainer, tmp_path):
-    del trainer.datamodule.train_indices
+def test_with_another_loader_the_message_names_the_step_only(trainer, tmp_path):
+    trainer.fit_loop._combined_loader = None
     guard = NonFiniteLossGuard()
     guard.add(trainer, torch.tensor(float("nan")), 0)
     with pytest.raises(RunFailed) as failed:

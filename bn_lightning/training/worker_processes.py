@@ -1,0 +1,64 @@
+"""Processes that read samples: how they end, and what their failures mean."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bn_lightning.errors import RunFailed
+
+# These signals ask a run to stop. A terminal or SLURM sends them to all processes, but
+# only the training process can save and stop.
+IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
+class WorkerFailed(RunFailed):
+    """A sample could not be read, or a worker process has ended."""
+
+
+def init_worker(worker_id: int) -> None:
+    """Let a process end only with its parent, or when the parent ends it.
+
+    It is for `DataLoader(worker_init_fn=...)`.
+    """
+    for name in IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # PyTorch's own check is made only between two batches.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@contextmanager
+def ending_with(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """End the workers of a DataLoader's iterator with the block, and describe their failure.
+
+    Raises:
+        WorkerFailed: a worker has ended by itself.
+    """
+    workers = list(batches._workers)  # type: ignore[attr-defined]
+    try:
+        yield batches
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        if not what.startswith("DataLoader worker") and "shared memory" not in what:
+            raise
+        raise WorkerFailed(
+            f"A worker process that reads samples has failed: {what}\n"
+            f"The {len(workers)} workers pass batches through shared memory (/dev/shm). If memory "
+            "is too small, use fewer workers or smaller batches. Without workers, the run needs "
+            "no shared memory."
+        ) from error
+    finally:
+        batches._shutdown_workers()  # type: ignore[attr-defined]
+        for worker in workers:
+            # PyTorch sends SIGTERM to a worker that still reads. It is ignored.
+            worker.kill()
