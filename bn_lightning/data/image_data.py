@@ -1,5 +1,6 @@
-"""The data module of labelled images that fit in memory."""
+"""The data module of labelled images, in memory or in files."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -8,26 +9,36 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils.data import StackDataset
 
-from bn_lightning.data import datasets, pictures, sources, splits, torchvision_sets
+from bn_lightning.data import (
+    datasets,
+    pictures,
+    splits,
+    torchvision_sets,
+)
 from bn_lightning.data.augmentation import Augmentation, TransformSettings, in_sequence
-from bn_lightning.data.labelled_images import Facts, LabelledImages, mean_and_std
+from bn_lightning.data.image_sets import ImageSet
+from bn_lightning.data.labelled_images import Facts, Images, LabelledImages, mean_and_std
 from bn_lightning.data.mirrors import MIRRORS
 from bn_lightning.data.preprocessing import Preprocessing
 from bn_lightning.errors import UserError
-from bn_lightning.training.batches import Augment, TensorBatches
+from bn_lightning.training.batches import Augment, ShardedBatches
 from bn_lightning.training.data_module import DataModule
+from bn_lightning.training.exact_data_loader import ExactDataLoader
 
 MOVED = DataModule.fixed_settings["seed"]
+MAX_WORKERS = 8
 
 
 class ImageData(DataModule):
-    """Labelled images in memory, of any size, number of channels and number of classes.
+    """Labelled images of any size, number of channels and number of classes.
 
     Args:
-        dataset: `fashion_mnist`, `mnist`, `kmnist`, `cifar10`, `cifar100`, `svhn`, or
-            the import path of a function that returns images, labels and class names.
-        dataset_args: arguments of that function.
+        dataset: `fashion_mnist`, `mnist`, `kmnist`, `cifar10`, `cifar100`, `svhn`, a
+            `folder` of pictures, or the import path of a function that returns images,
+            labels and class names.
+        dataset_args: arguments of that function; for `folder`, its `path`.
         root: folder that is searched for the files, and to which they are downloaded.
         source: origin of Fashion-MNIST: `system`, `download`, `sample`, a folder, or
             `auto`, which tries `root` and then the others, in this order.
@@ -36,6 +47,8 @@ class ImageData(DataModule):
         val_images: number of training images held out for validation, scaled down for
             the sample; by default one twelfth. With 0, the test set is used, as in the
             article, and no checkpoint is selected.
+        test_images: number of pictures of a folder without `test/` that are split off as
+            the test set; by default one twelfth.
         folds: number of folds of a cross-validation.
         fold: index of the fold that is held out for validation, from 0.
         normalize: standardize each channel with the mean and standard deviation of the
@@ -46,6 +59,14 @@ class ImageData(DataModule):
             transforms of torchvision, each `{"name": NAME, "args": {...}}`.
         resize: height and width to which images are resized before the network, for
             networks that need larger images, for example 32; null keeps the size.
+            Pictures of a folder are resized when they are read: the shorter side to this
+            size, by default 64, and the centre is cropped.
+        grayscale: read the pictures of a folder in grey instead of RGB.
+        skip_broken: leave out pictures of a folder that cannot be read, instead of
+            refusing to start.
+        workers: number of processes that read images from files, for each process that
+            trains; by default one per core, at most 8.
+        in_memory: read images from files only once, and hold them in memory.
         seed: seed of the data split and of the order of images; set by
             `--seed_everything`.
         facts: what is known of the images: their size and channels, the classes, and
@@ -61,13 +82,13 @@ class ImageData(DataModule):
     """
 
     import_paths = ("dataset",)
-    machine_settings = ("root", "mirrors")
+    machine_settings = ("root", "mirrors", "workers", "in_memory")
     source_settings = ("source",)
     repetitions = ("fold",)
     found_in_data = ("facts",)
     fixed_settings = {
         **DataModule.fixed_settings,
-        **dict.fromkeys(("val_images", "folds", "fold"), MOVED),
+        **dict.fromkeys(("val_images", "test_images", "folds", "fold"), MOVED),
     }
 
     def __init__(
@@ -88,21 +109,42 @@ class ImageData(DataModule):
         resize: int | None = None,
         seed: int = 0,
         facts: dict[str, Any] | None = None,
+        test_images: int | None = None,
+        grayscale: bool = False,
+        skip_broken: bool = False,
+        workers: int | None = None,
+        in_memory: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        self.dataset = dataset
-        self.dataset_args = dict(dataset_args or {})
-        self.source = source
-        self.root = Path(root)
-        self.mirrors = list(mirrors or MIRRORS)
+        if resize is not None and resize < 1:
+            raise UserError(
+                f"resize is {resize}; it must be at least 1 pixel, for example --data.resize 32."
+            )
+        is_folder = dataset == datasets.FOLDER
+        self.dataset = datasets.DataSet(
+            dataset,
+            dict(dataset_args or {}),
+            Path(root),
+            source,
+            # The default may be written out.
+            None if mirrors is None or mirrors == list(MIRRORS) else tuple(mirrors),
+            resize if is_folder else None,
+            grayscale,
+            test_images,
+            skip_broken,
+            in_memory,
+            # The seed determines the test set of a folder.
+            seed if is_folder else 0,
+            workers,
+        )
         self.split = splits.Split(val_images, folds, fold)
         self.normalize = normalize
         self.flip = flip
         self.shift = shift
-        self.resize = resize
+        # Pictures of a folder are resized when they are read.
+        self.resize = None if is_folder else resize
         self.images: LabelledImages | None = None
-        self._refuse_wrong_settings()
-        known = datasets.facts_of(dataset, self.dataset_args)
+        known = self.dataset.known_facts()
         if facts is not None:
             known = Facts(**facts)
         if known is not None:
@@ -123,24 +165,7 @@ class ImageData(DataModule):
 
             channels = () if self.in_channels == 1 else (self.in_channels,)
             shape = *channels, *self.facts.image_size
-            self.transforms = Transforms(augment, shape, may_resize=resize is not None)
-
-    def _refuse_wrong_settings(self) -> None:
-        if self.dataset != datasets.FASHION_MNIST:
-            is_given = {"source": self.source != "auto", "mirrors": self.mirrors != list(MIRRORS)}
-            for name, default in {"source": "auto", "mirrors": "null"}.items():
-                if not is_given[name]:
-                    continue
-                raise UserError(
-                    f"--data.{name} is for the data set {datasets.FASHION_MNIST!r} only, but the "
-                    f"data set is {self.dataset!r}. Remove it; if a checkpoint or a file sets it, "
-                    f"use --data.{name} {default}."
-                )
-        if self.resize is not None and self.resize < 1:
-            raise UserError(
-                f"resize is {self.resize}; it must be at least 1 pixel, for example "
-                "--data.resize 32."
-            )
+            self.transforms = Transforms(augment, shape, may_resize=self.resize is not None)
 
     def _set_facts(self, facts: Facts) -> None:
         self.facts = facts
@@ -163,49 +188,49 @@ class ImageData(DataModule):
                 few.
         """
         if self.images is None:
-            self._use(self._read())
-
-    def _read(self, may_download: bool = True) -> LabelledImages:
-        if self.dataset == datasets.FASHION_MNIST:
-            return sources.load(self.source, self.root, self.mirrors, may_download)
-        if self.dataset in torchvision_sets.SETS:
-            return torchvision_sets.load(self.dataset, self.root)
-        return datasets.call(self.dataset, self.dataset_args, self.root)
+            self._use(self.dataset.read(self.num_workers))
 
     def _use(self, images: LabelledImages) -> None:
         found = images.facts()
         known = getattr(self, "facts", found)
         if known.shape != found.shape:
             raise UserError(
-                f"The images of the data set {self.dataset!r} have {found.shape}, but the network "
-                f"is for {known.shape}.\nUse the data with which the network was trained."
+                f"The images of the data set {self.dataset.name!r} have {found.shape}, but the "
+                f"network is for {known.shape}.\nUse the data with which the network was trained."
             )
         if not known.mean:
-            mean, std = mean_and_std(images.train_images)
+            known = found
+        # For images in files, this takes a pass over all of them.
+        is_cheap = isinstance(images.train_images, Tensor)
+        if not known.mean and (is_cheap or self.normalize):
+            mean, std = mean_and_std(images.train_images, self.num_workers)
             known = replace(found, mean=mean, std=std)
-        self.split.refuse_too_few(len(images.train_labels), images.whole)
+        if images.val is None:
+            self.split.refuse_too_few(len(images.train_labels), images.whole)
+        elif self.split != splits.Split():
+            raise UserError(
+                f"The folder {str(images.folder)!r} has validation images of its own, in val/. "
+                "Remove --data.val_images, --data.folds and --data.fold."
+            )
         self.images = images
         self._set_facts(known)
 
     def reuse(self, other: Self) -> None:
-        def location(module: Self) -> tuple[Any, ...]:
-            return (
-                *(module.dataset, module.dataset_args),
-                *(module.source, module.root, module.mirrors),
-            )
-
-        if self.images is None and other.images and location(self) == location(other):
+        if self.images is None and other.images and self.dataset == other.dataset:
             self._use(other.images)
 
     def setup(self, stage: str) -> None:
         """Load the data and split off the validation images."""
         # Lightning calls prepare_data in only one process per machine.
         if self.images is None:
-            self._use(self._read(may_download=False))
+            self._use(self.dataset.read(self.num_workers, may_download=False))
         images = self._loaded
-        self.train_indices, self.val_indices = self.split.indices(
-            images.train_labels, images.whole, self.seed
-        )
+        if images.val is None:
+            self.train_indices, self.val_indices = self.split.indices(
+                images.train_labels, images.whole, self.seed
+            )
+        else:
+            self.train_indices = torch.arange(len(images.train_labels))
 
     # What the framework asks
 
@@ -213,9 +238,44 @@ class ImageData(DataModule):
     def validates_on_test_set(self) -> bool:
         return self.split.val_images == 0
 
-    def train_dataloader(self) -> TensorBatches:
+    @property
+    def num_workers(self) -> int:
+        """The number of processes that read images for this process."""
+        if self.dataset.workers is not None:
+            return self.dataset.workers
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        num_processes = self.trainer.num_devices if self.trainer else 1
+        return max(1, min(MAX_WORKERS, num_cores // num_processes))
+
+    def train_dataloader(self) -> ShardedBatches:
         images = self._loaded
-        return self.train_batches(images.train_images, images.train_labels, self.train_indices)
+        if isinstance(images.train_images, Tensor):
+            return self.train_batches(images.train_images, images.train_labels, self.train_indices)
+        return self._read_batches(
+            images.train_images, images.train_labels, self.train_indices, shuffle=True
+        )
+
+    def _evaluated(
+        self, images: Images, labels: Tensor, indices: Tensor | None = None
+    ) -> ShardedBatches:
+        if isinstance(images, Tensor):
+            return self.batches(images, labels, indices)
+        return self._read_batches(images, labels, indices)
+
+    def _read_batches(
+        self, images: ImageSet, labels: Tensor, indices: Tensor | None, shuffle: bool = False
+    ) -> ExactDataLoader:
+        return ExactDataLoader(
+            StackDataset(images, labels),  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle,
+            self.num_workers,
+            indices=indices,
+            seed=self.seed,
+            trainer=self.trainer,
+            augmentation=self.augmentation,
+            preprocessing=self.preprocessing,
+        )
 
     def augmentation(self, epoch: int) -> Augment | None:
         num_images = len(self._loaded.train_labels)
@@ -226,28 +286,36 @@ class ImageData(DataModule):
             steps.append(self.transforms.of_epoch(num_images, self.seed, epoch))
         return in_sequence(steps)
 
-    def val_dataloader(self) -> TensorBatches:
+    def val_dataloader(self) -> ShardedBatches:
+        images = self._loaded
         if self.validates_on_test_set:
             return self.test_dataloader()
-        images = self._loaded
-        return self.batches(images.train_images, images.train_labels, self.val_indices)
+        if images.val is not None:
+            return self._evaluated(*images.val)
+        return self._evaluated(images.train_images, images.train_labels, self.val_indices)
 
-    def test_dataloader(self) -> TensorBatches:
-        return self.batches(*self.test_samples())
+    def test_dataloader(self) -> ShardedBatches:
+        self.prepare_data()
+        return self._evaluated(self._loaded.test_images, self._loaded.test_labels)
+
+    def predict_dataloader(self) -> ShardedBatches:
+        return self.test_dataloader()
 
     def describe(self) -> str:
         images = self._loaded
         split = self.split
         part = "" if split.folds is None else f", fold {split.fold} of {split.folds} held out"
-        if self.dataset == datasets.FASHION_MNIST:
+        if self.dataset.name == datasets.FASHION_MNIST:
             return f"Fashion-MNIST from {images.folder} ({images.source}){part}"
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.dataset_args.items())
-        folder = "" if images.folder is None else f" from {images.folder}"
-        return (
-            f"{self.dataset}{f'({arguments})' if arguments else ''}{folder}: "
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.dataset.args.items())
+        folder = f" from {images.folder}" if self.dataset.name in torchvision_sets.SETS else ""
+        lines = [
+            f"{self.dataset.name}{f'({arguments})' if arguments else ''}{folder}: "
             f"{len(images.train_labels):,} training and {len(images.test_labels):,} test images, "
-            f"{self.facts.shape}{part}"
-        )
+            f"{self.facts.shape}{part}",
+            *images.notes,
+        ]
+        return "\n  ".join(lines)
 
     def identity(self) -> dict[str, Any]:
         """Return the source of the images, and the sha256 of their content."""
@@ -261,7 +329,10 @@ class ImageData(DataModule):
     def test_samples(self) -> tuple[Tensor, Tensor]:
         """Return images, uint8 (N, H, W) or (N, C, H, W), and labels, int64 (N,)."""
         self.prepare_data()
-        return self._loaded.test_images, self._loaded.test_labels
+        images = self._loaded.test_images
+        if not isinstance(images, Tensor):
+            images = images.in_memory(self.num_workers)
+        return images, self._loaded.test_labels
 
     def draw(self, inputs: Tensor) -> Tensor | None:
         return self.preprocessing.invert(inputs)
@@ -274,7 +345,7 @@ class ImageData(DataModule):
         For Fashion-MNIST, they are converted to the style of the data set (see
         `pictures.read`). For other data sets, see `pictures.read_as`.
         """
-        has_style = self.dataset == datasets.FASHION_MNIST
+        has_style = self.dataset.name == datasets.FASHION_MNIST
         read: Callable[[Path], pictures.Picture]
         if has_style:
             read = partial(pictures.read, invert=invert)

@@ -7,13 +7,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import Augment, Epoch, ShardedBatches
-from bn_lightning.training.worker_processes import WorkerFailed, ending_with, init_worker
+from bn_lightning.training.worker_processes import (
+    ADVICE,
+    SHARED_MEMORY_IS_FULL,
+    WorkerFailed,
+    ending_with,
+    init_worker,
+)
 
 
 class ExactDataLoader(ShardedBatches):
@@ -184,11 +191,19 @@ class _Reader(Dataset[Any]):
             return _Failure(str(error))
         except OSError as error:
             return _Failure(f"Sample {index} cannot be read: {describe_error(error)}")
-        batch = self.collate_fn(samples)
-        if self.augment is None:
-            return batch
-        inputs, *others = batch
-        return self.augment(inputs, torch.tensor(indices)), *others
+        try:
+            batch = self.collate_fn(samples)
+            if self.augment is not None:
+                inputs, *others = batch
+                batch = self.augment(inputs, torch.tensor(indices)), *others
+            if get_worker_info() is None:
+                return batch
+            # PyTorch would do this in a thread, and lose the batch if it fails.
+            return apply_to_collection(batch, Tensor, Tensor.share_memory_)
+        except RuntimeError as error:
+            if "shm" not in str(error):
+                raise
+            return _Failure(f"{SHARED_MEMORY_IS_FULL}\n{ADVICE}")
 
     def read_here(self, request: _Request) -> Any:
         """Read a batch in this process, and leave its random generators unchanged."""

@@ -13,6 +13,11 @@ from bn_lightning.errors import RunFailed
 # These signals ask a run to stop. A terminal or SLURM sends them to all processes, but
 # only the training process can save and stop.
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SHARED_MEMORY_IS_FULL = "The shared memory of the worker processes, /dev/shm, is too small or full."
+ADVICE = (
+    "Use fewer workers or smaller batches. Workers pass batches through shared memory; with 0 "
+    "workers, the process itself reads, and needs none. In a container: docker run --shm-size 2g"
+)
 
 
 class WorkerFailed(RunFailed):
@@ -51,14 +56,21 @@ def ending_with(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
         what = str(error).partition("\n")[0]
         if not what.startswith("DataLoader worker") and "shared memory" not in what:
             raise
-        raise WorkerFailed(
-            f"A worker process that reads samples has failed: {what}\n"
-            f"The {len(workers)} workers pass batches through shared memory (/dev/shm). If memory "
-            "is too small, use fewer workers or smaller batches. Without workers, the run needs "
-            "no shared memory."
-        ) from error
+        raise WorkerFailed(f"{_cause(workers, what)}\n{ADVICE}") from error
     finally:
         batches._shutdown_workers()  # type: ignore[attr-defined]
         for worker in workers:
             # PyTorch sends SIGTERM to a worker that still reads. It is ignored.
             worker.kill()
+
+
+def _cause(workers: list[Any], message: str) -> str:
+    for worker in workers:
+        worker.join(1)
+        if worker.exitcode == -signal.SIGBUS:
+            return SHARED_MEMORY_IS_FULL
+        if worker.exitcode is not None and worker.exitcode < 0:
+            name = signal.Signals(-worker.exitcode).name
+            hint = " The system sends it if memory is exhausted." if name == "SIGKILL" else ""
+            return f"A worker process that reads samples was ended by {name}.{hint}"
+    return f"A worker process that reads samples has failed: {message}"

@@ -183,9 +183,10 @@ def test_identity_contains_source_and_checksums():
 
 
 def test_machine_source_and_fixed_settings_are_declared():
-    assert FashionMNIST.machine_settings == ("root", "mirrors")
+    assert FashionMNIST.machine_settings == ("root", "mirrors", "workers", "in_memory")
     assert FashionMNIST.source_settings == ("source",)
-    assert set(FashionMNIST.fixed_settings) == {"seed", "val_images", "folds", "fold"}
+    fixed = {"seed", "val_images", "test_images", "folds", "fold"}
+    assert set(FashionMNIST.fixed_settings) == fixed
     assert {*FashionMNIST.machine_settings, "source", "val_images"} <= set(FashionMNIST().hparams)
 
 

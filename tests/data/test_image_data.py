@@ -210,7 +210,9 @@ def test_one_process_at_a_time_calls_the_function(tmp_path, monkeypatch, shapes)
 
     shapes.slow = slow
     with ThreadPoolExecutor(4) as pool:
-        all_images = list(pool.map(lambda _: datasets.call("shapes.slow", {}, tmp_path), range(4)))
+        all_images = list(
+            pool.map(lambda _: datasets.call("shapes.slow", {}, tmp_path, 0), range(4))
+        )
     assert len({images.sha256 for images in all_images}) == 1
 
 
