@@ -239,6 +239,10 @@ class ImageData(DataModule):
         return self.split.val_images == 0
 
     @property
+    def has_validation_set(self) -> bool:
+        return self._loaded.val is not None
+
+    @property
     def num_workers(self) -> int:
         """The number of processes that read images for this process."""
         if self.dataset.workers is not None:
@@ -309,13 +313,14 @@ class ImageData(DataModule):
             return f"Fashion-MNIST from {images.folder} ({images.source}){part}"
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.dataset.args.items())
         folder = f" from {images.folder}" if self.dataset.name in torchvision_sets.SETS else ""
-        lines = [
+        return (
             f"{self.dataset.name}{f'({arguments})' if arguments else ''}{folder}: "
             f"{len(images.train_labels):,} training and {len(images.test_labels):,} test images, "
-            f"{self.facts.shape}{part}",
-            *images.notes,
-        ]
-        return "\n  ".join(lines)
+            f"{self.facts.shape}{part}"
+        )
+
+    def notes(self) -> list[str]:
+        return list(self._loaded.notes)
 
     def identity(self) -> dict[str, Any]:
         """Return the source of the images, and the sha256 of their content."""
@@ -333,6 +338,10 @@ class ImageData(DataModule):
         if not isinstance(images, Tensor):
             images = images.in_memory(self.num_workers)
         return images, self._loaded.test_labels
+
+    def test_names(self) -> Sequence[int | str]:
+        images = self._loaded
+        return images.test_names or range(len(images.test_labels))
 
     def draw(self, inputs: Tensor) -> Tensor | None:
         return self.preprocessing.invert(inputs)

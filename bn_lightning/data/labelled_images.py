@@ -87,6 +87,8 @@ class LabelledImages:
             images.
         mean, std: see `Facts`; empty if they are not known yet.
         notes: what was split off or left out, for the console.
+        test_names: names of the test images, such as their files; empty for their
+            indices.
     """
 
     train_images: Images
@@ -102,6 +104,7 @@ class LabelledImages:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    test_names: tuple[str, ...] = ()
 
     @property
     def whole(self) -> int:

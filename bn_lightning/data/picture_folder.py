@@ -32,12 +32,9 @@ class PictureFiles(ImageSet):
         self.side, self.channels = side, channels
         self.shape = (len(names), *((channels,) if channels > 1 else ()), side, side)
 
-    def path(self, index: int) -> Path:
-        return self.folder / os.fsdecode(self.names[index])
-
     def __getitem__(self, index: int) -> Tensor:
-        size = self.side, self.side
-        return pictures.read_as(self.path(index), size, self.channels).pixels
+        path = self.folder / os.fsdecode(self.names[index])
+        return pictures.read_as(path, (self.side, self.side), self.channels).pixels
 
 
 def path_in(args: Mapping[str, Any]) -> Path:
@@ -118,6 +115,7 @@ def load(
         mean=mean,
         std=std,
         notes=tuple(notes),
+        test_names=tuple(str(path / os.fsdecode(name)) for name in good[1].names),
     )
 
 

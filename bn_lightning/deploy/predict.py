@@ -116,10 +116,10 @@ class PredictCLI(CLI):
             raise RunFailed(f"{unread} of {total} images could not be read. They are listed above.")
 
     def _test_set(self, classes: Sequence[str]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the raw samples of the test set, and the index and class of each."""
+        """Return the raw samples of the test set, and the name and class of each."""
         inputs, targets = self.datamodule.test_samples()
-        truth = [classes[label] for label in targets.tolist()]
-        return inputs, [{"image": index, "truth": name} for index, name in enumerate(truth)]
+        names = zip(self.datamodule.test_names(), targets.tolist(), strict=True)
+        return inputs, [{"image": name, "truth": classes[label]} for name, label in names]
 
     def _drawn_images(self, inputs: Tensor) -> Tensor:
         """Draw the first raw samples as images for --grid."""

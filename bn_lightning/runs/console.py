@@ -13,7 +13,11 @@ from bn_lightning.training.task import Task
 
 def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | None) -> str:
     """Return the first lines of `fit`: the network, the device, the data and the folder."""
-    validation = "the test set" if data.validates_on_test_set else "held-out training samples"
+    validation = "held-out training samples"
+    if data.validates_on_test_set:
+        validation = "the test set"
+    elif data.has_validation_set:
+        validation = "samples of its own"
     parameters = sum(p.numel() for p in task.parameters())
     return (
         f"{task.describe()}, {parameters:,} parameters, on {trainer.strategy.root_device}, "
@@ -25,7 +29,7 @@ def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | Non
 
 def notes(trainer: pl.Trainer, task: Task, data: DataModule, sync_batchnorm: bool) -> list[str]:
     """Return remarks on the settings and on how the metrics are computed."""
-    lines = task.notes()
+    lines = [*data.notes(), *task.notes()]
     processes = trainer.world_size
     if processes > 1 and recognition.with_statistics(task.network):
         lines.append(

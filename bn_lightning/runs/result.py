@@ -48,7 +48,7 @@ def assemble(
         "processes": trainer.world_size,
         "tested": tested,
         **_selected(task, records),
-        "val_images_from": "test set" if data.validates_on_test_set else "training set",
+        "val_images_from": _validated_on(data),
         "train_seconds": seconds,
         **{
             f"{name}_{key}": inner
@@ -80,6 +80,12 @@ def _metrics(task: Task, records: Records, tested: str) -> dict[str, float | Non
         **{name: validation.get(name) for name in task.names("val")},
         **dict.fromkeys(task.names("test")),
     }
+
+
+def _validated_on(data: DataModule) -> str:
+    if data.validates_on_test_set:
+        return "test set"
+    return "validation set" if data.has_validation_set else "training set"
 
 
 def _selected(task: Task, records: Records) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ from bn_lightning.training import checkpoints
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.stopping import Stopped
 from bn_lightning.training.task import Task
+from bn_lightning.training.worker_processes import WorkerFailed
 
 
 class CLI(SettingsCLI):
@@ -185,8 +186,9 @@ class CLI(SettingsCLI):
 
     def _raise_run_failed(self, error: BaseException) -> None:
         """Raise RunFailed if a file operation failed or another process has died."""
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            reason = f"The run in {self.folder} cannot continue: {error}."
+        is_file_error = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+        if is_file_error or isinstance(error, WorkerFailed):
+            reason = f"The run in {self.folder} cannot continue: {str(error).removesuffix('.')}."
             when = "Fix the cause, then resume"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             # gloo raises RuntimeError. Its messages start with a position in its source

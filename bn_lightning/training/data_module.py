@@ -105,9 +105,18 @@ class DataModule(pl.LightningDataModule):
         """
         return False
 
+    @property
+    def has_validation_set(self) -> bool:
+        """Whether the validation samples are not held-out training samples, but of their own."""
+        return False
+
     def describe(self) -> str:
         """Return a description of the data and their location, for the console."""
         return type(self).__name__
+
+    def notes(self) -> list[str]:
+        """Return remarks on the data for the console, such as samples that were left out."""
+        return []
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify the data, such as a checksum or a number of rows.
@@ -144,6 +153,11 @@ class DataModule(pl.LightningDataModule):
             f"{type(self).__name__} has no test_samples(). Implement this method: export and "
             "predict require it."
         )
+
+    def test_names(self) -> Sequence[int | str]:
+        """Return what `predict` calls each test sample, such as its file; by default its index."""
+        _, targets = self.test_samples()
+        return range(len(targets))
 
     def example_input(self) -> Tensor:
         """Return raw samples (7, ...), to trace the network and find its input shape."""

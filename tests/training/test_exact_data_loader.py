@@ -214,9 +214,11 @@ def test_no_worker_outlives_a_parent_that_is_killed():
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
-    workers = {int(parent.stdout.readline()) for _ in range(2)}
-    parent.kill()
-    parent.wait()
+    try:
+        workers = {int(parent.stdout.readline()) for _ in range(2)}
+    finally:
+        parent.kill()
+        parent.wait()
     deadline = time.monotonic() + 60
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline, "a worker is still running"
