@@ -17,7 +17,7 @@ def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | Non
     if data.validates_on_test_set:
         validation = "the test set"
     elif data.has_validation_set:
-        validation = "samples of its own"
+        validation = "the validation set"
     parameters = sum(p.numel() for p in task.parameters())
     return (
         f"{task.describe()}, {parameters:,} parameters, on {trainer.strategy.root_device}, "
