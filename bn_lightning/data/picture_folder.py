@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bn_lightning.data import checked_pictures, folders, pictures
+from bn_lightning.data import checked_pictures, folder_parts, folders, pictures
+from bn_lightning.data.folder_parts import Part
 from bn_lightning.data.image_sets import ImageSet
 from bn_lightning.data.labelled_images import DataError, LabelledImages
 from bn_lightning.errors import UserError
@@ -88,7 +89,7 @@ def load(
     if found.test is None:
         notes.insert(0, f"{len(test.names):,} test images split off")
     # One pass over all parts has one progress bar.
-    all_names = folders.joined(parts)
+    all_names = Part.joined(parts)
     checked = checked_pictures.check(path, all_names, side, channels, root, num_workers)
     if checked.errors:
         if not skip_broken:
@@ -99,7 +100,7 @@ def load(
     ends = np.cumsum([len(part.names) for part in parts])
     masks = np.split(is_good, ends[:-1])
     good = [part.select(mask) for part, mask in zip(parts, masks, strict=True)]
-    folders.refuse_empty_classes(path, found.classes, good[0])
+    folder_parts.refuse_empty_classes(path, found.classes, good[0])
     mean, std = checked_pictures.mean_and_std(checked.sums[: ends[0]][masks[0]], side * side)
     images = [PictureFiles(path, part.names, side, channels) for part in good]
     return LabelledImages(
@@ -109,7 +110,7 @@ def load(
         good[1].labels,
         found.classes,
         source="folder",
-        sha256=folders.checksum(found.classes, good),
+        sha256=folder_parts.checksum(found.classes, good),
         folder=path,
         val=None if found.val is None else (images[2], good[2].labels),
         mean=mean,
