@@ -320,7 +320,15 @@ class ImageData(DataModule):
         )
 
     def notes(self) -> list[str]:
-        return list(self._loaded.notes)
+        images = self._loaded
+        if self.dataset.name != datasets.FOLDER:
+            return []
+        notes = list(images.notes)
+        if images.val is None and self.split.folds is None and not self.validates_on_test_set:
+            count = len(images.train_labels)
+            held_out = self.split.num_held_out(count, count)
+            notes.insert(0, f"{held_out:,} of the training images are held out for validation")
+        return notes
 
     def identity(self) -> dict[str, Any]:
         """Return the source of the images, and the sha256 of their content."""

@@ -85,16 +85,16 @@ def load(
     found = folders.find(path)
     train, test = folders.with_test(found, test_images, seed)
     parts = [part for part in (train, test, found.val) if part is not None]
-    notes = [f"{count:,} {reason} ignored" for reason, count in found.ignored.items()]
+    notes = [f"ignored: {count:,} {reason}" for reason, count in found.ignored.items()]
     if found.test is None:
-        notes.insert(0, f"{len(test.names):,} test images split off")
+        notes.insert(0, f"{len(test.names):,} images are split off as the test set")
     # One pass over all parts has one progress bar.
     all_names = Part.joined(parts)
     checked = checked_pictures.check(path, all_names, side, channels, root, num_workers)
     if checked.errors:
         if not skip_broken:
             raise _broken(path, all_names.names, checked.errors)
-        notes.append(f"{len(checked.errors):,} broken pictures left out")
+        notes.append(f"left out: {len(checked.errors):,} pictures that cannot be read")
     is_good = np.ones(len(all_names.names), bool)
     is_good[list(checked.errors)] = False
     ends = np.cumsum([len(part.names) for part in parts])

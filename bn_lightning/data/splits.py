@@ -57,7 +57,7 @@ class Split:
                 f"folds is {self.folds}, but there are only {count:,} training images. Use fewer "
                 "folds."
             )
-        if self.folds is None and self._num_held_out(count, whole) >= count:
+        if self.folds is None and self.num_held_out(count, whole) >= count:
             raise UserError(
                 f"val_images is {self.val_images}; it must be less than the number of training "
                 f"images, {whole:,}."
@@ -73,9 +73,10 @@ class Split:
         """
         if self.folds is not None and self.fold is not None:
             return stratified_fold(labels, self.folds, self.fold, seed)
-        return stratified_split(labels, self._num_held_out(len(labels), whole), seed)
+        return stratified_split(labels, self.num_held_out(len(labels), whole), seed)
 
-    def _num_held_out(self, count: int, whole: int) -> int:
+    def num_held_out(self, count: int, whole: int) -> int:
+        """Return the number of held-out samples of `count`, without folds; see `indices`."""
         wanted = max(1, whole // 12) if self.val_images is None else self.val_images
         return max(1, wanted * count // whole) if wanted else 0
 
