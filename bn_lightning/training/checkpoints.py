@@ -5,6 +5,7 @@ import io
 import os
 import re
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,12 @@ def _describe_remaining(path: Path) -> str:
     return "There is no previous checkpoint.\n"
 
 
-def read(path: str) -> tuple[str, Any]:
+def read(path: str, max_pickle: int | None = None) -> tuple[str, Any]:
     """Read a file that torch.save has written, or a URL, without executing any code in it.
+
+    Args:
+        max_pickle: limit in bytes of everything except the values of tensors, for files
+            from anyone: objects of one byte each need a hundred times as much memory.
 
     Returns:
         The path of the local file (a URL is downloaded first), and its content.
@@ -102,6 +107,7 @@ def read(path: str) -> tuple[str, Any]:
     """
     try:
         local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
+        _refuse_bomb(path, str(local), max_pickle)
         return str(local), torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
@@ -113,6 +119,8 @@ def read(path: str) -> tuple[str, Any]:
             f"{path!r} is a folder. Use a checkpoint file, for example "
             f"{Path(path, 'checkpoints', 'best.ckpt')}"
         ) from None
+    except UserError:
+        raise
     # torch.load raises exceptions of many types, depending on the content of the file.
     except Exception as error:
         # Only the reason is shown: torch's message also advises to use
@@ -126,13 +134,34 @@ def read(path: str) -> tuple[str, Any]:
         ) from error
 
 
-def load(path: str) -> tuple[str, dict[str, Any]]:
+def _refuse_bomb(path: str, local: str, max_pickle: int | None) -> None:
+    """Refuse a small file that would fill the memory when it is loaded."""
+    size = pickled = Path(local).stat().st_size
+    if zipfile.is_zipfile(local):
+        with zipfile.ZipFile(local) as archive:
+            parts = archive.infolist()
+        pickled = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
+        unpacked = sum(part.file_size for part in parts)
+        # torch.save neither compresses the parts nor lets them overlap.
+        if unpacked > size:
+            raise UserError(
+                f"{path!r} is not a checkpoint that fit has written: it has {size:,} bytes, but "
+                f"unpacks to {unpacked:,} bytes. It was not loaded."
+            )
+    if max_pickle is not None and pickled > max_pickle:
+        raise UserError(
+            f"{path!r} was not loaded: its names and settings have {pickled:,} bytes, more than "
+            f"{max_pickle:,}."
+        )
+
+
+def load(path: str, max_pickle: int | None = None) -> tuple[str, dict[str, Any]]:
     """Load a checkpoint from a file or a URL, like `read`.
 
     Raises:
         UserError: the file does not exist, or is not a checkpoint of this project.
     """
-    local, checkpoint = read(path)
+    local, checkpoint = read(path, max_pickle)
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(
