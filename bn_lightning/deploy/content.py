@@ -17,8 +17,6 @@ from bn_lightning.runs import records
 from bn_lightning.training import checkpoints
 from bn_lightning.training.data_module import IDENTITY
 
-# Names and settings, in the file. Those of a network of 10,000 layers have about 3 MB.
-MAX_PICKLE = 4 * 2**20
 # Values and characters, after values to which several places refer were repeated.
 MAX_SIZE = 4_000_000
 MAX_DEPTH = 32
@@ -49,7 +47,7 @@ def load(path: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         UserError: the file does not exist, cannot be loaded safely, or does not have the
             structure of a checkpoint that `fit` has written.
     """
-    local, checkpoint = checkpoints.load(path, MAX_PICKLE)
+    local, checkpoint = checkpoints.load(path, limited=True)
     tensors = checkpoint.pop("state_dict")
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_nested:

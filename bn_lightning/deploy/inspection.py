@@ -64,13 +64,7 @@ def describe(path: str, experiment: Experiment) -> dict[str, Any]:
         "written": datetime.fromtimestamp(file.st_mtime).isoformat(sep=" ", timespec="seconds"),
         "step": checkpoint.get("global_step"),
         "parameters": sum(_parameter_count(tensors) for tensors in layers.values()),
-        "layers": {
-            layer: {
-                **{name: list(tensor.shape) for name, tensor in tensors.items()},
-                "parameters": _parameter_count(tensors),
-            }
-            for layer, tensors in layers.items()
-        },
+        "layers": {layer: _described(tensors) for layer, tensors in layers.items()},
         "norms": _norm_values(layers, path),
         "settings": settings_in(checkpoint, (*data.machine_settings, *data.found_in_data)),
         "data": _identity(checkpoint, data, path) | _found_in_data(checkpoint, data),
@@ -101,6 +95,12 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         layer, _, tensor_name = name.removeprefix("network.").rpartition(".")
         layers.setdefault(layer, {})[tensor_name] = tensor
     return layers
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    count = {"parameters": _parameter_count(tensors)}
+    # It comes first, and replaces the shape of a tensor of that name.
+    return count | {name: list(tensor.shape) for name, tensor in tensors.items()} | count
 
 
 def _is_norm(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,8 @@
 """`inspect` on files from anyone: it prints text only, in bounded memory and time."""
 
 import json
+import pickle
+import sys
 import warnings
 import zipfile
 
@@ -9,6 +11,7 @@ import torch
 
 from bn_lightning import Classifier
 from bn_lightning.deploy import content, inspection
+from bn_lightning.training import checkpoints
 from tests.conftest import QUICK, run_here
 
 REFERENCE = "bn_lightning.experiment:EXPERIMENT"
@@ -222,13 +225,38 @@ def test_a_file_that_unpacks_to_more_is_not_loaded(tmp_path):
     # Empty sets have one byte each in the file, and 216 in memory.
     for file in ("sets.ckpt", "old_format.ckpt"):
         torch.save(checkpoint(), tmp_path / file)
-    sets = b"\x80\x02" + b"\x8f" * content.MAX_PICKLE + b"."
+    sets = b"\x80\x02" + b"\x8f" * checkpoints.MAX_PICKLE + b"."
     rewritten(tmp_path / "sets.ckpt", pickled=sets)
     (tmp_path / "old_format.ckpt").write_bytes(sets)
     for file in ("sets.ckpt", "old_format.ckpt"):
         done = run_here("inspect", file, cwd=tmp_path, check=False)
         assert done.returncode == 2
         assert "its names and settings have 4,194,307 bytes" in done.stderr
+
+
+class Call:
+    """An object that is pickled as the call of a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        function, *arguments = self.call
+        return function, tuple(arguments)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit needs Linux")
+def test_memory_is_limited_while_a_file_is_loaded(tmp_path):
+    """torch.load calls `bytearray` with any number of bytes."""
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    for size, expected in ((10**10, "torch.load raised MemoryError"), (10**6, "")):
+        given = checkpoint(state_dict={}, hyper_parameters={"a": Call(bytearray, size)})
+        torch.save({}, tmp_path / "x.ckpt")
+        rewritten(tmp_path / "x.ckpt", pickled=pickle.dumps(given, protocol=2))
+        done = run_here("inspect", "x.ckpt", cwd=tmp_path, check=False)
+        assert done.returncode == (2 if expected else 0) and expected in done.stderr
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
 def test_names_in_messages_cannot_control_the_terminal(tmp_path, main):
