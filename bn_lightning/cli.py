@@ -143,5 +143,5 @@ def _run(command: str, arguments: list[str], experiment: str) -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {terminal.printable_lines(message)}", file=sys.stderr)
     sys.exit(code)

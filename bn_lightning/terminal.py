@@ -1,9 +1,12 @@
-"""Output for terminals: the program's name, and tables."""
+"""Output for terminals: the program's name, printable text, and tables."""
 
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+# The zero-width joiners are part of words in Persian and Hindi, for example.
+JOINERS = "\u200c\u200d"
 
 _program: str | None = None
 
@@ -28,17 +31,36 @@ def set_program(name: str | None) -> None:
     _program = name
 
 
+def printable(text: str) -> str:
+    r"""Return one line of text in which unprintable characters are escaped, as in `\x1b[31m`.
+
+    A name in a file of another person may contain control characters, with which a
+    terminal would move the cursor or hide text.
+    """
+    # Python does not count control and format characters, line breaks and lone
+    # surrogates as printable.
+    return "".join(
+        char if char.isprintable() or char in JOINERS else ascii(char)[1:-1] for char in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines in which each line is `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0) -> str:
     """Return a table as text. The header is bold on a terminal unless NO_COLOR is set.
 
-    Columns of numbers are right-aligned. If the terminal is too narrow, the column with
-    the index `folds` is wrapped.
+    Each cell is made `printable`. Columns of numbers are right-aligned. If the terminal
+    is too narrow, the column with the index `folds` is wrapped.
     """
     # Imported here because `--help` must be fast and prints no table.
     from rich.console import Console
     from rich.table import Table
 
-    rows = [list(map(str, row)) for row in rows]
+    columns = [printable(column) for column in columns]
+    rows = [[printable(str(cell)) for cell in row] for row in rows]
     layout = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         starts = {row[number][:1] for row in rows}

@@ -1,4 +1,4 @@
-"""Output for terminals: the program's name, and tables."""
+"""Output for terminals: the program's name, printable text, and tables."""
 
 import re
 import subprocess
@@ -38,6 +38,45 @@ def test_the_name_of_the_program_can_be_set(monkeypatch):
     assert terminal.program() == "shoes"
     terminal.set_program(None)
     assert terminal.program() == own
+
+
+# Printable text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Größe",
+        "u\u0308",
+        "猫の絵",
+        "קטגוריה",
+        "می\u200cشد",
+        "👩\u200d🔬",
+        r"C:\new\x1b",
+        "a  b",
+        "",
+    ],
+)
+def test_words_of_all_languages_are_printable(text):
+    assert terminal.printable(text) == text
+
+
+def test_control_characters_are_escaped():
+    # All control characters, and those that reorder text (Unicode 16, standard annex 9).
+    controls = [*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F]
+    controls += [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    text = "".join(map(chr, controls))
+    shown = terminal.printable(f"a{text}b")
+    assert shown.startswith(r"a\x00\x01") and shown.endswith(r"\u2068\u2069b")
+    assert not set(shown) & set(text)
+    assert shown.encode().decode("unicode_escape") == f"a{text}b"
+    assert terminal.printable_lines("a\x1b\n\r\nb\n") == "a\\x1b\n\\r\nb\n"
+    assert terminal.table(("a\n", "b"), [["c\t", "d\x9b"]]).split() == [
+        r"a\n",
+        "b",
+        r"c\t",
+        r"d\x9b",
+    ]
 
 
 # Tables

@@ -339,6 +339,10 @@ class ImageData(DataModule):
         # Version 0.1.0 had only this data set.
         return super().identity_in(checkpoint) or dict(checkpoint.get("FashionMNIST") or {})
 
+    def class_counts(self) -> Tensor:
+        labels = self._loaded.train_labels[self.train_indices]
+        return labels.bincount(minlength=self.num_classes)
+
     def test_samples(self) -> tuple[Tensor, Tensor]:
         """Return images, uint8 (N, H, W) or (N, C, H, W), and labels, int64 (N,)."""
         self.prepare_data()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.monitoring import drawing
-from bn_lightning.terminal import print_table
+from bn_lightning.terminal import print_table, printable
 
 FORMATS = ("table", "csv", "json")
 MAX_DRAWN = 400
@@ -58,6 +58,9 @@ class Predictions:
             return
         rows = [{name: _yes_or_no(value) for name, value in row.items()} for row in self.rows]
         if form == "csv":
+            if sys.stdout.isatty():
+                # A file has the names unchanged, but they must not control a terminal.
+                rows = [{name: printable(str(v)) for name, v in row.items()} for row in rows]
             writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -11,6 +11,7 @@ from typing import Any
 import filelock
 import yaml
 
+from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.training import checkpoints
 
@@ -156,7 +157,7 @@ def _first_intact(paths: Iterator[Path], warn: bool) -> tuple[str, dict[str, Any
                 # The second line of a message has the cause, if there is one.
                 reason = str(error).splitlines()[:2][-1].strip()
                 message = f"WARNING: {path} is corrupt and is skipped: {reason}"
-                print(message, file=sys.stderr, flush=True)
+                print(terminal.printable(message), file=sys.stderr, flush=True)
     return None
 
 

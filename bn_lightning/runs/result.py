@@ -5,7 +5,7 @@ import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from bn_lightning.runs.records import Records
 from bn_lightning.training.checkpoints import write_atomically
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
+
+MAX_BYTES = 2**20  # of a result.json; those of this project have a few thousand
 
 
 def assemble(
@@ -117,6 +119,11 @@ def _commit() -> dict[str, str]:
 
 def to_json(content: Any) -> str:
     """Return JSON in which NaN and infinity are null, because JSON cannot represent them."""
+    return "".join(json_chunks(content))
+
+
+def json_chunks(content: Any) -> Iterator[str]:
+    """Yield the parts of `to_json`, which together may be too large for the memory."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -125,7 +132,7 @@ def to_json(content: Any) -> str:
             return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(content), indent=2)
+    return json.JSONEncoder(indent=2).iterencode(finite(content))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -137,12 +144,16 @@ def read_result(run: Path) -> dict[str, Any]:
     """Return the content of a run's result.json; empty if there is no such file.
 
     Raises:
-        UserError: the file is corrupt.
+        UserError: the file is corrupt, or cannot be read.
     """
     path = run / "result.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        if not path.is_file():
+            return {}
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} is corrupt: {error}. Remove the file, or repeat the run."
         ) from error

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from bn_lightning import terminal
 from bn_lightning.errors import RunFailed, UserError, report_failure
 from bn_lightning.runs import console, csv_log, plain_settings, process, refusals, result, trainer
 from bn_lightning.runs.folder import RunFolder, new_folder
@@ -237,7 +238,7 @@ class CLI(SettingsCLI):
             with report_failure("TensorBoard does not show the settings under HParams"):
                 self.trainer.logger.log_result(self.trainer, self.model, self.datamodule, found)
         self._print(console.closing(found, self.model, folder))
-        self._print(self.model.test_report())
+        self._print_test_report()
         self._print(f"\nresults are in {folder}" + self._tensorboard_hint("view them"))
 
     # validate and test
@@ -257,7 +258,7 @@ class CLI(SettingsCLI):
             found = self.trainer.test(**kwargs, verbose=False)
         self._print(console.metrics(found))
         self._print(f"data: {self.datamodule.describe()}")
-        self._print(self.model.test_report())
+        self._print_test_report()
 
     def _from_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # `ckpt_path` is the file from which the settings were read. If a URL was given,
@@ -265,8 +266,14 @@ class CLI(SettingsCLI):
         return kwargs | {"ckpt_path": self.ckpt_path, "weights_only": True}
 
     def _print(self, text: str) -> None:
+        # A checkpoint and the data contain names that are printed.
         if self.trainer.is_global_zero:
-            print(text, flush=True)
+            print(terminal.printable_lines(text), flush=True)
+
+    def _print_test_report(self) -> None:
+        # The cells of its tables are printable already.
+        if self.trainer.is_global_zero:
+            print(self.model.test_report(), flush=True)
 
 
 class Rehearsal(CLI):

@@ -1,7 +1,7 @@
 """Image classification: cross-entropy, accuracy, and the confusion matrix."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bn_lightning.networks.lenet import Activation, Pooling
 from bn_lightning.norms import recognition
 from bn_lightning.norms.registry import note_on_momentum
 from bn_lightning.training.confusion import describe_selection, reported_classes, short_name
+from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Stage, Step, Task
 
 # The number of values of a norm layer that are printed at the end of a run.
@@ -44,13 +45,16 @@ class Classifier(Task):
         lr: learning rate; with OneCycleLR, the maximum.
         label_smoothing: fraction of each label that is spread over all classes, in
             training only (Szegedy et al. 2016, section 7).
+        class_weights: `balanced` weights each class in the training loss inversely to its
+            number of training samples; by default, all samples have the same weight.
         in_channels, image_size, num_classes: channels, height and width of the images,
             and the number of classes; stated by the data.
         training: settings of `Task`: optimizer, scheduler, compile, memory_format.
 
     Raises:
         UserError: a network, norm, optimizer or scheduler is unknown, or does not accept
-            an argument; or the network does not work for the images.
+            an argument; or the network does not work for the images. At the start of
+            `fit`: the data module does not count the samples of each class.
     """
 
     selects = ("val_acc", "max")
@@ -72,12 +76,18 @@ class Classifier(Task):
         in_channels: int = 1,
         image_size: tuple[int, int] = (28, 28),
         num_classes: int = 10,
+        class_weights: Literal["balanced"] | None = None,
         **training: Any,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise UserError(
                 f"label_smoothing is {label_smoothing}; it must be at least 0 and less than 1, for "
                 "example --model.label_smoothing 0.05."
+            )
+        if class_weights not in (None, "balanced"):
+            raise UserError(
+                f"class_weights is {class_weights!r}; it must be 'balanced' or null, for example "
+                "--model.class_weights balanced."
             )
         # The data module validates the labels once. Validating each batch would be
         # slow.
@@ -94,8 +104,28 @@ class Classifier(Task):
             **training,
         )
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        # They follow from the training samples, so a checkpoint does not contain them.
+        self._weights: Tensor | None = None
         self.test_confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # `on_fit_start` would be too late: LearningRateFinder trains before it.
+        if stage == "fit" and self.class_weights is not None:
+            self._weights = balanced_weights(self._class_counts())
+
+    def _class_counts(self) -> Tensor:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        counts = data.class_counts() if isinstance(data, DataModule) else None
+        if counts is None:
+            raise UserError(
+                f"--model.class_weights {self.class_weights} needs the number of training samples "
+                f"of each class, but {type(data).__name__} has no class_counts() that returns it.\n"
+                "Implement this method of the data module, or use --model.class_weights null."
+            )
+        return counts
 
     def step(self, batch: Batch, stage: Stage) -> Step:
         images, labels = batch
@@ -104,8 +134,21 @@ class Classifier(Task):
         # bits.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(precise, labels, label_smoothing=smoothing)
+        if stage == "train" and self._weights is not None:
+            loss = self._weighted_loss(precise, labels)
+        else:
+            loss = F.cross_entropy(precise, labels, label_smoothing=smoothing)
         return Step(loss, logits, labels, len(labels))
+
+    def _weighted_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        assert self._weights is not None
+        self._weights = self._weights.to(logits.dtype).to(logits.device)
+        total = F.cross_entropy(
+            logits, labels, self._weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        # PyTorch's mean divides by the sum of the weights, which differs between the
+        # shards of a batch.
+        return total / len(labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return logits (B, num_classes), for callbacks."""
@@ -163,6 +206,26 @@ class Classifier(Task):
     def test_report(self) -> str:
         assert self.confusion is not None
         return class_table(self.confusion, self._class_names())
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Return weights of the classes that are inversely proportional to their frequency.
+
+    The weight of class c is M / (C * M_c) for M training samples, M_c of them in class
+    c, and C classes that have samples (King and Zeng 2001; `balanced` in scikit-learn).
+    Every class then has the same share in the loss of the training set. The weights
+    average to 1 over the training samples, so the loss of a batch is
+    sum(weight * loss) / samples, and several processes equal one.
+
+    Args:
+        counts: number of training samples of each class, int64 (C,).
+
+    Returns:
+        Weights, float64 (C,); 0 for a class without training samples.
+    """
+    has_samples = counts > 0
+    weights = counts.sum().double() / (has_samples.sum() * counts)
+    return weights.where(has_samples, 0.0)
 
 
 def class_table(confusion: Tensor, names: Sequence[str]) -> str:

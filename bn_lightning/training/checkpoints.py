@@ -5,6 +5,8 @@ import io
 import os
 import re
 import uuid
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,12 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bn_lightning.errors import RunFailed, UserError
+
+# Names and settings in a file from anyone. Those of 10,000 layers have about 3 MB.
+MAX_PICKLE = 4 * 2**20
+# In addition to the size of the file. A byte of a pickle can be an object of 200 bytes or
+# an array of any size.
+MAX_MEMORY = 500 * 2**20
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -91,8 +99,12 @@ def _describe_remaining(path: Path) -> str:
     return "There is no previous checkpoint.\n"
 
 
-def read(path: str) -> tuple[str, Any]:
+def read(path: str, limited: bool = False) -> tuple[str, Any]:
     """Read a file that torch.save has written, or a URL, without executing any code in it.
+
+    Args:
+        limited: whether to limit names and settings to `MAX_PICKLE` bytes, and memory to
+            the size of the file and `MAX_MEMORY`.
 
     Returns:
         The path of the local file (a URL is downloaded first), and its content.
@@ -102,7 +114,10 @@ def read(path: str) -> tuple[str, Any]:
     """
     try:
         local = fsspec.open_local(f"simplecache::{path}") if "://" in path else path
-        return str(local), torch.load(local, map_location="cpu", weights_only=True)
+        size = Path(local).stat().st_size
+        _refuse_bomb(path, str(local), size, limited)
+        with _memory_limit(size + MAX_MEMORY) if limited else contextlib.nullcontext():
+            return str(local), torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"There is no checkpoint {path!r}. The checkpoints of a run are in "
@@ -113,6 +128,8 @@ def read(path: str) -> tuple[str, Any]:
             f"{path!r} is a folder. Use a checkpoint file, for example "
             f"{Path(path, 'checkpoints', 'best.ckpt')}"
         ) from None
+    except UserError:
+        raise
     # torch.load raises exceptions of many types, depending on the content of the file.
     except Exception as error:
         # Only the reason is shown: torch's message also advises to use
@@ -126,13 +143,54 @@ def read(path: str) -> tuple[str, Any]:
         ) from error
 
 
-def load(path: str) -> tuple[str, dict[str, Any]]:
+@contextlib.contextmanager
+def _memory_limit(additional: int) -> Iterator[None]:
+    """Let allocations fail when this process needs so many additional bytes, on Linux."""
+    status = Path("/proc/self/status")
+    used = re.search(r"VmData:\s*(\d+) kB", status.read_text() if status.exists() else "")
+    if used is None:
+        yield
+        return
+    import resource  # other systems do not have this module, or do not enforce the limit
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [int(used[1]) * 1024 + additional, soft, hard]
+    lowest = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _refuse_bomb(path: str, local: str, size: int, limited: bool) -> None:
+    """Refuse a small file that would fill the memory when it is loaded."""
+    pickled = size
+    if zipfile.is_zipfile(local):
+        with zipfile.ZipFile(local) as archive:
+            parts = archive.infolist()
+        pickled = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
+        unpacked = sum(part.file_size for part in parts)
+        # torch.save neither compresses the parts nor lets them overlap.
+        if unpacked > size:
+            raise UserError(
+                f"{path!r} is not a checkpoint that fit has written: it has {size:,} bytes, but "
+                f"unpacks to {unpacked:,} bytes. It was not loaded."
+            )
+    if limited and pickled > MAX_PICKLE:
+        raise UserError(
+            f"{path!r} was not loaded: its names and settings have {pickled:,} bytes, more than "
+            f"{MAX_PICKLE:,}."
+        )
+
+
+def load(path: str, limited: bool = False) -> tuple[str, dict[str, Any]]:
     """Load a checkpoint from a file or a URL, like `read`.
 
     Raises:
         UserError: the file does not exist, or is not a checkpoint of this project.
     """
-    local, checkpoint = read(path)
+    local, checkpoint = read(path, limited)
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(

@@ -128,6 +128,13 @@ class DataModule(pl.LightningDataModule):
         """
         return {}
 
+    def class_counts(self) -> Tensor | None:
+        """Return the number of training samples of each class, int64 (C,), after `setup`.
+
+        Return None if it is not known.
+        """
+        return None
+
     def augmentation(self, epoch: int) -> Augment | None:
         """Return the augmentation of the training samples in an epoch, or None."""
         return None

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from bn_lightning import terminal
+
 # Cached, because each lookup reads a file and every checkpoint contains the versions.
 _version = functools.cache(version)
 
@@ -23,7 +25,7 @@ def report_differences(trainer: pl.Trainer, before: dict[str, Any]) -> None:
     """Print the conditions that differ from those of the checkpoint."""
     now = of(trainer)
     changed = [
-        f"{name} {now[name]} (was {before.get(name, 'unknown')})"
+        terminal.printable(f"{name} {now[name]} (was {before.get(name, 'unknown')})")
         for name in now
         if now[name] != before.get(name)
     ]

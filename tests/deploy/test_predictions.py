@@ -35,6 +35,19 @@ def test_csv_contains_all_values(capsys):
     ]
 
 
+def test_names_are_escaped_on_a_terminal_only(capsys, monkeypatch):
+    name = "b\x1b[31mä"
+    named = Predictions(ABOUT, PROBABILITIES, ("coat", name, "bag"))
+    named.print("csv")
+    assert name in capsys.readouterr().out
+    for form in ("table", "json"):
+        named.print(form)
+        assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    named.print("csv")
+    assert capsys.readouterr().out.splitlines()[1] == r"a.png,yes,b\x1b[31mä,0.7,bag,0.2"
+
+
 def test_the_table_has_short_titles(capsys):
     PREDICTIONS.print("table")
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())

@@ -131,7 +131,7 @@ def test_a_checkpoint_is_plain_data_and_restores_the_model(tmp_path):
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     restored = Classifier.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert restored.hparams == model.hparams == content["hyper_parameters"]
-    own = {"norm", "norm_args", "activation", "pooling", "lr", "label_smoothing"}
+    own = {"norm", "norm_args", "activation", "pooling", "lr", "label_smoothing", "class_weights"}
     own |= {"network", "network_args", "in_channels", "image_size", "num_classes"}
     of_the_base = {"optimizer", "optimizer_args", "scheduler", "scheduler_args", "init_from"}
     of_the_base |= {"decay_norms_and_biases", "warmup_steps", "compile", "memory_format"}
