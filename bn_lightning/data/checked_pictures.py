@@ -189,7 +189,7 @@ class _Results:
 def _file(folder: Path, side: int, channels: int, root: Path) -> Path:
     """Return the file for the results of a folder."""
     # Another version of Pillow may read other pixels.
-    key = [os.fsencode(folder.absolute()), side, channels, PIL.__version__, VERSION]
+    key = [os.fsencode(folder.resolve()), side, channels, PIL.__version__, VERSION]
     return root / "checked" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npz"
 
 
@@ -197,6 +197,9 @@ def _read(
     folder: Path, names: np.ndarray, side: int, channels: int, indices: np.ndarray, num_workers: int
 ) -> Iterator[np.ndarray | str]:
     """Read pictures in the order of `indices`, and yield the sums of each, or why it is broken."""
+    # Another process may have read all.
+    if not len(indices):
+        return
     loader = ExactDataLoader(
         _Reader(folder, names, side, channels),
         CHUNK,

@@ -86,7 +86,7 @@ def test_what_is_ignored_is_counted_and_folders_beside_the_parts_are_named(tmp_p
     }
 
 
-def test_links_are_followed_but_not_in_a_circle_or_to_another_class(tmp_path):
+def test_links_are_followed_but_not_in_a_circle_or_to_another_class(tmp_path, monkeypatch):
     data = make(tmp_path / "data", "train/cat/1.jpg", "train/dog/2.jpg", "test/cat/3.jpg")
     make(tmp_path / "pool", "bird/4.jpg", "bird/more/5.jpg", "6.jpg")
     links = {
@@ -120,7 +120,9 @@ def test_links_are_followed_but_not_in_a_circle_or_to_another_class(tmp_path):
     for some in ignored.values():
         for link, target in some.items():
             (data / link).symlink_to(target)
-    found = folders.find(data)
+    # The link `birds` leads to the current folder, which is not a parent of it.
+    monkeypatch.chdir(tmp_path / "pool/bird/more")
+    found = folders.find(Path("../../../data"))
     assert pairs(found, found.train) == [
         ("train/bird/4.jpg", "bird"),
         ("train/bird/more/5.jpg", "bird"),
@@ -331,7 +333,20 @@ def test_the_checksum_depends_on_the_parts_and_labels_but_not_on_the_width_of_th
     narrow = Part(shorter.names.astype("S7"), shorter.sizes, shorter.times, shorter.labels)
     relabelled = Part(part.names, part.sizes, part.times, 1 - part.labels)
     assert checksum(classes, [shorter]) == checksum(classes, [narrow])
-    given = [[part], [first, second], [second, first], [first], [relabelled], [shorter]]
+    moved = Part(
+        np.array([b"a/1.jpga/2.jp", b"g", *part.names[2:]]), part.sizes, part.times, part.labels
+    )
+    empty = part.select(np.array([], dtype=int))
+    given = [
+        [moved],
+        [part, empty],
+        [part],
+        [first, second],
+        [second, first],
+        [first],
+        [relabelled],
+        [shorter],
+    ]
     assert len({checksum(classes, parts) for parts in given}) == len(given)
     joined = Part.joined([second, first])
     assert joined.names.tolist() == part.names[[2, 3, 0, 1]].tolist()
