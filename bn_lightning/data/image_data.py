@@ -331,8 +331,20 @@ class ImageData(DataModule):
         return notes
 
     def identity(self) -> dict[str, Any]:
-        """Return the source of the images, and the sha256 of their content."""
-        return {"source": self._loaded.source, "sha256": self._loaded.sha256}
+        """Return the source of the images, and the sha256 of their content.
+
+        For a folder, this is the checksum of the list of files, and the number of
+        pictures in each part is returned too.
+        """
+        images = self._loaded
+        identity: dict[str, Any] = {"source": images.source, "sha256": images.sha256}
+        if self.dataset.name == datasets.FOLDER:
+            identity["images"] = {
+                "train": len(images.train_labels),
+                "val": 0 if images.val is None else len(images.val[1]),
+                "test": len(images.test_labels),
+            }
+        return identity
 
     @classmethod
     def identity_in(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

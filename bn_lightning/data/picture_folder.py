@@ -85,7 +85,7 @@ def load(
     found = folders.find(path)
     train, test = folders.with_test(found, test_images, seed)
     parts = [part for part in (train, test, found.val) if part is not None]
-    notes = [f"ignored: {count:,} {reason}" for reason, count in found.ignored.items()]
+    notes = [f"ignored {reason}: {count:,}" for reason, count in found.ignored.items()]
     if found.test is None:
         notes.insert(0, f"{len(test.names):,} images are split off as the test set")
     # One pass over all parts has one progress bar.
@@ -94,7 +94,7 @@ def load(
     if checked.errors:
         if not skip_broken:
             raise _broken(path, all_names.names, checked.errors)
-        notes.append(f"left out: {len(checked.errors):,} pictures that cannot be read")
+        notes.append(f"left out pictures that cannot be read: {len(checked.errors):,}")
     is_good = np.ones(len(all_names.names), bool)
     is_good[list(checked.errors)] = False
     ends = np.cumsum([len(part.names) for part in parts])

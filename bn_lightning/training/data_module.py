@@ -276,8 +276,25 @@ class DataModule(pl.LightningDataModule):
             f"The checkpoint was trained on other data{source}. "
             f"The current data: {self.describe()}.\n"
             + (f"These settings differ: {', '.join(differ)}.\n" if differ else "")
+            + f"These values differ: {', '.join(_differences(before, now))}.\n"
             + "Use the same data, or start a new run without the checkpoint."
         )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the values of an identity that differ, in words."""
+    lines = []
+    for name, value in before.items():
+        if name == "source" or value == now.get(name):
+            continue
+        for key, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+            other = now.get(name)
+            other = other.get(key) if isinstance(other, Mapping) else other
+            # A checksum says nothing to a reader.
+            shown = f" {part} (now {other})" if isinstance(part, int | float) else ""
+            if part != other:
+                lines.append(f"{name} {key}".rstrip() + shown)
+    return lines
 
 
 def _on_device(samples: Tensor, device: torch.device) -> Tensor:
