@@ -8,16 +8,19 @@ Sharpening has half the strength. An image is not trimmed if the object fills it
 these changes, enlarged images of the data set are converted back to the originals.
 """
 
+import itertools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,9 +36,14 @@ TOLERANCE = 0.05
 # Pillow can identify the first five of these formats, but not read them. To read EPS,
 # it runs Ghostscript.
 UNSUPPORTED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+# A picture with more pixels than a square of this side (4.2 megapixels) is shrunk before
+# it is converted. The conversion to the style of Fashion-MNIST needs 36 bytes per pixel.
+LARGE = 2048
+# A large picture is shrunk in bands, each of which becomes this number of rows.
+BAND = 16
 
 
-# This is not a constant, because it makes Pillow import all of its plugins.
+# These two are not constants, because they make Pillow import all of its plugins.
 @cache
 def formats() -> dict[str, str]:
     """Return the name of the image format of each supported file suffix."""
@@ -44,6 +52,13 @@ def formats() -> dict[str, str]:
         for suffix, name in Image.registered_extensions().items()
         if name in {*Image.OPEN} - UNSUPPORTED
     }
+
+
+@cache
+def _format_names() -> tuple[str, ...]:
+    # Pillow tries the formats in this order. For some of them, this takes as long as
+    # reading a small picture.
+    return tuple(dict.fromkeys(["JPEG", "PNG", *sorted(formats().values())]))
 
 
 class PictureError(UserError):
@@ -114,7 +129,7 @@ def read(path: Path, invert: bool | None = None) -> Picture:
         PictureError: the file does not exist, is not a readable image, or has a single
             colour.
     """
-    picture = _open(path)
+    picture = _open(path, side=LARGE // 2)
     colours = np.asarray(picture, dtype=np.float32)
     background = np.median(colours[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
     distance = np.linalg.norm(colours - background, axis=2)
@@ -152,7 +167,8 @@ def read_as(path: Path, size: tuple[int, int], channels: int, invert: bool = Fal
             f"Image files are read with 1 or 3 channels, but the network is for {channels}. Remove "
             "--data.images to predict the test set."
         )
-    picture = ImageOps.fit(_open(path), size, Image.Resampling.LANCZOS)
+    picture = _open(path, side=2 * max(size))
+    picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB")))
     pixels = pixels if channels == 1 else pixels.permute(2, 0, 1).contiguous()
     return Picture(path, 255 - pixels if invert else pixels, invert)
@@ -179,8 +195,11 @@ def read_all(
     return pictures, len(paths) - len(pictures)
 
 
-def _open(path: Path) -> Image.Image:
-    """Return the image of a file in RGB.
+def _open(path: Path, side: int) -> Image.Image:
+    """Return the image of a file in RGB. A large image is shrunk.
+
+    Args:
+        side: number of pixels that is enough for each side of the image.
 
     Raises:
         PictureError: the file does not exist, or is not a readable image.
@@ -190,8 +209,18 @@ def _open(path: Path) -> Image.Image:
             # Pillow's warnings about unusual tags are of no use to the user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(formats().values()))) as file:
-                return _to_rgb(ImageOps.exif_transpose(file))
+            with Image.open(path, formats=_format_names()) as file:
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. This needs less
+                # memory and time. Other formats ignore it.
+                file.draft(None, (side, side))
+                file.load()
+                picture = _shrunk(file, max(LARGE, 2 * side) ** 2)
+                orientation = _orientation(file)
+        # Without this, Pillow would read the EXIF data again.
+        picture.info.clear()
+        picture.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture
     except FileNotFoundError:
         raise PictureError(f"{path}: the file does not exist") from None
     except UnidentifiedImageError as error:
@@ -199,15 +228,51 @@ def _open(path: Path) -> Image.Image:
     # Pillow's decoders raise exceptions of many classes, such as SyntaxError,
     # struct.error and EOFError.
     except Exception as error:
-        raise PictureError(f"{path}: {str(error) or type(error).__name__}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise PictureError(f"{path}: {reason or str(error) or type(error).__name__}") from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _shrunk(picture: Image.Image, max_pixels: int) -> Image.Image:
+    """Return an image in RGB, divided by the smallest integer that makes it small enough."""
+    width, height = picture.size
+    for factor in itertools.count(1):
+        size = math.ceil(width / factor), math.ceil(height / factor)
+        if math.prod(size) <= max_pixels:
+            break
+    white = _white(picture)
+    if factor == 1:
+        return _to_rgb(picture, white)
+    # Only one band at a time is converted, because a conversion may need many times the
+    # memory of the image.
+    small, rows = Image.new("RGB", size), BAND * factor
+    for top in range(0, height, rows):
+        band = picture.crop((0, top, width, min(top + rows, height)))
+        small.paste(_to_rgb(band, white).reduce(factor), (0, top // factor))
+    return small
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8. If it cannot be read, it is 1: upright."""
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    # Broken EXIF data raise exceptions of many classes. The pixels are intact.
+    except Exception:
+        return 1
+
+
+def _white(picture: Image.Image) -> int:
+    """Return the value of white: for 32-bit grey, the smallest usual one that fits."""
+    if picture.mode not in ("I", "F"):
+        return 65_535 if picture.mode.startswith("I;16") else 255
+    # Pillow's type hints include several bands, of which these images have one.
+    _, largest = cast(tuple[float, float], picture.getextrema())
+    return next((white for white in (1, 255) if largest <= white), 65_535)
+
+
+def _to_rgb(picture: Image.Image, white: int) -> Image.Image:
     # Pillow would clip 16-bit and 32-bit grey values at 255.
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float64)
-        white = next((white for white in (1, 255, 65_535) if values.max() <= white), 65_535)
-        white = 65_535 if picture.mode.startswith("I;16") else white
         picture = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

@@ -1,5 +1,8 @@
 """Conversion of image files to the style of the data set."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -172,9 +175,11 @@ def test_unreadable_files_are_reported_and_the_others_are_read(tmp_path, capsys)
         pictures.read_all([tmp_path / "half.png"])
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+# Pillow only warns of a picture that has less than twice the allowed pixels.
+@pytest.mark.parametrize("limit", [50_000, 100_000])
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
     Image.new("L", (400, 400)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(pictures.PictureError, match=r"large.png: .*exceeds limit"):
         pictures.read(tmp_path / "large.png")
 
@@ -236,3 +241,71 @@ def test_the_centre_is_cropped(tmp_path, size):
 def test_other_numbers_of_channels_are_refused(tmp_path):
     with pytest.raises(pictures.UserError, match=r"1 or 3 channels, but the network is for 4"):
         pictures.read_as(tmp_path / "a.png", (24, 20), 4)
+
+
+def test_unreadable_files_have_one_clear_line(tmp_path, recwarn, capfd):
+    names = [name for name in broken_files(tmp_path) if name != "blank.png"]
+    names += ["missing.jpg", "folder.jpg", "itself.jpg", "secret.jpg"]
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    Image.new("RGB", (50, 50)).save(tmp_path / "secret.jpg")
+    (tmp_path / "secret.jpg").chmod(0)
+    if os.access(tmp_path / "secret.jpg", os.R_OK):  # as root
+        names.remove("secret.jpg")
+    reasons = {}
+    for name in names:
+        path = tmp_path / name
+        with pytest.raises(pictures.PictureError) as raised:
+            pictures.read_as(path, (24, 20), 3)
+        where, reasons[name] = str(raised.value).split(": ", 1)
+        assert where == str(path)
+    assert all(reason and "\n" not in reason for reason in reasons.values())
+    assert reasons["text.png"] == "not a readable image"
+    assert reasons["missing.jpg"] == "the file does not exist"
+    assert reasons["folder.jpg"] == os.strerror(errno.EISDIR)
+    assert reasons["itself.jpg"] == os.strerror(errno.ELOOP)
+    assert reasons.get("secret.jpg", os.strerror(errno.EACCES)) == os.strerror(errno.EACCES)
+    assert not recwarn and capfd.readouterr() == ("", "")
+
+
+def colour_of(path):
+    """Return the colour of an image file that has a single one."""
+    pixels = pictures.read_as(path, (6, 4), 3).pixels.flatten(1)
+    assert (pixels == pixels[:, :1]).all()
+    return tuple(pixels[:, 0].tolist())
+
+
+def test_unusual_images_are_read(tmp_path, recwarn):
+    colour = (200, 30, 90)
+    Image.new("RGB", (1, 1), colour).save(tmp_path / "dot.png")
+    assert colour_of(tmp_path / "dot.png") == colour
+    frames = [Image.new("RGB", (30, 20), c) for c in (colour, "white", "black")]
+    frames[0].save(tmp_path / "a.gif")
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    assert colour_of(tmp_path / "a.gif") == colour_of(tmp_path / "animated.gif") == colour
+    Image.fromarray(np.full((20, 30), 0x4321, np.uint16)).save(tmp_path / "16.png")
+    assert colour_of(tmp_path / "16.png") == (0x43,) * 3
+    palette = Image.new("P", (30, 20), 1)
+    palette.putpalette([0, 0, 0, *colour])
+    palette.save(tmp_path / "opaque.png", transparency=0)
+    palette.save(tmp_path / "transparent.png", transparency=1)
+    assert colour_of(tmp_path / "opaque.png") == colour
+    assert colour_of(tmp_path / "transparent.png") == (255, 255, 255)
+    # Cameras write such EXIF data too. The pixels are intact.
+    frames[0].save(tmp_path / "broken-exif.png", exif=b"Exif\0\0II" + bytes(range(40)))
+    frames[0].save(tmp_path / "empty-exif.png", exif=b"Exif\0\0")
+    assert colour_of(tmp_path / "broken-exif.png") == colour
+    assert colour_of(tmp_path / "empty-exif.png") == colour
+    assert not recwarn
+
+
+def test_an_inverted_cmyk_jpeg_has_its_colours(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    picture = Image.fromarray(colours).resize((40, 32), Image.Resampling.BICUBIC)
+    picture.convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    # Adobe stores the values of CMYK inverted.
+    assert b"Adobe" in (tmp_path / "a.jpg").read_bytes()
+    pixels = pictures.read_as(tmp_path / "a.jpg", (40, 32), 3).pixels.int()
+    expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    assert (pixels - expected).abs().float().mean() < 3
+    assert (pixels - expected).abs().max() < 30
