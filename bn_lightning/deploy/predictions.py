@@ -18,6 +18,7 @@ from bn_lightning.terminal import print_table, printable
 
 FORMATS = ("table", "csv", "json")
 MAX_DRAWN = 400
+UNCALIBRATED = "Probabilities are uncalibrated"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,14 @@ class Predictions:
         ]
 
     def print(self, form: str) -> None:
-        """Print the predictions in one of `FORMATS`."""
+        """Print the predictions in one of `FORMATS`.
+
+        The table says in its column titles that probabilities are uncalibrated. Keys of
+        the other formats are fixed, so that this is a line on stderr.
+        """
+        if form != "table":
+            meaning = "p = 0.9 does not mean that 90% of such predictions are right."
+            print(f"{UNCALIBRATED}: {meaning}", file=sys.stderr)
         if form == "json":
             print(json.dumps(self.rows, indent=2))
             return
@@ -68,7 +76,8 @@ class Predictions:
         cells = [
             [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
         ]
-        titles = {"probability": "p", "runner_up": "runner-up", "runner_up_probability": "p"}
+        p = "uncalibrated p"
+        titles = {"probability": p, "runner_up": "runner-up", "runner_up_probability": p}
         print_table([titles.get(name, name) for name in rows[0]], cells)
 
     def draw(self, path: Path, images: Tensor) -> None:
@@ -86,8 +95,9 @@ class Predictions:
             f"{row['runner_up']} {row['runner_up_probability']:.1%}"
             for row in rows
         ]
+        sheet = drawing.titled(drawing.grid(images, captions), UNCALIBRATED)
         try:
-            drawing.grid(images, captions).save(path)
+            sheet.save(path)
         except OSError as error:
             reason = error.strerror or str(error)
             raise RunFailed(f"Cannot write the image sheet {str(path)!r}: {reason}.") from error

@@ -104,7 +104,7 @@ def filters(weight: Tensor) -> Image.Image:
     sheet = grid(images[:MAX_FILTERS], names[:MAX_FILTERS], columns)
     if len(images) <= MAX_FILTERS:
         return sheet
-    return _titled(sheet, f"The first {MAX_FILTERS} of {len(images)} {kind}", _font())
+    return titled(sheet, f"The first {MAX_FILTERS} of {len(images)} {kind}")
 
 
 def confusion(matrix: Tensor, names: Sequence[str]) -> Image.Image:
@@ -156,11 +156,12 @@ def confusion(matrix: Tensor, names: Sequence[str]) -> Image.Image:
                 centre = left + cell // 2, top + cell // 2
                 draw.text(centre, f"{count}", ink, font, anchor="mm")
     note = describe_selection(matrix)
-    return _titled(sheet, note, font) if note else sheet
+    return titled(sheet, note, CONFUSION_FONT) if note else sheet
 
 
-def _titled(sheet: Image.Image, title: str, font: Font) -> Image.Image:
+def titled(sheet: Image.Image, title: str, font_size: int = 11) -> Image.Image:
     """Return an image with a line of text above it."""
+    font = _font(font_size)
     height = math.ceil(font.getbbox(title)[3]) + 10
     width = max(sheet.width, math.ceil(font.getlength(title)) + 10)
     titled = Image.new("RGB", (width, sheet.height + height), PAPER)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bn_lightning.deploy.predictions import Predictions, refuse_invalid_sheet_path
 from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.monitoring import drawing
 
 NAMES = ("coat", "dress", "bag")
 ABOUT = ({"image": "a.png", "inverted": True}, {"image": "b,[c].png", "inverted": False})
@@ -23,7 +24,9 @@ ROWS = [{**ABOUT[0], **FIRST}, {**ABOUT[1], **SECOND}]
 
 def test_json_contains_all_values(capsys):
     PREDICTIONS.print("json")
-    assert json.loads(capsys.readouterr().out) == ROWS
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == ROWS
+    assert printed.err.startswith("Probabilities are uncalibrated: ")
 
 
 def test_csv_contains_all_values(capsys):
@@ -51,15 +54,21 @@ def test_names_are_escaped_on_a_terminal_only(capsys, monkeypatch):
 def test_the_table_has_short_titles(capsys):
     PREDICTIONS.print("table")
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert header == ["image", "inverted", "class", "p", "runner-up", "p"]
+    p = ["uncalibrated", "p"]
+    assert header == ["image", "inverted", "class", *p, "runner-up", *p]
     assert rows[0] == ["a.png", "yes", "dress", "0.700", "bag", "0.200"]
     assert rows[1] == ["b,[c].png", "no", "coat", "0.500", "bag", "0.450"]
 
 
-def test_the_sheet_shows_the_first_400_images(tmp_path, capsys):
+def test_the_sheet_shows_the_first_400_images(tmp_path, capsys, monkeypatch):
+    titles, titled = [], drawing.titled
+    monkeypatch.setattr(
+        drawing, "titled", lambda sheet, title: titles.append(title) or titled(sheet, title)
+    )
     PREDICTIONS.draw(tmp_path / "grid.png", torch.full((2, 5, 5), 200, dtype=torch.uint8))
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.width > 2 * 84
+    assert titles == ["Probabilities are uncalibrated"]
     assert capsys.readouterr().err == ""
     many = Predictions(ABOUT * 201, PROBABILITIES.repeat(201, 1), NAMES)
     many.draw(tmp_path / "grid.png", torch.zeros(400, 5, 5, dtype=torch.uint8))

@@ -67,7 +67,7 @@ def test_filters_of_other_channels_are_gray_with_a_column_per_channel():
 @pytest.mark.parametrize(("channels", "filters"), [(1, 65), (3, 100), (5, 40)])
 def test_the_number_of_filters_is_limited(monkeypatch, channels, filters):
     drawn = []
-    monkeypatch.setattr(drawing, "_titled", lambda sheet, title, font: drawn.append(title))
+    monkeypatch.setattr(drawing, "titled", lambda sheet, title, *size: drawn.append(title))
     drawing.filters(torch.randn(filters, channels, 3, 3))
     kind = "pairs of filter and channel" if channels == 5 else "filters"
     total = filters * (channels if channels == 5 else 1)
