@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def command(*arguments, cwd, timeout=240, check=True, **options):
     if check:
         assert process.returncode == 0, out + err
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed the global generators: a test does not depend on chance or on the tests before it."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
