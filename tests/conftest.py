@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
+# Functions below import torch and what imports it: the process that only distributes the tests
+# to the others does not wait for it.
 from bn_lightning import cli, terminal
-from bn_lightning.data import sources
-from tests.support import processes
 
 REPOSITORY = Path(__file__).parent.parent
 PROJECTS = Path(__file__).parent / "projects"
@@ -24,9 +24,17 @@ PROJECTS = Path(__file__).parent / "projects"
 # A run of seconds on the packaged sample: 2 epochs of 22 steps.
 QUICK = ("--data.source", "sample", "--trainer.max_epochs", "2")
 
+# A run of half a second, for tests that need a whole run but not its length: 2 epochs of 4 small
+# batches, and 2 batches in each validation and in the test.
+BRIEF = (
+    *(*QUICK, "--data.batch_size", "32", "--trainer.limit_train_batches", "4"),
+    *("--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"),
+)
+
+ALL_IMAGES = Path("/usr/share/datasets/fashion-mnist")
 needs_all_images = pytest.mark.skipif(
-    not sources.SYSTEM.is_dir(),
-    reason=f"needs all of Fashion-MNIST in {sources.SYSTEM} (package dataset-fashion-mnist)",
+    not ALL_IMAGES.is_dir(),
+    reason=f"needs all of Fashion-MNIST in {ALL_IMAGES} (package dataset-fashion-mnist)",
 )
 
 
@@ -74,6 +82,8 @@ def run_here(*arguments, cwd, check=True, module="bn_lightning"):
 
 def start(*arguments, cwd, module="bn_lightning", environment=None):
     """Start `python -m MODULE` in a new process. Return it, as `subprocess.Popen` does."""
+    from tests.support import processes
+
     paths = [str(PROJECTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
     return processes.start_command(module, on_cpu(arguments), cwd, environment)
@@ -89,6 +99,17 @@ def command(*arguments, cwd, timeout=240, check=True, **options):
     if check:
         assert process.returncode == 0, out + err
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed the global generators: a test does not depend on chance or on the tests before it."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -115,10 +136,14 @@ def trained(tmp_path_factory):
 
 
 def weights(checkpoint):
+    import torch
+
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
 def assert_same_weights(one, other):
+    import torch
+
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:

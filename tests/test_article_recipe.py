@@ -3,15 +3,16 @@
 import json
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import REPOSITORY, command, needs_all_images
+from tests.conftest import QUICK, REPOSITORY, needs_all_images, run_here
 
 pytestmark = [pytest.mark.slow, needs_all_images]
 
 
 def fit(cwd, config, *flags):
-    command("fit", "--config", REPOSITORY / "configs" / config, *flags, cwd=cwd)
+    run_here("fit", "--config", REPOSITORY / "configs" / config, *flags, cwd=cwd)
     [folder] = (cwd / "runs").glob("*/0")
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -50,12 +51,18 @@ def test_training_without_a_norm_is_slower(two_epochs):
     assert two_epochs["none"][0]["train_loss"] > two_epochs["custom"][0]["train_loss"] + 0.3
 
 
-def test_builtin_config_equals_the_article_config_with_torchs_layer(two_epochs, tmp_path):
-    result, _ = fit(tmp_path, "builtin.yaml", "--trainer.max_epochs", 2)
-    same = ("train_loss", "train_acc", "test_loss", "test_acc", "norm", "steps")
-    assert {name: result[name] for name in same} == {
-        name: two_epochs["builtin"][0][name] for name in same
-    }
+def test_builtin_config_equals_the_article_config_with_torchs_layer(tmp_path):
+    runs = (("builtin.yaml", ()), ("article.yaml", ("--model.norm", "builtin")))
+    found = []
+    for config, flags in runs:
+        cwd = tmp_path / config
+        cwd.mkdir()
+        result, losses = fit(cwd, config, *QUICK, *flags, "--trainer.log_every_n_steps", 1)
+        same = ("train_loss", "train_acc", "test_loss", "test_acc", "norm", "steps")
+        [settings] = (cwd / "runs").glob("*/0/config.yaml")
+        settings = yaml.safe_load(settings.read_text()) | {"name": None}
+        found.append(({name: result[name] for name in same}, losses, settings))
+    assert found[0] == found[1]
 
 
 def test_bfloat16_reaches_the_loss_of_float32(tmp_path):

@@ -32,6 +32,7 @@ PAGES = {path: path.read_text(encoding="utf-8") for path in (README, CHINESE, *G
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 SAMPLE = ("--data.source", "sample")
+STAGES = ("train", "val", "test")
 
 
 def blocks(language, pages=PAGES):
@@ -82,7 +83,8 @@ def folder(main, trained, tmp_path, monkeypatch):
 def test_fit_commands_run(main, folder, line):
     resumes = "--resume" in line or "--ckpt_path" in line
     # The run that is resumed has 2 epochs.
-    short = ("--trainer.max_epochs", "3") if resumes else ("--trainer.fast_dev_run", "true")
+    few = ("--trainer.max_epochs", "3", *(f"--trainer.limit_{s}_batches=2" for s in STAGES))
+    short = few if resumes else ("--trainer.fast_dev_run", "true")
     arguments = (*shlex.split(line), *SAMPLE, *short)
     if "ddp" in line:  # rank 1 is started with the command of this process
         assert "test acc" in command(*arguments, cwd=folder).stdout

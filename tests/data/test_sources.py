@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bn_lightning.data import files, sources
-from tests.conftest import needs_all_images, weights
+from tests.conftest import ALL_IMAGES, needs_all_images, weights
 from tests.support.mirror import write_files
 from tests.support.runs import result_of
 
@@ -83,6 +83,7 @@ def test_without_network_and_data_the_sample_is_used(tmp_path, monkeypatch):
     """Run in namespaces without a network and without the system's copy."""
     monkeypatch.undo()
     system = sources.SYSTEM
+    assert system == ALL_IMAGES
     hide = f"mount -t tmpfs none {system.parent} && " if system.is_dir() else ""
     isolated = ["unshare", "--net", "--mount", "sh", "-c"]
     try:

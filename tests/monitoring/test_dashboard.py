@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bn_lightning.monitoring import dashboard
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.support.logs import events_in
 
 
@@ -200,7 +200,7 @@ def test_a_run_whose_network_cannot_be_traced_succeeds(main, tmp_path):
     expected = "the network's graph, because it cannot be traced: RuntimeError: not in a"
     with pytest.warns(UserWarning, match=expected):
         code, out, _ = main(
-            "fit", *QUICK, "--model.norm", f"{__name__}.Untraceable", "--trainer.max_epochs", 1
+            "fit", *BRIEF, "--model.norm", f"{__name__}.Untraceable", "--trainer.max_epochs", 1
         )
     assert code == 0
     assert "test acc" in out and (tmp_path / "runs/lenet/0/result.json").exists()

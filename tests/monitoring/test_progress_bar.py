@@ -43,11 +43,16 @@ class Recording(MetricsProgressBar):
         self.shown.append(self.get_metrics(trainer, pl_module))
 
 
-def trained_with(bar, model, data, epochs=2):
+def trained_with(bar, model, data, epochs=2, **limits):
     settings = QUIET | {"enable_progress_bar": bar is not None}
     callbacks = [] if bar is None else [bar]
     trainer = pl.Trainer(
-        max_epochs=epochs, logger=False, log_every_n_steps=1, callbacks=callbacks, **settings
+        max_epochs=epochs,
+        logger=False,
+        log_every_n_steps=1,
+        callbacks=callbacks,
+        **settings,
+        **limits,
     )
     torch.manual_seed(0)
     trainer.fit(model(), data())
@@ -59,11 +64,12 @@ def test_the_bar_does_not_change_the_metrics(capsys):
         return FashionMNIST("sample")
 
     bar = Recording()
-    metrics = trained_with(bar, Classifier, data)
+    limits = {"limit_train_batches": 7, "limit_val_batches": 1}
+    metrics = trained_with(bar, Classifier, data, **limits)
     # After the last batch, the mean so far is the mean of the epoch.
     assert bar.shown[-1]["acc"] == f"{metrics['train_acc']:.3f}"
     assert len({shown["acc"] for shown in bar.shown}) > 10
-    assert metrics == trained_with(None, Classifier, data)
+    assert metrics == trained_with(None, Classifier, data, **limits)
     assert re.search(r"Epoch 2: .*samples/s=", capsys.readouterr().out)
 
 

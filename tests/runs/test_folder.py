@@ -11,7 +11,7 @@ import yaml
 
 from bn_lightning import UserError
 from bn_lightning.runs import folder
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.support.runs import begin, content_of, result_of
 
 
@@ -114,7 +114,7 @@ def test_files_of_a_run_that_did_not_train_are_removed(tmp_path):
 
 
 def test_a_run_cannot_be_resumed_by_two_processes(main, tmp_path):
-    assert main("fit", *QUICK, "--trainer.max_steps", 3)[0] == 0
+    assert main("fit", *BRIEF, "--trainer.max_steps", 3)[0] == 0
     run = tmp_path / "runs/lenet/0"
     before = content_of(run)
     with filelock.FileLock(run / ".lock"):
@@ -126,18 +126,18 @@ def test_a_run_cannot_be_resumed_by_two_processes(main, tmp_path):
 def test_a_corrupt_checkpoint_is_skipped_with_a_warning(main, tmp_path):
     settings = (
         *("--model.scheduler", "CosineAnnealingLR", "--model.optimizer_args.momentum", "0.9"),
-        *("--model.lr", "0.1", "--trainer.max_steps", 30),
+        *("--model.lr", "0.1", "--trainer.max_steps", 6),
     )
-    assert main("fit", *QUICK, *settings)[0] == 0
+    assert main("fit", *BRIEF, *settings)[0] == 0
     last = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:-1_000])
-    code, out, err = main("fit", *QUICK, *settings, "--ckpt_path", "last")
+    code, out, err = main("fit", *BRIEF, *settings, "--ckpt_path", "last")
     assert code == 0, err
     assert f"{last.relative_to(Path.cwd())} is corrupt and is skipped: " in err
-    assert "Resuming from step 22 (runs/lenet/0/checkpoints/best.ckpt)" in out
-    assert torch.load(last, weights_only=True)["global_step"] == 30
+    assert "Resuming from step 4 (runs/lenet/0/checkpoints/best.ckpt)" in out
+    assert torch.load(last, weights_only=True)["global_step"] == 6
     # best.ckpt is from the end of the first epoch. Its metrics must not count for the second.
-    assert main("fit", *QUICK, *settings, "--name", "uninterrupted")[0] == 0
+    assert main("fit", *BRIEF, *settings, "--name", "uninterrupted")[0] == 0
     results = [result_of(Path(f"runs/{name}/0")) for name in ("lenet", "uninterrupted")]
     assert results[0]["train_acc"] == results[1]["train_acc"]
 

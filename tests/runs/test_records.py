@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bn_lightning.runs.records import Records, recorded_in
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.projects.friedman.experiment import Regression, Table
 
 LINE = re.compile(
@@ -49,9 +48,9 @@ def test_a_nan_validation_loss_is_a_warning(main, tmp_path, monkeypatch):
     """The training loss stays finite."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "bad.py").write_text(f"from {__name__} import Bad as Bad\n")
-    code, _, err = main("fit", *QUICK, "--trainer.callbacks+=bad.Bad")
+    code, _, err = main("fit", *BRIEF, "--trainer.callbacks+=bad.Bad")
     assert code == 0
-    message = "WARNING: the validation loss is nan after step 22. Try a smaller --model.lr."
+    message = "WARNING: the validation loss is nan after step 4. Try a smaller --model.lr."
     assert message in err
     assert json.loads((tmp_path / "runs/lenet/0/result.json").read_text())["val_loss"] is None
 
@@ -118,15 +117,24 @@ def test_validations_before_a_selected_checkpoint_are_candidates(tmp_path):
     assert after.best_since == 0
 
 
-def test_validation_is_not_part_of_the_training_time():
-    class Slow(pl.Callback):
-        def on_train_batch_end(self, *args):
-            time.sleep(0.05)
+def test_validation_is_not_part_of_the_training_time(monkeypatch):
+    class Clock(pl.Callback):
+        """A step takes an eighth of a second, and a validation batch 100 seconds."""
+
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+        def on_train_batch_start(self, *args):
+            self.now += 0.125
 
         def on_validation_batch_end(self, *args):
-            time.sleep(0.3)
+            self.now += 100
 
+    clock = Clock()
+    monkeypatch.setattr("bn_lightning.runs.records.time", clock)
     data = Table(rows=60, batch_size=10)  # 6 training and 3 validation batches
-    records, _ = fit(data, max_epochs=1, num_sanity_val_steps=1, callbacks=[Slow()])
-    assert 0.3 <= records.seconds < 0.9
+    records, _ = fit(data, max_epochs=1, num_sanity_val_steps=1, callbacks=[clock])
+    assert records.seconds == 6 * 0.125
     assert len(records.validations) == 1  # the sanity check is not recorded

@@ -6,7 +6,7 @@ import pytest
 
 from bn_lightning import UserError
 from bn_lightning.runs import refusals
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 
 CALLBACK = "--trainer.callbacks+="
 # Flags, and a part of the message.
@@ -55,7 +55,7 @@ def test_an_error_of_a_library_before_the_first_step_is_a_message(
         from lightning.pytorch.callbacks import device_stats_monitor
 
         monkeypatch.setattr(device_stats_monitor, "_PSUTIL_AVAILABLE", False)
-    code, _, err = main("fit", *QUICK, "--trainer.limit_train_batches", 2, *flags)
+    code, _, err = main("fit", *BRIEF, *flags)
     assert code == 2
     assert "error: " in err and message in err
     assert "Traceback" not in err
@@ -100,7 +100,7 @@ class Lookup(pl.Callback):
 def test_an_error_in_code_of_the_user_keeps_its_stack_trace(main, tmp_path, name, error):
     (tmp_path / "broken_callbacks.py").write_text(BROKEN)
     with pytest.raises(error) as raised:
-        main("fit", *QUICK, f"{CALLBACK}broken_callbacks.{name}")
+        main("fit", *BRIEF, f"{CALLBACK}broken_callbacks.{name}")
     assert not isinstance(raised.value, UserError)
     assert not list(tmp_path.glob("runs/lenet/*"))
 

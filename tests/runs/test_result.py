@@ -8,7 +8,7 @@ import torch
 from bn_lightning import Task, UserError
 from bn_lightning.runs import result
 from bn_lightning.runs.records import Records
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.projects.friedman.experiment import Regression
 from tests.support.runs import result_of
 
@@ -36,7 +36,7 @@ def test_result_is_one_flat_object(trained):
 def test_the_precision_that_was_actually_used_is_recorded(main, tmp_path):
     settings = ("--trainer.precision", "16-mixed", "--trainer.max_epochs", 1)
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
-        assert main("fit", *QUICK, *settings)[0] == 0
+        assert main("fit", *BRIEF, *settings)[0] == 0
     assert result_of(tmp_path / "runs" / "lenet" / "0")["precision"] == "bf16-mixed"
 
 

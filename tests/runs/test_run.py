@@ -10,7 +10,7 @@ from bn_lightning import cli
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.errors import RunFailed
 from bn_lightning.runs import run
-from tests.conftest import QUICK, REPOSITORY, assert_same_weights, command, run_here
+from tests.conftest import BRIEF, QUICK, REPOSITORY, assert_same_weights, command, run_here
 from tests.support.runs import in_namespaces, result_of
 
 FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
@@ -72,12 +72,12 @@ def test_validate_prints_the_metrics_of_the_run(trained, main):
 
 def test_tensorboard_is_not_mentioned_without_its_logger(main):
     for flags in (("--trainer.logger", "false"), ("--trainer.fast_dev_run", "true")):
-        code, out, _ = main("fit", *QUICK, *flags)
+        code, out, _ = main("fit", *BRIEF, *flags)
         assert code == 0 and "tensorboard" not in out
 
 
 def test_no_checkpoint_is_selected_without_validation_images(main, tmp_path):
-    code, out, _ = main("fit", *QUICK, "--data.val_images", 0)
+    code, out, _ = main("fit", *BRIEF, "--data.val_images", 0)
     assert code == 0
     assert "are computed on the test set, and no checkpoint is selected" in out
     assert "val acc" not in out

@@ -6,7 +6,7 @@ import torch
 from bn_lightning import UserError, cli
 from bn_lightning.data import files, sources
 from bn_lightning.runs import run, settings
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 
 
 def test_settings_of_a_checkpoint_are_used_and_flags_override_them(main, tmp_path):
@@ -14,14 +14,15 @@ def test_settings_of_a_checkpoint_are_used_and_flags_override_them(main, tmp_pat
     in_checkpoint = (
         *("--model.norm", "builtin", "--model.norm_args.eps", "1e-3"),
         *("--model.activation", "relu", "--data.batch_size", "128", "--seed_everything", "7"),
-        *("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1),
+        *("--trainer.max_epochs", 1),
     )
-    assert main("fit", *QUICK, *in_checkpoint)[0] == 0
+    assert main("fit", *BRIEF, *in_checkpoint)[0] == 0
     checkpoint = tmp_path / "runs" / "lenet" / "0" / "checkpoints" / "last.ckpt"
     (tmp_path / "own.yaml").write_text("data:\n  batch_size: 64\nmodel:\n  lr: 0.5\n")
     own = (
         *("--config", "own.yaml", "--model.lr", "0.25"),
         *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", 2),
+        *("--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1),
     )
     assert main("fit", "--ckpt_path", checkpoint, *own)[0] == 0
     saved = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
@@ -49,7 +50,7 @@ def test_settings_in_a_checkpoint_have_the_names_of_flags():
 
 
 def test_ckpt_path_last_without_a_checkpoint_starts_a_run(main, tmp_path):
-    code, out, _ = main("fit", *QUICK, "--trainer.limit_train_batches", 2, "--ckpt_path", "last")
+    code, out, _ = main("fit", *BRIEF, "--ckpt_path", "last")
     assert code == 0
     assert "No run in 'runs/lenet' has a checkpoint yet: starting a new run." in out
     assert [path.name for path in (tmp_path / "runs/lenet").iterdir()] == ["0"]

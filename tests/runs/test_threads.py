@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bn_lightning.runs.threads import OtherProcesses
-from tests.conftest import QUICK, command, run_here
+from tests.conftest import BRIEF, command, run_here
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the use of cores")
-ONE_STEP = (*QUICK, "--trainer.max_steps", 1)
+ONE_STEP = (*BRIEF, "--trainer.max_steps", 1)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from bn_lightning import (
 from bn_lightning.monitoring.progress_bar import MetricsProgressBar
 from bn_lightning.runs import run, trainer
 from bn_lightning.runs.records import Records
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.support.runs import result_of
 
 FRIEDMAN = "tests.projects.friedman.experiment:EXPERIMENT"
@@ -135,11 +135,11 @@ def test_an_object_of_the_user_replaces_the_default_of_its_class(tmp_path):
 
 
 def test_a_model_checkpoint_of_the_user_has_its_own_state_and_files(main, tmp_path):
-    few = ("--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1)
+    few = ("--trainer.limit_train_batches", 2)
     own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val_acc")
     more = ("--trainer.callbacks.mode", "max", "--trainer.callbacks.save_top_k", 3)
-    last = ("--trainer.callbacks.save_last", "true", "--trainer.limit_test_batches", 1)
-    code, _, err = main("fit", *QUICK, *few, *own, *more, *last)
+    last = ("--trainer.callbacks.save_last", "true")
+    code, _, err = main("fit", *BRIEF, *few, *own, *more, *last)
     assert code == 0, err
     folder = tmp_path / "runs/lenet/0/checkpoints"
     names = ["best.ckpt", "epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt", "last-v1.ckpt", "last.ckpt"]
@@ -168,9 +168,8 @@ def test_a_callback_that_writes_the_files_of_the_run_is_refused(flags, message):
 
 def test_early_stopping_waits_for_a_validation(main):
     """By default it would fail, since `max_steps` ends the run before the first validation."""
-    few = ("--trainer.max_steps", 2, "--trainer.limit_test_batches", 1)
     own = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
-    code, _, err = main("fit", *QUICK, *few, *own)
+    code, _, err = main("fit", *BRIEF, "--trainer.max_steps", 2, *own)
     assert code == 0, err
 
 
@@ -227,7 +226,7 @@ def test_the_number_of_processes_comes_from_torchrun(monkeypatch, devices, expec
         ["--trainer.overfit_batches", "2"],
         ["--trainer.max_epochs", "-1", "--trainer.max_steps", "3"],
         ["--trainer.check_val_every_n_epoch", "2"],
-        ["--trainer.val_check_interval", "7"],
+        ["--trainer.val_check_interval", "3"],
         ["--trainer.accumulate_grad_batches", "4"],
         ["--trainer.profiler", "simple"],
         ["--trainer.precision", "64-true"],
@@ -236,8 +235,7 @@ def test_the_number_of_processes_comes_from_torchrun(monkeypatch, devices, expec
     ids=lambda flags: " ".join(flags),
 )
 def test_results_are_complete_with_trainer_flags(main, tmp_path, flags):
-    few = ("--trainer.limit_train_batches", 8, "--trainer.limit_val_batches", 1)
-    code, out, err = main("fit", *QUICK, *few, "--trainer.limit_test_batches", 1, *flags)
+    code, out, err = main("fit", *BRIEF, *flags)
     assert code == 0, err
     assert "gamma of the first norm layer" in out
     folder = tmp_path / "runs" / "lenet" / "0"

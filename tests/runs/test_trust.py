@@ -235,7 +235,7 @@ def test_import_paths_of_this_package_are_trusted(main, trained, tmp_path):
 # The folder of a run
 
 # The run has ended, so it is only tested again.
-RESUME = ("fit", "--resume", "runs/lenet/0")
+RESUME = ("fit", "--resume", "runs/lenet/0", "--trainer.limit_test_batches", 1)
 
 
 @pytest.fixture

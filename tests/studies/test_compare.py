@@ -26,8 +26,12 @@ class Random(nn.BatchNorm2d):
         torch.rand(100)  # consumes random numbers
         return (nn.BatchNorm2d if num_dims == 4 else nn.BatchNorm1d)(num_features)
 """
+FEW = (
+    *(*QUICK, "--trainer.limit_train_batches", "5"),
+    *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+)
 NORMS = ("builtin", "none", "random_norm.Random")
-ARGUMENTS = ("compare", "--norm", *NORMS, "--seeds", "2", "--jobs", "2", *QUICK)
+ARGUMENTS = ("compare", "--norm", *NORMS, "--seeds", "2", "--jobs", "2", *FEW)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def test_other_settings_under_the_same_name_are_refused(compared):
 
 def test_seeds_and_variants_can_be_added(main, tmp_path):
     few = ("compare", "--name", "some/thing", "--norm", "none", "--model.activation", "relu")
-    few += (*QUICK, "--trainer.limit_train_batches", "5")
+    few += FEW
     assert main(*few, "--vary.model.lr", "0.1", "--seeds", "1")[0] == 0
     more = (*few, "--vary.model.lr", "0.1", "1e30", "--seeds", "2")
     code, out, err = main(*more)
@@ -150,7 +154,7 @@ def test_networks_that_cannot_be_trained_are_refused(main, tmp_path, arguments, 
 def test_networks_are_compared(tmp_path):
     (tmp_path / "own_network.py").write_text(NETWORKS)
     networks = ("mlp", "own_network.WithNorm")
-    arguments = ("compare", "--vary.model.network", *networks, "--seeds", "1", *QUICK)
+    arguments = ("compare", "--vary.model.network", *networks, "--seeds", "1", *FEW)
     arguments += ("--vary.model.norm", "custom", "builtin", "--model.network_args.widths", "[8]")
     arguments += ("--trainer.limit_train_batches", "2")
     out = run_here(*arguments, cwd=tmp_path).stdout
@@ -185,7 +189,7 @@ def norm(num_features, num_dims):
 
 def test_a_killed_run_counts_as_failed_and_is_repeated_by_the_next_command(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    arguments = ("compare", "--norm", "none", "killed.norm", "--seeds", "1", *QUICK)
+    arguments = ("compare", "--norm", "none", "killed.norm", "--seeds", "1", *FEW)
     (tmp_path / "kill").touch()
     out = run_here(*arguments, cwd=tmp_path).stdout
     assert "killed.norm, seed 0: FAILED: The worker process was killed (SIGKILL)" in out
@@ -201,6 +205,7 @@ def test_a_stopped_comparison_is_resumed(tmp_path, number):
     arguments = [sys.executable, "-m", "bn_lightning", "compare", "--norm", "none"]
     arguments += ["--seeds", "2", *QUICK]
     arguments += ["--trainer.max_epochs", "8", "--data.batch_size", "32"]
+    arguments += ["--trainer.limit_train_batches", "80"]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -217,7 +222,7 @@ def test_a_stopped_comparison_is_resumed(tmp_path, number):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
     assert number == signal.SIGKILL or "the same command resumes the study" in out
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     # Processes of the group that have not exited.
     pgrep = ["pgrep", "-g", str(process.pid), "-r", "R,S,D,T"]
     while subprocess.run(pgrep, stdout=subprocess.DEVNULL).returncode == 0:
@@ -258,8 +263,7 @@ def test_runs_of_other_code_are_reported_and_trained_again_on_request(tmp_path):
     (tmp_path / "own_norm.py").write_text("from own_formula import norm\n")
     formula = tmp_path / "own_formula.py"
     formula.write_text("from torch import nn\n\n\ndef norm(**_):\n    return nn.Identity()\n")
-    arguments = ("compare", "--norm", "none", "own_norm.norm", "--seeds", "1", *QUICK)
-    arguments += ("--trainer.limit_train_batches", "2")
+    arguments = ("compare", "--norm", "none", "own_norm.norm", "--seeds", "1", *FEW)
     out = run_here(*arguments, cwd=tmp_path).stdout
     assert "stale" not in out
 

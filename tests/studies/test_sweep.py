@@ -13,7 +13,7 @@ from tests.conftest import run_here
 
 CONFIG = """\
 data: {source: sample}
-trainer: {max_epochs: 2, accelerator: cpu}
+trainer: {max_epochs: 2, limit_train_batches: 6, accelerator: cpu}
 model: {optimizer_args: {nesterov: true, momentum: 0.5}}
 sweep:
   trials: 4

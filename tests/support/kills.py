@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from tests.support.logs import events_in
+from tests.support.processes import start_command
 
 # Otherwise TensorBoard reports each purge of events.
 logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -65,8 +66,11 @@ def prepare(cwd: Path) -> Path:
 
 def start(cwd, *settings, code=None):
     """Start a run in a new process group, so that all of its processes can be killed together."""
-    program = ["-c", code] if code else ["-m", "bn_lightning"]
-    command = [sys.executable, *program, "fit", *map(str, settings), "--ckpt_path", "last"]
+    arguments = ["fit", *map(str, settings), "--ckpt_path", "last"]
+    (cwd / "log").touch()
+    if not code:
+        return start_command("bn_lightning", arguments, cwd, os.environ, cwd / "log")
+    command = [sys.executable, "-c", code, *arguments]
     with (cwd / "log").open("ab") as log:
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
 

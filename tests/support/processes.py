@@ -35,21 +35,23 @@ def start(function, arguments, nprocs, join=True):
     )
 
 
-def start_command(module, arguments, cwd, environment):
+def start_command(module, arguments, cwd, environment, log=None):
     """Start `python -m MODULE ARGUMENTS` in a session of its own.
 
-    Return a `subprocess.Popen`, or a `ForkedCommand`, which has the same methods.
+    Return a `subprocess.Popen`, or a `ForkedCommand`, which has the same methods. If a `log` is
+    given, the output is appended to that file.
     """
     if HAS_FORK_SERVER:
         preload()
-        return ForkedCommand(module, arguments, cwd, environment)
+        return ForkedCommand(module, arguments, cwd, environment, log)
+    output = subprocess.PIPE if log is None else log.open("ab")
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env=environment,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         start_new_session=True,
     )
 
@@ -57,9 +59,9 @@ def start_command(module, arguments, cwd, environment):
 class ForkedCommand:
     """A command in a process forked from the server. It writes to files, not to pipes."""
 
-    def __init__(self, module, arguments, cwd, environment):
+    def __init__(self, module, arguments, cwd, environment, log=None):
         self._folder = tempfile.TemporaryDirectory()
-        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        self._out, self._err = (log or Path(self._folder.name, name) for name in ("out", "err"))
         given = (module, list(arguments), str(cwd), dict(environment), self._out, self._err)
         context = multiprocessing.get_context(START_METHOD)
         self._process = context.Process(target=run_command, args=given)

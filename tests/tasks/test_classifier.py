@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from bn_lightning import Classifier, FashionMNIST, UserError
 from bn_lightning.data.fashion_mnist import CLASSES
 from bn_lightning.tasks.classifier import class_table
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.projects.friedman.experiment import Table
 from tests.support.runs import result_of
 
@@ -30,7 +30,7 @@ def fit(model, seed=0, **settings):
 
 
 def test_a_momentum_above_one_half_is_noted_by_fit(main):
-    _, out, _ = main("fit", *QUICK, "--trainer.max_steps", 1, "--model.norm_args.momentum", 0.9)
+    _, out, _ = main("fit", *BRIEF, "--trainer.max_steps", 1, "--model.norm_args.momentum", 0.9)
     assert "The article's momentum 0.9 is --model.norm_args.momentum 0.1\n" in out
 
 
@@ -169,7 +169,7 @@ def test_the_norm_can_be_a_function_in_a_users_module(main, tmp_path):
         "    return nn.GroupNorm(num_groups, num_features)\n"
     )
     chosen = ("--model.norm", "own_norms.group_norm", "--model.norm_args.num_groups", "1")
-    assert main("fit", *QUICK, *chosen, "--trainer.max_epochs", 1)[0] == 0
+    assert main("fit", *BRIEF, *chosen, "--trainer.max_epochs", 1)[0] == 0
     assert result_of(tmp_path / "runs" / "lenet" / "0")["norm"] == "own_norms.group_norm"
 
 

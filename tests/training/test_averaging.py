@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bn_lightning import Classifier, FashionMNIST, StochasticWeightAveraging, UserError
 from bn_lightning.training.averaging import AverageFromStart
 from bn_lightning.training.batches import Epoch
-from tests.conftest import QUICK, assert_same_weights, run_here, weights
+from tests.conftest import BRIEF, assert_same_weights, run_here, weights
 from tests.projects.friedman.experiment import Regression, Table
 from tests.support.logs import QUIET, events_in
 from tests.support.runs import result_of
@@ -24,12 +24,11 @@ LIGHTNINGS = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 CLOSE = {"rtol": 0, "atol": 5e-5}
 # config.yaml cannot represent the default device of Lightning's callback.
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*Unable to serialize instance cpu")
-FEW = ("--data.batch_size", 64, "--trainer.limit_train_batches", 6, "--model.lr", "0.1")
+FEW = (*BRIEF, "--data.batch_size", 64, "--trainer.limit_train_batches", 6, "--model.lr", "0.1")
 
 
 def averaging(callback, norm="custom"):
     return (
-        *QUICK,
         *FEW,
         "--model.norm",
         norm,
@@ -114,7 +113,7 @@ def test_norms_whose_statistics_cannot_be_recomputed_are_refused(
 def test_a_single_callback_in_a_config_file_is_also_refused(main, tmp_path):
     given = f"{{class_path: {LIGHTNINGS}, init_args: {{swa_lrs: 0.1}}}}"
     (tmp_path / "one.yaml").write_text(f"trainer:\n  callbacks: {given}\n")
-    code, _, err = main("fit", *QUICK, "--config", "one.yaml")
+    code, _, err = main("fit", *FEW, "--config", "one.yaml")
     assert code == 2
     assert f"--trainer.callbacks+={OURS}" in err
 
@@ -162,11 +161,12 @@ def test_lightnings_moving_average_is_the_same_for_custom_and_builtin(main, tmp_
         *("--trainer.callbacks.decay", "0.9", "--trainer.callbacks.use_buffers", use_buffers),
     )
     for norm in ("custom", "builtin"):
-        code, _, err = main("fit", *QUICK, *FEW, *flags, "--model.norm", norm, "--name", norm)
+        code, _, err = main("fit", *FEW, *flags, "--model.norm", norm, "--name", norm)
         assert code == 0, err
     # At its end, fit tests the averaged weights, which are in the checkpoint.
     result = json.loads((tmp_path / "runs/custom/0/result.json").read_text())
-    _, out, _ = main("test", "--ckpt_path", tmp_path / "runs/custom/0/checkpoints/best.ckpt")
+    best = tmp_path / "runs/custom/0/checkpoints/best.ckpt"
+    _, out, _ = main("test", "--ckpt_path", best, "--trainer.limit_test_batches", 2)
     assert f"test_acc   {result['test_acc']:.4f}" in out
     custom, builtin = (
         weights(tmp_path / f"runs/{norm}/0/checkpoints/last.ckpt") for norm in ("custom", "builtin")

@@ -17,7 +17,7 @@ import torch
 from bn_lightning import UserError, WholeCheckpointIO
 from bn_lightning.errors import RunFailed
 from bn_lightning.training import checkpoints
-from tests.conftest import QUICK
+from tests.conftest import BRIEF, QUICK
 from tests.support.runs import in_namespaces, result_of
 
 # Reading
@@ -191,14 +191,14 @@ import lightning.pytorch as pl
 
 class Move(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == 25:
+        if trainer.global_step == 5:  # in the second epoch
             shutil.move("runs/lenet/0", "elsewhere")
 """
 
 
 def test_a_run_folder_that_disappears_ends_the_run(main, tmp_path):
     (tmp_path / "move.py").write_text(MOVE)
-    code, out, err = main("fit", *QUICK, "--trainer.callbacks+=move.Move")
+    code, out, err = main("fit", *BRIEF, "--trainer.callbacks+=move.Move")
     assert code == 1, out + err
     assert re.search("cannot (be written|continue): .*No such file or directory", err)
     assert "Traceback" not in err

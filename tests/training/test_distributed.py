@@ -49,14 +49,14 @@ def assert_the_same(one, other):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of 100 steps in one process. The last batch of an epoch has 124 images, others 256."""
-    return run(tmp_path_factory.mktemp("alone"), "one", "--trainer.max_steps", 100)
+    """A run of 50 steps in one process. The last batch of an epoch has 124 images, others 256."""
+    return run(tmp_path_factory.mktemp("alone"), "one", "--trainer.max_steps", 50)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_train_as_one_process(alone, tmp_path, count):
-    several = run(tmp_path, "several", "--trainer.max_steps", 100, "--trainer.devices", count)
+    several = run(tmp_path, "several", "--trainer.max_steps", 50, "--trainer.devices", count)
     assert_the_same(alone, several)
     # The confusion matrix, the most confident mistakes and the filters, over all ranks.
     assert len(images(alone)) == 3
@@ -84,8 +84,8 @@ def images(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
 def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path, first, then):
-    folder = run(tmp_path, "changes", "--trainer.max_steps", 57, "--trainer.devices", first)
-    settings = ("--trainer.max_steps", 100, "--trainer.devices", then)
+    folder = run(tmp_path, "changes", "--trainer.max_steps", 29, "--trainer.devices", first)
+    settings = ("--trainer.max_steps", 50, "--trainer.devices", then)
     done = command("fit", "--resume", folder, *settings, cwd=tmp_path)
     assert f"processes {then} (was {first})" in done.stdout
     assert_the_same(alone, folder)
@@ -123,7 +123,7 @@ def test_torchrun_can_start_the_processes(alone, tmp_path):
         "2",
         "-m",
     ]
-    settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", "100")
+    settings = (*EXACT, "--trainer.accelerator", "cpu", "--trainer.max_steps", "50")
     done = subprocess.run(
         [*torchrun, "bn_lightning", "fit", *settings], cwd=tmp_path, capture_output=True, text=True
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from bn_lightning import UserError
 from bn_lightning.training import initial_weights
-from tests.conftest import QUICK, run_here, weights
+from tests.conftest import BRIEF, run_here, weights
 
 
 def network(outputs=4):
@@ -55,7 +55,7 @@ def test_a_file_without_weights_is_refused(tmp_path, content, message):
 def test_a_new_run_starts_from_a_file_and_a_resumed_one_does_not_need_it(trained, tmp_path):
     file = tmp_path / "start.ckpt"
     file.write_bytes((trained[0] / "checkpoints/best.ckpt").read_bytes())
-    still = (*QUICK, "--model.lr", 0, "--trainer.max_steps", 1, "--model.norm", "builtin")
+    still = (*BRIEF, "--model.lr", 0, "--trainer.max_steps", 1, "--model.norm", "builtin")
     done = run_here("fit", *still, "--model.init_from", file, cwd=tmp_path)
     assert f"30 of 30 tensors are from {file}" in done.stdout
     last = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"

@@ -9,35 +9,35 @@ import torch
 from bn_lightning import FashionMNIST
 from bn_lightning.errors import RunFailed
 from bn_lightning.training.losses import FAILURE, NonFiniteLossGuard
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 from tests.projects.friedman.experiment import Regression, Table
 
 
 class Bad(pl.Callback):
-    """A callback that sets weights to infinity in step 29."""
+    """A callback that sets weights to infinity in step 5."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == 29:
+        if trainer.global_step == 5:
             pl_module.network.fc3.weight.data.fill_(float("inf"))
 
 
 def test_a_nan_loss_ends_the_run_before_its_weights_are_saved(main, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "bad.py").write_text(f"from {__name__} import Bad as Bad\n")
-    settings = ("--checkpoint.every_n_train_steps", 4, "--trainer.callbacks+=bad.Bad")
-    code, _, err = main("fit", *QUICK, *settings)
+    settings = ("--checkpoint.every_n_train_steps", 5, "--trainer.callbacks+=bad.Bad")
+    code, _, err = main("fit", *BRIEF, *settings)
     assert code == 1
-    assert "The loss is nan at step 31 (epoch 2, batch 9)." in err
-    assert "The last good checkpoint is from step 28" in err
+    assert "The loss is nan at step 7 (epoch 2, batch 3)." in err
+    assert "The last good checkpoint is from step 5" in err
     assert "Traceback" not in err
     failure = json.loads((tmp_path / "runs/lenet/0/failure.json").read_text())
     data = FashionMNIST("sample")
     data.prepare_data()
     data.setup("fit")
-    assert failure["samples"] == data.train_order(1)[8 * 256 : 9 * 256].tolist()
-    assert (failure["step"], failure["epoch"], failure["batch"]) == (31, 1, 8)
+    assert failure["samples"] == data.train_order(1)[2 * 32 : 3 * 32].tolist()
+    assert (failure["step"], failure["epoch"], failure["batch"]) == (7, 1, 2)
     state = torch.load(tmp_path / "runs/lenet/0/checkpoints/last.ckpt", weights_only=True)
-    assert state["global_step"] == 28
+    assert state["global_step"] == 5
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 

@@ -23,7 +23,7 @@ from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 from bn_lightning import Classifier, DataModule, ExactResume, FashionMNIST, WholeCheckpointIO
 from bn_lightning.runs import run
 from bn_lightning.training.stopping import Stopped
-from tests.conftest import QUICK, REPOSITORY, needs_all_images, run_here
+from tests.conftest import BRIEF, QUICK, REPOSITORY, needs_all_images, run_here
 from tests.support import kills
 from tests.support.logs import events_in
 from tests.support.plain_loader import rows_of_a_line
@@ -32,8 +32,8 @@ from tests.support.runs import content_of, result_of
 # Only the command line suppresses this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
-# An epoch has 6 batches of 100 images.
-SHORT = (*QUICK, "--data.batch_size", "100", "--trainer.limit_train_batches", "6")
+# An epoch has 6 batches of 32 images.
+SHORT = (*BRIEF, "--trainer.limit_train_batches", "6")
 SWA = (
     "--trainer.callbacks+=bn_lightning.StochasticWeightAveraging",
     *("--trainer.callbacks.swa_lrs", "0.05", "--trainer.callbacks.swa_epoch_start", "1"),
@@ -141,7 +141,7 @@ def test_a_run_that_early_stopping_ended_does_not_train_further(main, tmp_path):
         *("--trainer.callbacks.patience", 1),
         *("--trainer.max_epochs", 5, "--trainer.limit_train_batches", 3),
     )
-    assert main("fit", *QUICK, *stops)[0] == 0
+    assert main("fit", *SHORT, *stops)[0] == 0
     epochs = result_of(tmp_path / "runs/lenet/0")["epochs"]
     assert epochs < 5
     assert main("fit", "--resume", "runs/lenet/0")[0] == 0
@@ -180,7 +180,7 @@ def test_a_worse_checkpoint_does_not_replace_the_best_one_of_a_moved_folder(main
             ("--model.scheduler", "null"),
             "was CosineAnnealingLR when the run started and is now none",
         ),
-        (("--trainer.max_steps", 40), "CosineAnnealingLR was configured for 30 steps"),
+        (("--trainer.max_steps", 4), "CosineAnnealingLR was configured for 3 steps"),
         (("--ckpt_path", "last"), "--resume and --ckpt_path cannot be used together"),
         (("--trainer.fast_dev_run", "true"), "--resume writes checkpoints to the run's folder"),
         pytest.param(
@@ -205,12 +205,14 @@ def test_settings_that_do_not_fit_the_run_are_refused_and_its_folder_is_unchange
 def within_an_epoch(tmp_path_factory):
     """The working directory of a run that ended within an epoch. No test may change it."""
     cwd = tmp_path_factory.mktemp("within-an-epoch")
-    run_here("fit", *QUICK, *COSINE, "--trainer.max_steps", 30, cwd=cwd)
+    run_here("fit", *QUICK, *COSINE, "--trainer.max_steps", 3, cwd=cwd)
     return cwd
 
 
 def test_the_batch_size_may_change_between_epochs(main, tmp_path):
-    assert main("fit", *QUICK, "--data.batch_size", 1_000)[0] == 0
+    brief = ("--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1)
+    brief += ("--monitor", "false", "--trainer.logger", "false")
+    assert main("fit", *QUICK, *brief, "--data.batch_size", 1_000)[0] == 0
     settings = ("--data.batch_size", 500, "--trainer.max_epochs", 3)
     code, out, err = main("fit", "--resume", "runs/lenet/0", *settings)
     assert code == 0, err

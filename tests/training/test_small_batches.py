@@ -56,7 +56,7 @@ class Convolutional(Classifier):
     ],
 )
 def test_a_small_batch_that_is_not_reached_is_not_refused(settings):
-    data = FashionMNIST("sample", batch_size=5_499)
+    data = FashionMNIST("sample", batch_size=32, val_images=59_670)  # 33 training images
     trainer = fit(Classifier(), data, limit_val_batches=0, **settings)
     assert trainer.global_step == 1
 
@@ -84,7 +84,7 @@ def test_the_trial_leaves_no_trace():
 
 
 def test_convolutional_norms_are_trained_on_one_image():
-    data = FashionMNIST("sample", batch_size=5_499)
+    data = FashionMNIST("sample", batch_size=32, val_images=59_670)  # 33 training images
     assert fit(Convolutional(), data, limit_val_batches=0).global_step == 2
 
 
@@ -96,13 +96,17 @@ def test_nothing_is_left_of_a_refused_run(main, tmp_path):
     assert list((tmp_path / "runs/lenet").iterdir()) == []
 
 
+SYNCHRONIZED = ("--trainer.sync_batchnorm", "true", "--trainer.limit_val_batches", 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (("--data.batch_size", 23), "3 sample(s), but the network cannot be trained on one sample"),
         (("--data.batch_size", 5_499), "1 sample(s), but 2 processes share each batch"),
-        (("--data.batch_size", 23, "--trainer.sync_batchnorm", "true"), ""),
+        # 49 training images, so the last batch has 3 of them, too.
+        (("--data.batch_size", 23, "--data.val_images", 59_510, *SYNCHRONIZED), ""),
     ],
 )
 def test_small_shards_on_two_processes(tmp_path, settings, message):

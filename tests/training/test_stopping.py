@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from bn_lightning.errors import RunFailed
 from bn_lightning.training import stopping
 from bn_lightning.training.stopping import Stopped, StopRequests
-from tests.conftest import QUICK, run_here
+from tests.conftest import BRIEF, run_here
 from tests.support.runs import begin, posix, result_of, wait_until_it_trains
 
 
@@ -63,7 +63,7 @@ class Sends(pl.Callback):
 def fit_with_signal(cwd, number):
     """Run fit in this process, which receives a signal."""
     (cwd / "sends.py").write_text(SENDS.format(number=int(number)))
-    return run_here("fit", *QUICK, "--trainer.callbacks+=sends.Sends", cwd=cwd, check=False)
+    return run_here("fit", *BRIEF, "--trainer.callbacks+=sends.Sends", cwd=cwd, check=False)
 
 
 @posix
@@ -78,7 +78,7 @@ def test_a_second_signal_stops_the_run_immediately(tmp_path):
     slow.write_text(
         "import time, pathlib, lightning.pytorch as pl\n\n\nclass Slow(pl.Callback):\n"
         "    def on_train_batch_end(self, trainer, *args):\n        if trainer.global_step == 25:\n"
-        "            pathlib.Path('sleeps').touch()\n            end = time.monotonic() + 30\n"
+        "            pathlib.Path('sleeps').touch()\n            end = time.monotonic() + 120\n"
         "            while time.monotonic() < end:\n                time.sleep(0.1)\n"
     )
     run = begin(tmp_path, "--trainer.callbacks+=slow.Slow")
@@ -89,7 +89,7 @@ def test_a_second_signal_stops_the_run_immediately(tmp_path):
     time.sleep(0.5)
     assert run.poll() is None  # within a step
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=10)
+    run.communicate(timeout=60)
     assert run.returncode == 130
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from bn_lightning.training import surroundings
-from tests.conftest import QUICK
+from tests.conftest import BRIEF
 
 
 def trainer(world_size=1, rank=0):
@@ -43,8 +43,7 @@ def test_differences_are_printed_on_rank_0_only(capsys):
 
 
 def test_a_resumed_run_prints_the_differences(main, tmp_path):
-    settings = ("--trainer.limit_train_batches", 2, "--trainer.max_epochs", 1)
-    assert main("fit", *QUICK, *settings)[0] == 0
+    assert main("fit", *BRIEF, "--trainer.max_epochs", 1)[0] == 0
     last = tmp_path / "runs/lenet/0/checkpoints/last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
     checkpoint["between_steps"]["surroundings"]["torch"] = "2.0.1"
