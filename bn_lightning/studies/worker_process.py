@@ -83,6 +83,9 @@ def work(parent: Connection, reference: str, program: str, gpu: str | None) -> N
     if gpu is not None:
         # PyTorch is imported, but CUDA is initialized by the first run.
         os.environ[devices.VARIABLE] = gpu
+    # Processes that a run starts, such as those of a DataLoader, start as in `fit`. By
+    # default, they would be forked from a second server, which imports everything again.
+    multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     terminal.set_program(program)

@@ -1,6 +1,7 @@
 """Worker processes: same results as single runs, progress, failures and data reuse."""
 
 import json
+import multiprocessing
 import sys
 
 import pytest
@@ -107,6 +108,20 @@ def test_a_dead_worker_is_replaced(pool, cwd):
     assert len(pool._workers) == 3
     folder = pool.fit([*QUICK, "--name", "after"], cwd / "log.txt", keep_running)
     assert json.loads((folder / "result.json").read_text())["finished"]
+
+
+METHOD = """\
+import multiprocessing
+
+def norm(**_):
+    raise RuntimeError(multiprocessing.get_start_method())
+"""
+
+
+def test_the_workers_of_a_loader_start_as_in_a_single_run(pool, cwd):
+    (cwd / "method.py").write_text(METHOD)
+    with pytest.raises(RunFailed, match=f": {multiprocessing.get_start_method()}$"):
+        pool.fit([*QUICK, "--model.norm", "method.norm"], cwd / "log.txt", keep_running)
 
 
 def test_runs_of_the_same_process_read_the_same_data_once(monkeypatch, tmp_path):

@@ -94,6 +94,8 @@ class ForkedCommand:
 def run_command(module, arguments, cwd, environment, out, err):
     """Become `python -m MODULE ARGUMENTS`."""
     os.setsid()
+    # Processes that the command starts do not come from a server, as those of a new interpreter.
+    multiprocessing.set_start_method(None, force=True)
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(cwd)
