@@ -20,6 +20,7 @@ from bn_lightning.studies import workers
 from bn_lightning.studies.code import Code
 from bn_lightning.studies.search import Search
 from tests.support import sweep_kills
+from tests.support.processes import free_port
 
 # pytest resets the filter that the module `search` sets.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -164,7 +165,7 @@ def postgresql(tmp_path_factory):
         for path in (folder, *folder.parents[:3]):
             path.chmod(path.stat().st_mode | 0o711)
         shutil.chown(folder, "postgres")
-    port = random.randint(20_000, 60_000)
+    port = free_port()
     initdb = [programs / "initdb", "-D", folder / "data", "-A", "trust", "-U", "tester"]
     subprocess.run(initdb, check=True, cwd=folder, **user)
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
@@ -186,7 +187,7 @@ def test_a_killed_process_of_two_on_one_postgresql_study_is_replaced(postgresql,
     other.send_signal(signal.SIGKILL)
     assert one.wait(timeout=280) == 0, (here / "log").read_text()
     storage = postgresql.replace("postgresql://", "postgresql+psycopg://")
-    found = sweep_kills.assert_each_is_finished_once(storage, 12)
+    found = sweep_kills.assert_each_is_finished_once(storage, 8)
     assert any(state == "FAIL" for _, state in found)
     log = (here / "log").read_text()
     winners = [cwd / "runs/sweep/winner.yaml" for cwd in (here, there)]
