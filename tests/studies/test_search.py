@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_after_kills_each_set_of_parameters_is_finished_once(tmp_path):
 
 
 @pytest.fixture
-def postgresql(tmp_path_factory):
+def postgresql():
     """The URL of a PostgreSQL server that is started for the test."""
     found = [*map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), shutil.which("initdb")]
     if not found[0]:
@@ -160,10 +161,9 @@ def postgresql(tmp_path_factory):
     as_root = os.geteuid() == 0
     # PostgreSQL refuses to run as root.
     user = {"user": "postgres"} if as_root else {}
-    folder = tmp_path_factory.mktemp("postgresql")
+    # Not in pytest's folder: each session of pytest makes that folder inaccessible to other users.
+    folder = Path(tempfile.mkdtemp())
     if as_root:
-        for path in (folder, *folder.parents[:3]):
-            path.chmod(path.stat().st_mode | 0o711)
         shutil.chown(folder, "postgres")
     port = free_port()
     initdb = [programs / "initdb", "-D", folder / "data", "-A", "trust", "-U", "tester"]
@@ -174,6 +174,7 @@ def postgresql(tmp_path_factory):
     subprocess.run(start, check=True, cwd=folder, **user)
     yield f"postgresql://tester@127.0.0.1:{port}/postgres"
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, cwd=folder, **user)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow
