@@ -22,7 +22,7 @@ CONFIG = """\
 data: {source: sample}
 trainer: {max_epochs: 4, accelerator: cpu}
 sweep:
-  trials: 12
+  trials: 8
   space:
     model.lr: {low: 0.05, high: 2.0, log: true}
     model.activation: [sigmoid, relu]
@@ -79,7 +79,7 @@ def kill_and_resume(cwd: Path, kills: int, rng: random.Random):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert start(cwd).wait(timeout=280) == 0, (cwd / "log").read_text()
-    return assert_each_is_finished_once(f"sqlite:///{cwd}/runs/sweep/study.db", 12)
+    return assert_each_is_finished_once(f"sqlite:///{cwd}/runs/sweep/study.db", 8)
 
 
 def main():
