@@ -251,10 +251,33 @@ def test_the_guide_own_data_runs_as_printed(main, tmp_path):
     assert (tmp_path / "model.pt2").exists()
 
 
+@pytest.mark.slow
+def test_the_guide_own_pictures_runs_as_printed(main, run_script, tmp_path):
+    guide = REPOSITORY / ".github/guides/own-pictures.md"
+    run_script(example("mgrid"))
+    assert sum(1 for _ in (tmp_path / "pictures").rglob("*.jpg")) == 900
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    (tmp_path / "more").mkdir()
+    for file in ("a.jpg", "more/b.png"):
+        shutil.copy(tmp_path / "pictures/dots/2.jpg", tmp_path / file)
+    # The same commands, with a smaller network for fewer epochs. Pretrained weights would be
+    # downloaded.
+    quick = {"fit --config": ("--model.network_args.depth", "8", "--trainer.max_epochs", "4")}
+    for line in "".join(blocks("sh", [guide])).replace("\\\n", " ").splitlines():
+        if "pretrained" in line:
+            continue
+        arguments = shlex.split(line.removeprefix(PROGRAM))
+        returned, out, err = main(*arguments, *quick.get(" ".join(arguments[:2]), ()))
+        assert returned == 0, err
+        if arguments[0] == "test":
+            assert float(re.search(r"test_acc +(\S+)", out)[1]) > 0.5
+    assert (tmp_path / "model.onnx").exists() and (tmp_path / "answers.png").exists()
+
+
 def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
-        *("class TwoLayers", "replace_norms", "def stripes"),
+        *("class TwoLayers", "replace_norms", "def stripes", "mgrid"),
     )
     tested = [example(word) for word in words]
     assert sorted(blocks("python")) == sorted(tested)
