@@ -47,8 +47,8 @@ class ImageData(DataModule):
         val_images: number of training images held out for validation, scaled down for
             the sample; by default one twelfth. With 0, the test set is used, as in the
             article, and no checkpoint is selected.
-        test_images: number of pictures of a folder without `test/` that are split off as
-            the test set; by default one twelfth.
+        test_images: number of test images to split off a folder without `test/`; by
+            default one twelfth.
         folds: number of folds of a cross-validation.
         fold: index of the fold that is held out for validation, from 0.
         normalize: standardize each channel with the mean and standard deviation of the
@@ -57,15 +57,12 @@ class ImageData(DataModule):
         shift: maximum random shift of training images in pixels, along each axis.
         augment: random transforms of training images after flip and shift: a list of
             transforms of torchvision, each `{"name": NAME, "args": {...}}`.
-        resize: height and width to which images are resized before the network, for
-            networks that need larger images, for example 32; null keeps the size.
-            Pictures of a folder are resized when they are read: the shorter side to this
-            size, by default 64, and the centre is cropped.
+        resize: height and width to which images are resized; null keeps the size. The
+            pictures of a folder are resized and cropped, by default to 64.
         grayscale: read the pictures of a folder in grey instead of RGB.
-        skip_broken: leave out pictures of a folder that cannot be read, instead of
-            refusing to start.
-        workers: number of processes that read images from files, for each process that
-            trains; by default one per core, at most 8.
+        skip_broken: leave out pictures of a folder that cannot be read.
+        workers: processes that read images from files, on each rank; by default one per
+            core, at most 8.
         in_memory: read images from files only once, and hold them in memory.
         seed: seed of the data split and of the order of images; set by
             `--seed_everything`.
