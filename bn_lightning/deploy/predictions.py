@@ -55,30 +55,36 @@ class Predictions:
     def print(self, form: str) -> None:
         """Print the predictions in one of `FORMATS`.
 
-        The table says in its column titles that probabilities are uncalibrated. Keys of
-        the other formats are fixed, so that this is a line on stderr.
+        The table says in its column titles that probabilities are uncalibrated. The keys
+        of the other formats are fixed, so a line on stderr says it, at a terminal only.
         """
-        if form != "table":
-            meaning = "p = 0.9 does not mean that 90% of such predictions are right."
-            print(f"{UNCALIBRATED}: {meaning}", file=sys.stderr)
+        if form == "table":
+            self._print_table()
+            return
         if form == "json":
             print(json.dumps(self.rows, indent=2))
-            return
-        rows = [{name: _yes_or_no(value) for name, value in row.items()} for row in self.rows]
-        if form == "csv":
+        else:
+            rows = self._readable_rows()
             if sys.stdout.isatty():
                 # A file has the names unchanged, but they must not control a terminal.
                 rows = [{name: printable(str(v)) for name, v in row.items()} for row in rows]
             writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            return
-        cells = [
-            [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
-        ]
+        if sys.stderr.isatty():
+            sys.stdout.flush()
+            meaning = "p = 0.9 does not mean that 90% of such predictions are right."
+            print(f"{UNCALIBRATED}: {meaning}", file=sys.stderr)
+
+    def _print_table(self) -> None:
+        rows = self._readable_rows()
+        cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
         p = "uncalibrated p"
         titles = {"probability": p, "runner_up": "runner-up", "runner_up_probability": p}
         print_table([titles.get(name, name) for name in rows[0]], cells)
+
+    def _readable_rows(self) -> list[dict[str, Any]]:
+        return [{name: _yes_or_no(value) for name, value in row.items()} for row in self.rows]
 
     def draw(self, path: Path, images: Tensor) -> None:
         """Write a sheet of the first `MAX_DRAWN` images with their predictions.

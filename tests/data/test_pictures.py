@@ -137,6 +137,30 @@ def test_an_object_on_a_large_background_is_trimmed_and_centred(tmp_path):
     assert np.mean(off_centre) < 2
 
 
+def on_a_background(brightness):
+    def place(picture):
+        sheet = Image.new("L", (400, 300), brightness)
+        garment = picture.point(lambda value: 255 - value if value > 5 else brightness)
+        sheet.paste(garment.resize((140, 140), Image.Resampling.BICUBIC), (130, 80))
+        return sheet
+
+    return place
+
+
+def test_a_grey_background_misleads_the_network(tmp_path, network):
+    """The guide `deployment.md` says so."""
+    images = TEST[:80]
+    agreed = {}
+    for brightness in (255, 128):
+        place = on_a_background(brightness)
+        read = [picture.pixels for picture in save_and_read(tmp_path, place, images)]
+        agreed[brightness] = (network(read) == network(images)).float().mean()
+        # `--grid` shows the background that the network sees.
+        edge = torch.stack(read)[:, :, 0].float()
+        assert (edge.median() - (255 - brightness)).abs() <= 2
+    assert agreed[255] >= 0.9 and agreed[128] <= 0.6
+
+
 def test_transparency_becomes_white(tmp_path):
     sheet = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
     sheet.paste((200, 20, 20, 255), (20, 10, 60, 50))

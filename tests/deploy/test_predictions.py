@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,15 @@ ROWS = [{**ABOUT[0], **FIRST}, {**ABOUT[1], **SECOND}]
 def test_json_contains_all_values(capsys):
     PREDICTIONS.print("json")
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == ROWS
-    assert printed.err.startswith("Probabilities are uncalibrated: ")
+    assert json.loads(printed.out) == ROWS and printed.err == ""
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_person_is_told_that_probabilities_are_uncalibrated(capsys, monkeypatch, form):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    PREDICTIONS.print(form)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Probabilities are uncalibrated: ")
 
 
 def test_csv_contains_all_values(capsys):
