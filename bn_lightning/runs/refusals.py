@@ -57,6 +57,9 @@ def find(error: Exception) -> UserError | None:
     assert isinstance(cause, Exception)
     if isinstance(message := translated(cause), UserError):
         return message
+    if "in DataLoader worker process" in str(cause):
+        # A worker sends only the text of an error, which has passed through the data set.
+        return None
     modules = [name for link in chain for name in _modules(link)]
     is_called_by_libraries = all(_is_in(name, (*LIBRARIES, *FRAMEWORK)) for name in modules)
     is_raised_by_library = bool(modules) and _is_in(modules[-1], LIBRARIES)

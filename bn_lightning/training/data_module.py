@@ -111,7 +111,10 @@ class DataModule(pl.LightningDataModule):
         return False
 
     def describe(self) -> str:
-        """Return a description of the data and their location, for the console."""
+        """Return a description of the data and their location, for the console.
+
+        It is called after `prepare_data`, before `setup`.
+        """
         return type(self).__name__
 
     def notes(self) -> list[str]:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.training import lightning_internals, seeds
@@ -58,6 +58,7 @@ class ExactDataLoader(ShardedBatches):
             network.
 
     Raises:
+        UserError: the dataset is not map-style, or there are fewer than 0 workers.
         WorkerFailed: a sample cannot be read, because the dataset raised UserError or
             OSError, or a worker process has ended.
     """
@@ -75,8 +76,16 @@ class ExactDataLoader(ShardedBatches):
         augmentation: Callable[[int], Augment | None] | None = None,
         preprocessing: nn.Module | None = None,
     ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"ExactDataLoader cannot read {type(dataset).__name__}, because its samples have "
+                "no numbers.\nUse a map-style Dataset, with __len__ and __getitem__, or PyTorch's "
+                "DataLoader, with which a run is resumed only between epochs."
+            )
+        if num_workers < 0:
+            raise UserError(f"num_workers is {num_workers}; it must be 0 or more.")
         if indices is None:
-            indices = torch.arange(len(dataset))  # type: ignore[arg-type]
+            indices = torch.arange(len(dataset))
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         super().__init__(indices, batch_size, shuffle, rank, world_size)
         self.dataset = dataset
@@ -123,7 +132,7 @@ class ExactDataLoader(ShardedBatches):
     def _requests(
         self, batches: Iterator[Tensor], epoch: int | None = None
     ) -> Iterator["_Request"]:
-        numbers = seeds.of_reads(len(self.dataset), self.seed, epoch)  # type: ignore[arg-type]
+        numbers = seeds.of_reads(len(self.dataset), self.seed, epoch)
         for indices in batches:
             yield indices.tolist(), numbers[indices].tolist()
 

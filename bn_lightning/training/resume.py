@@ -26,6 +26,7 @@ from bn_lightning.training import (
     unfinished_epoch,
 )
 from bn_lightning.training.batches import ExactLoader
+from bn_lightning.training.exact_data_loader import ExactDataLoader
 from bn_lightning.training.losses import NonFiniteLossGuard
 from bn_lightning.training.stopping import StopRequests, is_check_due
 
@@ -65,6 +66,7 @@ class ExactResume(Checkpoint):
         Stopped: a signal or `max_time` stopped the run. The message states what was
             saved. The exit code after `max_time` is 0.
         RunFailed: a loss is NaN or infinite.
+        UserError: the training loader is an `ExactDataLoader` without a trainer.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class ExactResume(Checkpoint):
                 "bn_lightning.ExactDataLoader loads the same Dataset, and is resumed at any batch.",
                 flush=True,
             )
+        _refuse_loader_without_trainer(trainer)
         if self._restored is not None:
             trainer.callback_metrics.update(self._restored["callback_metrics"])
         metrics = unfinished_epoch.metrics_of(pl_module)
@@ -346,6 +349,16 @@ class _FinalSave(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.resume.save_at_end(trainer)
+
+
+def _refuse_loader_without_trainer(trainer: pl.Trainer) -> None:
+    loader = trainer.train_dataloader
+    if isinstance(loader, ExactDataLoader) and loader.trainer is None:
+        raise UserError(
+            "The training loader, an ExactDataLoader, has no trainer. It would return the samples "
+            "of the first epoch in each epoch, to each process, also when the run is resumed.\n"
+            "Create it with ExactDataLoader(..., trainer=self.trainer)."
+        )
 
 
 def _update_model_checkpoint(state: dict[str, Any], dirpath: str | None, step: int) -> None:

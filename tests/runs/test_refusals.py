@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
-from bn_lightning import UserError
+from bn_lightning import ExactDataLoader, UserError
 from bn_lightning.runs import refusals
 from tests.conftest import BRIEF
 
@@ -103,6 +104,22 @@ def test_an_error_in_code_of_the_user_keeps_its_stack_trace(main, tmp_path, name
         main("fit", *BRIEF, f"{CALLBACK}broken_callbacks.{name}")
     assert not isinstance(raised.value, UserError)
     assert not list(tmp_path.glob("runs/lenet/*"))
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise RuntimeError("a mistake in the data set")
+
+
+@pytest.mark.parametrize("loader", [DataLoader, ExactDataLoader])
+def test_an_error_in_a_worker_of_a_loader_is_not_a_setting(loader):
+    with pytest.raises(RuntimeError, match="a mistake in the data set") as raised:
+        list(loader(Broken(), 2, num_workers=1))
+    # As if the framework had called the loader.
+    assert refusals.find(raised.value.with_traceback(raised.tb.tb_next)) is None
 
 
 def test_failures_of_the_machine_and_own_errors_are_not_settings():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, StackDataset
+from torch.utils.data import Dataset, IterableDataset, StackDataset
 
 from bn_lightning.data.preprocessing import Preprocessing
 from bn_lightning.data.transforms import Transforms
@@ -179,6 +179,33 @@ def test_a_sample_that_cannot_be_read_is_named_without_a_trace(num_workers):
     # A bug keeps its type.
     with pytest.raises(KeyError):
         list(ExactDataLoader(Failing(KeyError("x")), 10, num_workers=num_workers))
+
+
+class Stream(IterableDataset):
+    """It has a length, but no sample has a number."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize("dataset", [Stream(), iter([1, 2])])
+def test_samples_without_numbers_are_refused(dataset):
+    message = rf"cannot read {type(dataset).__name__}, because its samples have no numbers"
+    with pytest.raises(UserError, match=message):
+        ExactDataLoader(dataset, 10)
+
+
+def test_a_negative_number_of_workers_is_refused():
+    with pytest.raises(UserError, match="num_workers is -1; it must be 0 or more"):
+        ExactDataLoader(Noisy(), 10, num_workers=-1)
+
+
+def test_any_sequence_is_a_dataset():
+    loader = ExactDataLoader([(i, str(i)) for i in range(7)], 3, num_workers=1)
+    assert [(x.tolist(), y) for x, y in loader][1:] == [([3, 4, 5], ("3", "4", "5")), ([6], ("6",))]
 
 
 def test_a_worker_that_is_killed_ends_the_pass():

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 
-from bn_lightning import Classifier, DataModule, ExactResume, FashionMNIST, WholeCheckpointIO
+from bn_lightning import (
+    Classifier,
+    DataModule,
+    ExactDataLoader,
+    ExactResume,
+    FashionMNIST,
+    UserError,
+    WholeCheckpointIO,
+)
 from bn_lightning.runs import run
 from bn_lightning.training.stopping import Stopped
 from tests.conftest import BRIEF, QUICK, REPOSITORY, needs_all_images, run_here
@@ -420,6 +428,11 @@ def test_any_module_with_any_loader_is_saved_and_resumed(tmp_path, capsys):
     fit_line(tmp_path, 1)
     assert fit_line(tmp_path, 3, tmp_path / "checkpoints/last.ckpt") == uninterrupted
     assert global_step_of(tmp_path) == 15
+
+
+def test_an_exact_loader_without_a_trainer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no trainer.*\n.*trainer=self.trainer"):
+        fit_line(tmp_path, 1, loader=ExactDataLoader(rows_of_a_line(), 8, shuffle=True))
 
 
 class Noisy(Dataset):
