@@ -1,14 +1,10 @@
 """All commands with another project: a table, no classes, no images, a metric to minimize.
 
-The project is tests/projects/friedman. The package does not refer to it.
+The project is tests/projects/friedman. The package does not refer to it. Its data are tensors;
+tests/test_own_task.py has a project with a Dataset, which is killed and trained by two processes.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ import torch
 import yaml
 from scipy import stats
 
-from tests.conftest import PROJECTS, assert_same_weights, command, on_cpu, run_here, weights
+from tests.conftest import PROJECTS, run_here
 
 EXPERIMENT = "friedman.experiment:EXPERIMENT"
 BEST = "runs/friedman/0/checkpoints/best.ckpt"
@@ -120,59 +116,6 @@ def test_a_run_is_not_resumed_with_other_rows(friedman):
     code, _, err = friedman(*again, "--data.rows", 999)
     assert code == 2
     assert "was trained on other data (source formula)" in err and "--data.rows 1000" in err
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_identically(tmp_path):
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    uninterrupted.mkdir(), killed.mkdir()
-    settings = ("fit", "--trainer.max_epochs", 12, "--checkpoint.every_n_train_steps", 1)
-    run_here(*settings, cwd=uninterrupted, module="friedman")
-
-    last = killed / "runs/friedman/0/checkpoints/last.ckpt"
-    run = subprocess.Popen(
-        [sys.executable, "-m", "friedman", *on_cpu(settings)],
-        cwd=killed,
-        env={**os.environ, "PYTHONPATH": str(PROJECTS)},
-        stdout=subprocess.DEVNULL,
-    )
-    while not last.exists() and run.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    done = run_here("fit", "--resume", "runs/friedman/0", cwd=killed, module="friedman")
-    assert "Resuming from step " in done.stdout
-
-    assert_same_weights(uninterrupted / "runs/friedman/0/checkpoints/last.ckpt", last)
-    results = [result_of(cwd / "runs/friedman/0") for cwd in (uninterrupted, killed)]
-    for result in results:
-        for name in ("images_per_second", "train_seconds", "resumed_at_steps"):
-            result.pop(name)
-    assert results[0] == results[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path):
-    folders = []
-    for devices in (1, 2):
-        cwd = tmp_path / str(devices)
-        cwd.mkdir()
-        # 1,000 rows in batches of 63 leave 55, an uneven pair of shards.
-        settings = ("--trainer.devices", devices, "--trainer.sync_batchnorm", "true")
-        settings += ("--trainer.precision", "64-true", "--data.batch_size", 63)
-        # AdamW would turn the rounding errors of the bias before the norm into whole steps.
-        settings += ("--model.optimizer", "SGD", "--model.lr", 0.01)
-        fit = command if devices > 1 else run_here
-        fit("fit", *settings, cwd=cwd, module="friedman")
-        folders.append(cwd / "runs/friedman/0")
-    one, two = (weights(folder / "checkpoints/last.ckpt") for folder in folders)
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-9)
-    one, two = map(result_of, folders)
-    assert two["processes"] == 2
-    for name in ("train_loss", "train_rmse", "train_r2", "val_rmse", "test_rmse", "test_r2"):
-        assert one[name] == pytest.approx(two[name], rel=2e-6), name  # metrics are float32
 
 
 def test_compare_has_a_metric_to_minimize_and_folds(friedman, tmp_path):
