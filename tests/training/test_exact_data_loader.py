@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +22,7 @@ from bn_lightning.training.batches import Epoch, TensorBatches
 from bn_lightning.training.exact_data_loader import ExactDataLoader
 from bn_lightning.training.worker_processes import WorkerFailed
 from tests.conftest import REPOSITORY
+from tests.support.runs import is_running
 
 
 class Noisy(Dataset):
@@ -259,11 +259,3 @@ def test_no_worker_outlives_a_parent_that_is_killed():
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.05)
-
-
-def is_running(process):
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
