@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from bn_lightning.training.batches import Augment, Epoch, ShardedBatches
 from bn_lightning.training.worker_processes import (
     ADVICE,
     SHARED_MEMORY_IS_FULL,
+    START_METHOD,
     WorkerFailed,
     ending_with,
     init_worker,
@@ -117,9 +119,9 @@ class ExactDataLoader(ShardedBatches):
         epoch = self.current_epoch()
         reader = _Reader(self.dataset, self.collate_fn, epoch.augment)
         requests = self._requests(self._shards(epoch.order, epoch.first), epoch.number)
-        num_workers = min(self.num_workers, len(self) - epoch.first)
-        if num_workers > 0:
-            batches = self._read_by_workers(reader, requests, num_workers)
+        num_batches = len(self) - epoch.first
+        if self.num_workers > 0 and num_batches > 0:
+            batches = self._read_by_workers(reader, requests, num_batches)
         else:
             batches = map(reader.read_here, requests)
         for batch in batches:
@@ -137,7 +139,7 @@ class ExactDataLoader(ShardedBatches):
             yield indices.tolist(), numbers[indices].tolist()
 
     def _read_by_workers(
-        self, reader: "_Reader", requests: Iterator["_Request"], num_workers: int
+        self, reader: "_Reader", requests: Iterator["_Request"], num_batches: int
     ) -> Iterator[Any]:
         with warnings.catch_warnings():
             # The number of workers is the user's choice, even if there are fewer cores.
@@ -148,15 +150,20 @@ class ExactDataLoader(ShardedBatches):
                 batch_size=None,
                 sampler=requests,
                 collate_fn=_unchanged,
-                num_workers=num_workers,
+                num_workers=min(self.num_workers, num_batches),
                 worker_init_fn=init_worker,
+                multiprocessing_context=START_METHOD,
                 pin_memory=self.device.type == "cuda",
                 # PyTorch would otherwise take a number from the global generator.
                 generator=torch.Generator(),
             )
             started = iter(loader)
         with ending_with(started) as batches:
-            yield from batches
+            yield from islice(batches, num_batches - 1)
+            last = next(batches)
+        # Lightning does not ask for a batch after the last one. The workers would last until
+        # the next epoch, and need memory during the validation.
+        yield last
 
     def _preprocessed(self, batch: Any) -> Any:
         if isinstance(batch, _Failure):

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from typing import Any
 
 from bn_lightning.errors import RunFailed
@@ -13,6 +15,9 @@ from bn_lightning.errors import RunFailed
 # These signals ask a run to stop. A terminal or SLURM sends them to all processes, but
 # only the training process can save and stop.
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+# A forked worker starts at once. In a process of a study, the default would be its fork server,
+# and each worker would import PyTorch again, in each epoch.
+START_METHOD = "fork" if sys.platform == "linux" else None
 SHARED_MEMORY_IS_FULL = "The shared memory of the worker processes, /dev/shm, is too small or full."
 ADVICE = (
     "Use fewer workers or smaller batches. Workers pass batches through shared memory; with 0 "
@@ -50,6 +55,9 @@ def ending_with(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
         WorkerFailed: a worker has ended by itself.
     """
     workers = list(batches._workers)  # type: ignore[attr-defined]
+    # Python waits for the workers when this process ends, also within the block. They end
+    # earlier than their queues, which have priority 10.
+    end = Finalize(None, _end, (batches, workers), exitpriority=20)
     try:
         yield batches
     except RuntimeError as error:
@@ -58,10 +66,14 @@ def ending_with(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
             raise
         raise WorkerFailed(f"{_cause(workers, what)}\n{ADVICE}") from error
     finally:
-        batches._shutdown_workers()  # type: ignore[attr-defined]
-        for worker in workers:
-            # PyTorch sends SIGTERM to a worker that still reads. It is ignored.
-            worker.kill()
+        end()
+
+
+def _end(batches: Any, workers: list[Any]) -> None:
+    batches._shutdown_workers()
+    for worker in workers:
+        # PyTorch and Python send SIGTERM to a worker that still reads. It is ignored.
+        worker.kill()
 
 
 def _cause(workers: list[Any], message: str) -> str:

@@ -43,19 +43,30 @@ def write_links(photographs: list[Path], folder: Path, count: int) -> None:
         link.hardlink_to(photograph)
 
 
-def memory_of(session: int) -> tuple[int, int]:
-    """Return the PSS of all processes of a session in KiB, and that without files."""
-    total = without_files = 0
+def processes_of(session: int) -> list[Path]:
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        # A process may end at any time.
         with contextlib.suppress(OSError):
-            if os.getsid(int(process.name)) != session:
-                continue
+            if os.getsid(int(process.name)) == session:
+                found.append(process)
+    return found
+
+
+def memory_of(session: int) -> tuple[int, int]:
+    """Return the PSS of all processes of a session in KiB, and that without files.
+
+    Both are 0 if a process starts or ends meanwhile: the shares of the others change, and
+    memory would be counted twice.
+    """
+    processes = processes_of(session)
+    total = without_files = 0
+    with contextlib.suppress(OSError):
+        for process in processes:
             lines = (process / "smaps_rollup").read_text().splitlines()[1:]
             sizes = {name: int(size.split()[0]) for name, size in (x.split(":") for x in lines)}
             total += sizes["Pss"]
             without_files += sizes["Pss"] - sizes["Pss_File"]
-    return total, without_files
+    return (total, without_files) if processes_of(session) == processes else (0, 0)
 
 
 def peak_memory(folder: Path, side: int, workers: int) -> tuple[float, float]:

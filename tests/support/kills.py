@@ -1,16 +1,20 @@
 """Kill runs at random times, resume them, and compare the outcome with an uninterrupted run.
 
     python -m tests.support.kills --folder FOLDER [--kills 50] [--processes 1] [--writing 0]
-        [--seed 0] [settings of fit]
+        [--seed 0] [--pictures] [settings of fit]
 
 Each trial trains for 2 epochs on the sample and uses every feature that has a state: augmentation,
 dropout, gradient accumulation, OneCycleLR, averaged weights, validation within the epoch, bfloat16.
 The run is killed with SIGKILL after a random time, up to three times in a row, and then finishes.
 Weights, optimizer, scheduler, curves and result.json are compared bit for bit. With --writing N, N
 more runs are killed while they write a checkpoint.
+
+With --pictures, a residual network is trained on a folder of colour JPEGs that 2 worker processes
+read. The runs are resumed with 0, 2 and 4 of them in turn.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -23,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.photographs import write_photographs
 from tests.support.logs import events_in
 from tests.support.processes import start_command
 
@@ -54,6 +59,16 @@ SETTINGS = (
     *("--trainer.callbacks.decay", "0.9", "--trainer.callbacks.use_buffers", "false"),
     *("--checkpoint.every_n_train_steps", "5"),
 )
+CROP = {"name": "RandomCrop", "args": {"size": 32, "padding": 4}}
+# Added to SETTINGS, or in place of them.
+SETTINGS_OF_PICTURES = (
+    *("--data.source", "auto", "--data.dataset", "folder", "--data.resize", "32"),
+    *("--data.augment", json.dumps([CROP, TRANSFORMS[1], {"name": "RandomVerticalFlip"}])),
+    *("--data.normalize", "true", "--data.workers", "2"),
+    *("--model.network", "resnet", "--model.network_args.depth", "8"),
+    *("--model.network_args.width", "4"),
+)
+WORKERS_WHEN_RESUMED = (0, 2, 4)
 MEASURED = ("images_per_second", "train_seconds", "resumed_at_steps", "commit")
 
 
@@ -193,18 +208,23 @@ def run_uninterrupted(cwd, settings):
     return outcome(cwd / "runs/lenet/0"), time.monotonic() - started
 
 
-def kill_at_random(cwd, settings, rng, duration):
-    """Kill a run up to three times, let it finish, and return the number of kills."""
+def kill_at_random(cwd, settings, rng, duration, when_resumed):
+    """Kill a run up to three times, let it finish, and return the number of kills.
+
+    Args:
+        when_resumed: iterator of more settings, for each process but the first one.
+    """
     prepare(cwd)
-    kills = 0
+    kills, more = 0, ()
     for _ in range(rng.choice((1, 1, 2, 3))):
         before = (cwd / "log").stat().st_size if (cwd / "log").exists() else 0
-        run = start(cwd, *settings)
+        run = start(cwd, *settings, *more)
         while run.poll() is None and b"run folder" not in (cwd / "log").read_bytes()[before:]:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, duration))
         kills += kill(run)
-    finish(cwd, *settings)
+        more = next(when_resumed)
+    finish(cwd, *settings, *more)
     return kills
 
 
@@ -223,10 +243,20 @@ def main():
     parser.add_argument("--writing", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--folder", type=Path, required=True)
     args, given = parser.parse_known_args()
     several = ("--trainer.devices", args.processes) if args.processes > 1 else ()
-    settings = (*SETTINGS, *several, *given)
+    settings = (*SETTINGS, *several)
+    when_resumed = itertools.repeat(())
+    if args.pictures:
+        path = args.folder.absolute() / "pictures"
+        write_photographs(path, 800, width=60, height=45)
+        # All runs share the result of the check.
+        where = ("--data.dataset_args.path", path, "--data.root", path.with_name("data"))
+        settings = (*settings, *SETTINGS_OF_PICTURES, *where)
+        when_resumed = itertools.cycle([("--data.workers", n) for n in WORKERS_WHEN_RESUMED])
+    settings = (*settings, *given)
     rng = random.Random(args.seed)
     truth, duration = run_uninterrupted(args.folder / "uninterrupted", settings)
     print(f"uninterrupted: {duration:.1f} s after setup", flush=True)
@@ -234,7 +264,7 @@ def main():
     kills, found = 0, []
     while kills < args.kills:
         cwd = args.folder / f"kill-{len(found) + 1}"
-        kills += kill_at_random(cwd, settings, rng, duration)
+        kills += kill_at_random(cwd, settings, rng, duration, when_resumed)
         found.append(compare(cwd, truth))
         result = json.loads((last_folder(cwd) / "result.json").read_text())
         at = result["resumed_at_steps"] or "none"

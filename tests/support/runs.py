@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,15 @@ def wait_until_it_trains(run, cwd):
         time.sleep(0.01)
         if last.exists() and first is None:
             first = last.stat().st_mtime_ns
+
+
+def is_running(process):
+    """Return whether a process exists and is not a zombie."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def in_namespaces(which, script, cwd, timeout=120):

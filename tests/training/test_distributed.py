@@ -1,6 +1,7 @@
 """A run on several processes or machines is equal to the run on one process."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 
+from tests.benchmarks.photographs import write_photographs
 from tests.conftest import QUICK, command, run_here, weights
 from tests.support.logs import events_in
 from tests.support.runs import begin, result_of
@@ -71,6 +73,27 @@ def test_a_residual_network_is_trained_as_in_one_process(tmp_path):
     )
     one, two = (
         run(tmp_path, str(n), *settings, "--trainer.max_steps", 40, "--trainer.devices", n)
+        for n in (1, 2)
+    )
+    assert_the_same(one, two)
+
+
+@pytest.mark.slow
+def test_pictures_of_a_folder_are_those_of_one_process(tmp_path):
+    """Read by 2 workers in one process, and by 1 in each of two."""
+    write_photographs(tmp_path / "pictures", 300, width=60, height=45)
+    crop = {"name": "RandomCrop", "args": {"size": 32, "padding": 4}}
+    jitter = {"name": "ColorJitter", "args": {"brightness": 0.3, "contrast": 0.3}}
+    settings = (
+        *("--data.source", "auto", "--data.dataset", "folder", "--data.resize", 32),
+        *("--data.dataset_args.path", "pictures", "--data.batch_size", 50),
+        *("--data.augment", json.dumps([crop, jitter])),
+        *("--model.network", "resnet", "--model.network_args.depth", 8),
+        *("--model.network_args.width", 4, "--model.lr", 0.05, "--trainer.max_steps", 15),
+        *("--trainer.strategy", "ddp"),
+    )
+    one, two = (
+        run(tmp_path, str(n), *settings, "--trainer.devices", n, "--data.workers", 3 - n)
         for n in (1, 2)
     )
     assert_the_same(one, two)

@@ -1,12 +1,13 @@
 """Batches of a Dataset are the same for any number of workers and ranks, and from any position."""
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from bn_lightning.training.batches import Epoch, TensorBatches
 from bn_lightning.training.exact_data_loader import ExactDataLoader
 from bn_lightning.training.worker_processes import WorkerFailed
 from tests.conftest import REPOSITORY
+from tests.support.runs import is_running
 
 
 class Noisy(Dataset):
@@ -213,6 +215,40 @@ def test_a_worker_that_is_killed_ends_the_pass():
         list(ExactDataLoader(Failing(signal.SIGKILL), 10, num_workers=2))
 
 
+def test_workers_end_with_the_last_batch():
+    """Lightning asks for no batch after it, and keeps the iterator until the next epoch."""
+    others = {*multiprocessing.active_children()}
+    batches = iter(ExactDataLoader(Noisy(), 20, num_workers=2))
+    next(batches)
+    workers = {*multiprocessing.active_children()} - others
+    assert len(workers) == 2
+    assert [len(batch["name"]) for batch in islice(batches, 2)] == [20, 13]
+    assert not workers & {*multiprocessing.active_children()}
+
+
+UNFINISHED = []
+
+
+def leave_a_pass_unfinished():
+    # As in a process of a study.
+    multiprocessing.set_start_method("forkserver", force=True)
+    UNFINISHED.append(iter(ExactDataLoader(Noisy(), 10, num_workers=2)))
+    next(UNFINISHED[0])
+    kinds = {type(process).__name__ for process in multiprocessing.active_children()}
+    assert kinds == {"ForkProcess"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
+def test_a_process_can_end_within_a_pass():
+    """Python ends the workers of such a process by SIGTERM, which they ignore, and waits."""
+    process = multiprocessing.get_context("fork").Process(target=leave_a_pass_unfinished)
+    process.start()
+    process.join(timeout=60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0
+
+
 def test_workers_ignore_the_signals_that_stop_a_run():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         assert list(ExactDataLoader(Failing(number), 10, num_workers=1))[5].tolist() == [50, 51, 52]
@@ -250,11 +286,3 @@ def test_no_worker_outlives_a_parent_that_is_killed():
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.05)
-
-
-def is_running(process):
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"

@@ -284,9 +284,16 @@ def test_a_resumed_run_logs_each_step_exactly_once(main, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # eight or more runs
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_runs_resume_bit_identically(tmp_path, processes):
-    settings = ("--kills", "3", "--writing", "2", "--processes", str(processes))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(("--kills", "3", "--writing", "2"), id="1"),
+        pytest.param(("--kills", "3", "--writing", "2", "--processes", "2"), id="2"),
+        # With this seed, the first run is killed twice.
+        pytest.param(("--kills", "1", "--pictures", "--seed", "5"), id="pictures"),
+    ],
+)
+def test_killed_runs_resume_bit_identically(tmp_path, settings):
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.kills", *settings, "--folder", tmp_path],
         capture_output=True,

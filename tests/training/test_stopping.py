@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -13,8 +14,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from bn_lightning.errors import RunFailed
 from bn_lightning.training import stopping
 from bn_lightning.training.stopping import Stopped, StopRequests
+from tests.benchmarks.photographs import write_photographs
 from tests.conftest import BRIEF, run_here
-from tests.support.runs import begin, posix, result_of, wait_until_it_trains
+from tests.support.runs import begin, is_running, posix, result_of, wait_until_it_trains
 
 
 @posix
@@ -33,6 +35,39 @@ def test_a_signal_stops_the_run_after_the_current_step(tmp_path, number, process
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     assert_saved(tmp_path, number, run.returncode, out, err)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_run(tmp_path, number):
+    """A terminal sends SIGINT to all processes of the run."""
+    write_photographs(tmp_path / "pictures", 200, width=60, height=45)
+    folder = ("--data.source", "auto", "--data.dataset", "folder", "--data.workers", 2)
+    path = ("--data.dataset_args.path", "pictures", "--data.resize", 28, "--data.batch_size", 20)
+    every = ("--checkpoint.every_n_train_steps", 1)
+    run = begin(tmp_path, *folder, *path, "--model.network", "resnet", *every)
+    wait_until_it_trains(run, tmp_path)
+    workers = wait_for_workers(run.pid)
+    if number == signal.SIGKILL:
+        run.kill()
+    else:
+        os.killpg(run.pid, number)
+    out, err = run.communicate(timeout=60)
+    time.sleep(2 if number == signal.SIGKILL else 0)
+    assert not any(map(is_running, workers))
+    if number != signal.SIGKILL:
+        assert_saved(tmp_path, number, run.returncode, out, err)
+
+
+def wait_for_workers(pid):
+    """Return the ids of two worker processes, which are the children of a run."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if len(found) == 2:
+            return found
+    raise AssertionError("the run has no workers")
 
 
 def assert_saved(tmp_path, number, code, out, err):
