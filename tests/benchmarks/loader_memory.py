@@ -3,7 +3,7 @@
     python tests/benchmarks/loader_memory.py [--pictures 2000 20000] [--resize 128] [--workers 2]
 
 Each folder has hard links to the same 200 JPEGs. All of them are listed, checked and split.
-A run trains a small network for a few steps, and evaluates it on all validation and test
+A run trains a small network for one epoch, and evaluates it on all validation and test
 pictures.
 
 The memory is the proportional set size (PSS), summed over all processes of the run. The
@@ -30,7 +30,7 @@ SETTINGS = (
     *("--model.network", "resnet", "--model.network_args.depth", "8"),
     *("--model.network_args.width", "4", "--data.batch_size", "64", "--data.normalize", "true"),
     *("--data.flip", "true", "--data.augment", '[{"name": "ColorJitter"}]'),
-    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "10"),
+    *("--trainer.max_epochs", "1"),
     *("--trainer.accelerator", "cpu", "--data.dataset", "folder"),
 )
 
