@@ -39,8 +39,9 @@ class ExactDataLoader(ShardedBatches):
                 self.train_set, self.batch_size, shuffle=True, num_workers=2, trainer=self.trainer
             )
 
-    The workers are started for each epoch. They ignore the signals that stop a run, and
-    end with their parent.
+    The workers are started for each epoch, and end before its last batch is returned.
+    They ignore the signals that stop a run, and end with their parent. On Linux, they are
+    forked.
 
     Args:
         dataset: `dataset[i]` returns sample i, for example a tuple (input, target). Its
