@@ -190,11 +190,7 @@ class ImageData(DataModule):
     def _use(self, images: LabelledImages) -> None:
         found = images.facts()
         known = getattr(self, "facts", found)
-        if known.shape != found.shape:
-            raise UserError(
-                f"The images of the data set {self.dataset.name!r} have {found.shape}, but the "
-                f"network is for {known.shape}.\nUse the data with which the network was trained."
-            )
+        known.refuse_other(found, self.dataset.name)
         if not known.mean:
             known = found
         # For images in files, this takes a pass over all of them.

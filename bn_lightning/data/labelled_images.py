@@ -27,6 +27,7 @@ EXPECTED = (
 CHANNELS = (1, 3, 4)
 # Pixels that are converted to float64 at a time. They fit into the cache of a CPU.
 CHUNK = 65_536
+MAX_NAMED = 10  # classes in a message
 
 
 class DataError(UserError):
@@ -66,6 +67,32 @@ class Facts:
             f"{height}x{width} pixels, {self.in_channels} channel{'s' * (self.in_channels > 1)}, "
             f"{self.num_classes} classes"
         )
+
+    def refuse_other(self, found: "Facts", name: str) -> None:
+        """Refuse images for which the network was not trained.
+
+        Args:
+            found: the facts of the images.
+            name: name of the data set.
+
+        Raises:
+            UserError: size, channels or classes differ.
+        """
+        if self.shape != found.shape:
+            raise UserError(
+                f"The images of the data set {name!r} have {found.shape}, but the network is for "
+                f"{self.shape}.\nUse the data with which the network was trained."
+            )
+        if self.classes and tuple(self.classes) != found.classes:
+            raise UserError(
+                f"The data set {name!r} has the classes {_listed(found.classes)}, but the network "
+                f"is for {_listed(self.classes)}.\nUse data with the same classes."
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

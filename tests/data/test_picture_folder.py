@@ -149,6 +149,14 @@ def test_another_list_of_files_is_other_data(here):
         set_up().refuse_other_data(checkpoint)
 
 
+def test_a_network_is_not_used_for_other_classes(here):
+    write(here / "pictures", dict.fromkeys(CLASSES, 12))
+    facts = set_up().hparams["facts"]
+    (here / "pictures/bee").rename(here / "pictures/dog")
+    with pytest.raises(UserError, match=r"classes ant, cat, dog, but the network is for ant, b"):
+        set_up(facts=facts)
+
+
 @pytest.mark.parametrize("args", [{}, {"path": "pictures", "size": 3}, {"folder": "pictures"}])
 def test_the_only_argument_is_the_path(args):
     with pytest.raises(UserError, match=r"(?s)needs the path of a folder.*dataset_args\.path pic"):
