@@ -64,6 +64,7 @@ def find(path: Path) -> PictureFolder:
     if TRAIN in top:
         names = {part: listing.folders(part) for part in (TRAIN, VAL, TEST) if part in top}
         beside = [as_text(name) for name in top if name not in names]
+        _refuse_misspelt_parts(path, beside)
         if beside:
             listing.ignored[f"{BESIDE} ({_enumerated(beside)})"] = len(beside)
     else:
@@ -181,6 +182,15 @@ def _refuse_other_than_folder(path: Path) -> None:
         raise DataError(
             f"{_shown(path)!r} is a file, not a folder. Unpack it if it is an archive.\n"
             + _layout(path)
+        )
+
+
+def _refuse_misspelt_parts(path: Path, names: Sequence[str]) -> None:
+    like_parts = [name for name in names if name.lower() in LIKE_PARTS]
+    if like_parts:
+        raise DataError(
+            f"{_shown(path)!r} has the folder {like_parts[0]}/ beside train/, which is not used.\n"
+            f"Rename it to val/ or test/, or move it.\n{_layout(path)}"
         )
 
 

@@ -1,6 +1,5 @@
 """The data module of labelled images, in memory or in files."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,9 +25,9 @@ from bn_lightning.errors import UserError
 from bn_lightning.training.batches import Augment, ShardedBatches
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.exact_data_loader import ExactDataLoader
+from bn_lightning.training.worker_processes import default_workers
 
 MOVED = DataModule.fixed_settings["seed"]
-MAX_WORKERS = 8
 
 
 class ImageData(DataModule):
@@ -174,8 +173,6 @@ class ImageData(DataModule):
         self.preprocessing: Preprocessing = Preprocessing(*arguments)
         self.hparams["facts"] = asdict(facts)
 
-    # Reading
-
     def prepare_data(self) -> None:
         """Find or download the data and verify them.
 
@@ -240,9 +237,7 @@ class ImageData(DataModule):
         """The number of processes that read images for this process."""
         if self.dataset.workers is not None:
             return self.dataset.workers
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-        num_processes = self.trainer.num_devices if self.trainer else 1
-        return max(1, min(MAX_WORKERS, num_cores // num_processes))
+        return default_workers(self.trainer.num_devices if self.trainer else 1)
 
     def train_dataloader(self) -> ShardedBatches:
         images = self._loaded
@@ -343,6 +338,16 @@ class ImageData(DataModule):
     def identity_in(cls, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         # Version 0.1.0 had only this data set.
         return super().identity_in(checkpoint) or dict(checkpoint.get("FashionMNIST") or {})
+
+    def refuse_other_data(self, checkpoint: Mapping[str, Any]) -> None:
+        super().refuse_other_data(checkpoint)
+        if self._loaded.splits_test and self.identity_in(checkpoint) != self.identity():
+            raise UserError(
+                f"The files in {str(self._loaded.folder)!r} are not those of the training. The "
+                "test set is split off them, so it may now contain training images.\n"
+                "Use the folder as it was, or put images that were not used for training in test/, "
+                "and the others in train/."
+            )
 
     def class_counts(self) -> Tensor:
         labels = self._loaded.train_labels[self.train_indices]

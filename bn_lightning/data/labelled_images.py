@@ -112,6 +112,8 @@ class LabelledImages:
             None if these are all.
         val: images and labels for validation; None if they are split off the training
             images.
+        splits_test: whether the test images are split off the same files as the training
+            images.
         mean, std: see `Facts`; empty if they are not known yet.
         notes: what was split off or left out, for the console.
         test_names: names of the test images, such as their files; empty for their
@@ -128,6 +130,7 @@ class LabelledImages:
     folder: Path | None = None
     num_whole: int | None = None
     val: tuple[Images, Tensor] | None = None
+    splits_test: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()

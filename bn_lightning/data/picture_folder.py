@@ -86,8 +86,6 @@ def load(
     train, test = folders.with_test(found, test_images, seed)
     parts = [part for part in (train, test, found.val) if part is not None]
     notes = [f"ignored {reason}: {count:,}" for reason, count in found.ignored.items()]
-    if found.test is None:
-        notes.insert(0, f"{len(test.names):,} images are split off as the test set")
     # One pass over all parts has one progress bar.
     all_names = Part.joined(parts)
     checked = checked_pictures.check(path, all_names, side, channels, root, num_workers)
@@ -101,6 +99,8 @@ def load(
     masks = np.split(is_good, ends[:-1])
     good = [part.select(mask) for part, mask in zip(parts, masks, strict=True)]
     folder_parts.refuse_empty_classes(path, found.classes, good[0])
+    if found.test is None:
+        notes.insert(0, f"{len(good[1].names):,} images are split off as the test set")
     mean, std = checked_pictures.mean_and_std(checked.sums[: ends[0]][masks[0]], side * side)
     images = [PictureFiles(path, part.names, side, channels) for part in good]
     return LabelledImages(
@@ -113,6 +113,7 @@ def load(
         sha256=folder_parts.checksum(found.classes, good),
         folder=path,
         val=None if found.val is None else (images[2], good[2].labels),
+        splits_test=found.test is None,
         mean=mean,
         std=std,
         notes=tuple(notes),

@@ -15,6 +15,7 @@ from bn_lightning.errors import RunFailed
 # These signals ask a run to stop. A terminal or SLURM sends them to all processes, but
 # only the training process can save and stop.
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+MAX_WORKERS = 8  # by default
 # A forked worker starts at once. In a process of a study, the default would be its fork server,
 # and each worker would import PyTorch again, in each epoch.
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -27,6 +28,14 @@ ADVICE = (
 
 class WorkerFailed(RunFailed):
     """A sample could not be read, or a worker process has ended."""
+
+
+def default_workers(num_processes: int) -> int:
+    """Return the number of workers for each of the training processes of this machine."""
+    # This is the number of cores that this process may use.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, num_cores // num_processes))
 
 
 def init_worker(worker_id: int) -> None:

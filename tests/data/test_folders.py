@@ -72,14 +72,14 @@ def test_the_same_files_and_classes_are_found_as_by_torchvision(tmp_path, monkey
 def test_what_is_ignored_is_counted_and_folders_beside_the_parts_are_named(tmp_path):
     make(tmp_path, "train/a/1.jpg", "train/b/1.png", "README.md", "train/list.csv", ".git/x.jpg")
     make(tmp_path, "train/a/.DS_Store", "train/a/.ipynb_checkpoints/1.jpg", "train/.cache/a/1.jpg")
-    make(tmp_path, "train/b/notes.txt", "train/b/deep/jpg", "valid/a/1.jpg", "old/x.jpg")
+    make(tmp_path, "train/b/notes.txt", "train/b/deep/jpg", "raw/a/1.jpg", "old/x.jpg")
     os.mkfifo(tmp_path / "train/a/pipe.jpg")
     (tmp_path / "train/a/folder.jpg").mkdir()
     found = folders.find(tmp_path)
     assert names(found.train) == ["train/a/1.jpg", "train/b/1.png"]
     assert found.val is None and found.test is None
     assert found.ignored == {
-        folders.BESIDE + " (old, valid)": 2,
+        folders.BESIDE + " (old, raw)": 2,
         "hidden files and folders": 4,
         "files outside of class folders": 2,
         "files without the suffix of a picture": 3,
@@ -389,3 +389,10 @@ def test_classes_without_training_pictures_are_named(tmp_path):
     refuse_empty_classes(tmp_path, found.classes, found.train)
     with pytest.raises(DataError, match="without a training picture: 'a', 'c'"):
         refuse_empty_classes(tmp_path, found.classes, found.train.select(np.array([1, 2])))
+
+
+@pytest.mark.parametrize("name", ["Test", "valid", "TESTING"])
+def test_a_misspelt_part_is_refused(tmp_path, name):
+    make(tmp_path, "train/a/1.jpg", "train/b/1.jpg", f"{name}/a/2.jpg")
+    with pytest.raises(DataError, match=rf"(?s)has the folder {name}/ beside train/.*Rename it"):
+        folders.find(tmp_path)

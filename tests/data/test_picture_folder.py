@@ -1,8 +1,11 @@
 """The data set `folder`: parts, facts and batches."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageOps
 
 from bn_lightning import ImageData, UserError
@@ -145,8 +148,19 @@ def test_another_list_of_files_is_other_data(here):
     set_up(here / "moved").refuse_other_data(checkpoint)
     (here / "moved").rename(here / "pictures")
     paths[5].unlink()
+    data = set_up()
     with pytest.raises(UserError, match=r"values differ: sha256, images test 3 \(now 2\)"):
-        set_up().refuse_other_data(checkpoint)
+        data.refuse_other_data(checkpoint)
+    # Images that were trained on could now be in the test set.
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))
+    with pytest.raises(UserError, match=r"files in .pictures. are not those of the training"):
+        data.refuse_other_data(checkpoint)
+    # Test images of their own are not split off.
+    for part in ("train", "test"):
+        write(here / "other" / part, dict.fromkeys(CLASSES, 2))
+    data = set_up("other")
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))
+    data.refuse_other_data(checkpoint)
 
 
 def test_a_network_is_not_used_for_other_classes(here):
