@@ -49,6 +49,13 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def enumerated(names: Iterable[str], limit: int) -> str:
+    """Return names, separated by commas, and the number of those after the first `limit`."""
+    names = list(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], folds: int = 0) -> str:
     """Return a table as text. The header is bold on a terminal unless NO_COLOR is set.
 

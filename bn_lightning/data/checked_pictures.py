@@ -20,6 +20,7 @@ from tqdm import tqdm
 from bn_lightning.data import pictures
 from bn_lightning.data.folder_parts import Part
 from bn_lightning.data.labelled_images import DataError, PerChannel, mean_and_std_of, pixel_sums
+from bn_lightning.data.picture_files import PictureFiles
 from bn_lightning.data.torchvision_sets import locked
 from bn_lightning.training.checkpoints import write_atomically
 from bn_lightning.training.exact_data_loader import ExactDataLoader
@@ -82,7 +83,8 @@ def check(
         except DataError as error:
             results.do_not_keep(error)
         waiting = np.flatnonzero(~results.is_good)
-        found = _read(folder, part.names, side, channels, waiting, num_workers)
+        files = PictureFiles(folder, part.names, side, channels)
+        found = _read(files, waiting, num_workers)
         try:
             for index, result in zip(waiting.tolist(), found, strict=True):
                 if isinstance(result, str):
@@ -193,15 +195,13 @@ def _file(folder: Path, side: int, channels: int, root: Path) -> Path:
     return root / "checked" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npz"
 
 
-def _read(
-    folder: Path, names: np.ndarray, side: int, channels: int, indices: np.ndarray, num_workers: int
-) -> Iterator[np.ndarray | str]:
+def _read(files: PictureFiles, indices: np.ndarray, num_workers: int) -> Iterator[np.ndarray | str]:
     """Read pictures in the order of `indices`, and yield the sums of each, or why it is broken."""
     # Another process may have read all.
     if not len(indices):
         return
     loader = ExactDataLoader(
-        _Reader(folder, names, side, channels),
+        _Reader(files),
         CHUNK,
         num_workers=num_workers,
         collate_fn=list,
@@ -213,22 +213,19 @@ def _read(
             progress.update(len(results))
 
 
-@dataclass(frozen=True)
 class _Reader(Dataset[Any]):
     """Reads a picture, and returns its sums, int64 (C, 2), or the reason why it is broken."""
 
-    folder: Path
-    names: np.ndarray
-    side: int
-    channels: int
+    def __init__(self, files: PictureFiles) -> None:
+        self.files = files
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray | str:
-        path = self.folder / os.fsdecode(self.names[index])
         try:
-            picture = pictures.read_as(path, (self.side, self.side), self.channels)
+            pixels = self.files[index]
         except pictures.PictureError as error:
+            path = self.files.path(index)
             return str(error).removeprefix(f"{path}: ").partition("\n")[0]
-        return pixel_sums(picture.pixels.unsqueeze(0))
+        return pixel_sums(pixels.unsqueeze(0))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bn_lightning.data.labelled_images import DataError
+from bn_lightning.terminal import enumerated
 
 MAX_NAMED = 8  # classes in a message
 
@@ -63,10 +64,9 @@ def refuse_empty_classes(path: Path, classes: Sequence[str], train: Part) -> Non
     counts = train.labels.bincount(minlength=len(classes))
     empty = [repr(name) for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     if empty:
-        more = f" and {len(empty) - MAX_NAMED:,} more" if len(empty) > MAX_NAMED else ""
         raise DataError(
             f"Classes of {str(path)!r} without a training picture: "
-            f"{', '.join(empty[:MAX_NAMED])}{more}.\n"
+            f"{enumerated(empty, MAX_NAMED)}.\n"
             "They have too few pictures that can be read, or all are test pictures. Add pictures, "
             "or remove the folders of these classes."
         )

@@ -14,6 +14,7 @@ from bn_lightning.data.folder_parts import Part
 from bn_lightning.data.labelled_images import DataError
 from bn_lightning.data.splits import stratified_split
 from bn_lightning.errors import UserError
+from bn_lightning.terminal import enumerated
 
 TRAIN, VAL, TEST = "train", "val", "test"
 # Folders of these names, in any case, are probably parts and not classes.
@@ -66,7 +67,7 @@ def find(path: Path) -> PictureFolder:
         beside = [as_text(name) for name in top if name not in names]
         _refuse_misspelt_parts(path, beside)
         if beside:
-            listing.ignored[f"{BESIDE} ({_enumerated(beside)})"] = len(beside)
+            listing.ignored[f"{BESIDE} ({enumerated(beside, MAX_NAMED)})"] = len(beside)
     else:
         _refuse_parts_without_train(path, [as_text(name) for name in top])
         names = {"": top}
@@ -153,7 +154,7 @@ def _labels(path: Path, part: str, names: Iterable[str], classes: Sequence[str])
             raise DataError(
                 f"{_shown(path, part)!r} has the class {name!r}, but {_shown(path, TRAIN)!r} does "
                 f"not.{near}\n"
-                f"The classes are those of train/: {_enumerated(classes)}.\n"
+                f"The classes are those of train/: {enumerated(classes, MAX_NAMED)}.\n"
                 "Rename or remove the folder, or add it to train/."
             )
         labels[f"{part}/{folder}" if part else folder] = label
@@ -185,21 +186,25 @@ def _refuse_other_than_folder(path: Path) -> None:
         )
 
 
+def _like_parts(names: Sequence[str]) -> list[str]:
+    return [f"{name}/" for name in names if name.lower() in LIKE_PARTS]
+
+
 def _refuse_misspelt_parts(path: Path, names: Sequence[str]) -> None:
-    like_parts = [name for name in names if name.lower() in LIKE_PARTS]
+    like_parts = _like_parts(names)
     if like_parts:
         raise DataError(
-            f"{_shown(path)!r} has the folder {like_parts[0]}/ beside train/, which is not used.\n"
+            f"{_shown(path)!r} has the folder {like_parts[0]} beside train/, which is not used.\n"
             f"Rename it to val/ or test/, or move it.\n{_layout(path)}"
         )
 
 
 def _refuse_parts_without_train(path: Path, names: Sequence[str]) -> None:
-    like_parts = [name for name in names if name.lower() in LIKE_PARTS]
-    if {"val", "test"}.isdisjoint(like_parts) and len(like_parts) < 2:
+    like_parts = _like_parts(names)
+    if {"val/", "test/"}.isdisjoint(like_parts) and len(like_parts) < 2:
         return
     raise DataError(
-        f"{_shown(path)!r} has no folder train/, but {_enumerated(f'{n}/' for n in like_parts)}.\n"
+        f"{_shown(path)!r} has no folder train/, but {enumerated(like_parts, MAX_NAMED)}.\n"
         "Rename the folder of the training pictures to train/. If these are classes, move all "
         f"class folders into train/.\n{_layout(path)}"
     )
@@ -236,7 +241,8 @@ def _refuse_empty_classes(path: Path, train: Part, labels: Mapping[str, int]) ->
         again.pictures(name, 0)
     others = again.other_suffixes.most_common(MAX_NAMED)
     files = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in others)
-    problem = f"No pictures in {_enumerated(repr(_shown(path, name)) for name in empty)}."
+    folders = [repr(_shown(path, name)) for name in empty]
+    problem = f"No pictures in {enumerated(folders, MAX_NAMED)}."
     if files:
         problem += f"\nOther files there: {files}."
     raise DataError(
@@ -251,9 +257,3 @@ def _layout(path: Path) -> str:
 
 def _shown(path: Path, name: str = "") -> str:
     return as_text(path / name)
-
-
-def _enumerated(names: Iterable[str]) -> str:
-    shown = list(names)
-    rest = len(shown) - MAX_NAMED
-    return ", ".join(shown[:MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -17,8 +17,7 @@ from bn_lightning.data import (
     torchvision_sets,
 )
 from bn_lightning.data.augmentation import Augmentation, TransformSettings, in_sequence
-from bn_lightning.data.image_sets import ImageSet
-from bn_lightning.data.labelled_images import Facts, Images, LabelledImages, mean_and_std
+from bn_lightning.data.labelled_images import Facts, Images, LabelledImages, as_tensor, mean_and_std
 from bn_lightning.data.mirrors import MIRRORS
 from bn_lightning.data.preprocessing import Preprocessing
 from bn_lightning.errors import UserError
@@ -239,24 +238,14 @@ class ImageData(DataModule):
             return self.dataset.workers
         return default_workers(self.trainer.num_devices if self.trainer else 1)
 
-    def train_dataloader(self) -> ShardedBatches:
-        images = self._loaded
-        if isinstance(images.train_images, Tensor):
-            return self.train_batches(images.train_images, images.train_labels, self.train_indices)
-        return self._read_batches(
-            images.train_images, images.train_labels, self.train_indices, shuffle=True
-        )
-
-    def _evaluated(
-        self, images: Images, labels: Tensor, indices: Tensor | None = None
+    def _batches(
+        self, images: Images, labels: Tensor, indices: Tensor | None = None, shuffle: bool = False
     ) -> ShardedBatches:
+        """Return a loader of images; with `shuffle`, for training on those at `indices`."""
         if isinstance(images, Tensor):
+            if shuffle and indices is not None:
+                return self.train_batches(images, labels, indices)
             return self.batches(images, labels, indices)
-        return self._read_batches(images, labels, indices)
-
-    def _read_batches(
-        self, images: ImageSet, labels: Tensor, indices: Tensor | None, shuffle: bool = False
-    ) -> ExactDataLoader:
         return ExactDataLoader(
             StackDataset(images, labels),  # type: ignore[arg-type]
             self.batch_size,
@@ -267,6 +256,12 @@ class ImageData(DataModule):
             trainer=self.trainer,
             augmentation=self.augmentation,
             preprocessing=self.preprocessing,
+        )
+
+    def train_dataloader(self) -> ShardedBatches:
+        images = self._loaded
+        return self._batches(
+            images.train_images, images.train_labels, self.train_indices, shuffle=True
         )
 
     def augmentation(self, epoch: int) -> Augment | None:
@@ -283,12 +278,12 @@ class ImageData(DataModule):
         if self.validates_on_test_set:
             return self.test_dataloader()
         if images.val is not None:
-            return self._evaluated(*images.val)
-        return self._evaluated(images.train_images, images.train_labels, self.val_indices)
+            return self._batches(*images.val)
+        return self._batches(images.train_images, images.train_labels, self.val_indices)
 
     def test_dataloader(self) -> ShardedBatches:
         self.prepare_data()
-        return self._evaluated(self._loaded.test_images, self._loaded.test_labels)
+        return self._batches(self._loaded.test_images, self._loaded.test_labels)
 
     def predict_dataloader(self) -> ShardedBatches:
         return self.test_dataloader()
@@ -356,10 +351,14 @@ class ImageData(DataModule):
     def test_samples(self) -> tuple[Tensor, Tensor]:
         """Return images, uint8 (N, H, W) or (N, C, H, W), and labels, int64 (N,)."""
         self.prepare_data()
+        images = self._loaded
+        return as_tensor(images.test_images, self.num_workers), images.test_labels
+
+    def example_input(self) -> Tensor:
+        # The other test images are not read.
+        self.prepare_data()
         images = self._loaded.test_images
-        if not isinstance(images, Tensor):
-            images = images.in_memory(self.num_workers)
-        return images, self._loaded.test_labels
+        return torch.stack([images[index] for index in range(min(7, len(images)))])
 
     def test_names(self) -> Sequence[int | str]:
         images = self._loaded

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bn_lightning.data.image_sets import ImageSet
 from bn_lightning.errors import UserError
+from bn_lightning.terminal import enumerated
 
 Images = Tensor | ImageSet
 PerChannel = tuple[float, ...]
@@ -85,14 +86,10 @@ class Facts:
             )
         if self.classes and tuple(self.classes) != found.classes:
             raise UserError(
-                f"The data set {name!r} has the classes {_listed(found.classes)}, but the network "
-                f"is for {_listed(self.classes)}.\nUse data with the same classes."
+                f"The data set {name!r} has the classes {enumerated(found.classes, MAX_NAMED)}, "
+                f"but the network is for {enumerated(self.classes, MAX_NAMED)}.\n"
+                "Use data with the same classes."
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -155,16 +152,18 @@ class LabelledImages:
 
     def in_memory(self, num_workers: int) -> "LabelledImages":
         """Return the same images, read into memory."""
-
-        def read(images: Images) -> Tensor:
-            return images if isinstance(images, Tensor) else images.in_memory(num_workers)
-
+        val = self.val
         return replace(
             self,
-            train_images=read(self.train_images),
-            test_images=read(self.test_images),
-            val=None if self.val is None else (read(self.val[0]), self.val[1]),
+            train_images=as_tensor(self.train_images, num_workers),
+            test_images=as_tensor(self.test_images, num_workers),
+            val=None if val is None else (as_tensor(val[0], num_workers), val[1]),
         )
+
+
+def as_tensor(images: Images, num_workers: int) -> Tensor:
+    """Return images in memory, uint8 (N, H, W) or (N, C, H, W)."""
+    return images if isinstance(images, Tensor) else images.in_memory(num_workers)
 
 
 def mean_and_std(images: Images, num_workers: int = 0) -> tuple[PerChannel, PerChannel]:

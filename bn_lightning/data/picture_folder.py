@@ -6,36 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from bn_lightning.data import checked_pictures, folder_parts, folders, pictures
+from bn_lightning.data import checked_pictures, folder_parts, folders
 from bn_lightning.data.folder_parts import Part
-from bn_lightning.data.image_sets import ImageSet
 from bn_lightning.data.labelled_images import DataError, LabelledImages
+from bn_lightning.data.picture_files import PictureFiles
 from bn_lightning.errors import UserError
 
 SIDE = 64  # default of --data.resize
 MAX_NAMED = 8  # broken pictures in an error message
-
-
-class PictureFiles(ImageSet):
-    """Pictures of a folder, resized and cropped to squares.
-
-    Args:
-        folder: the folder.
-        names: paths in the folder, as bytes (N,).
-        side: height and width in pixels.
-        channels: 1 or 3.
-    """
-
-    def __init__(self, folder: Path, names: np.ndarray, side: int, channels: int) -> None:
-        self.folder, self.names = folder, names
-        self.side, self.channels = side, channels
-        self.shape = (len(names), *((channels,) if channels > 1 else ()), side, side)
-
-    def __getitem__(self, index: int) -> Tensor:
-        path = self.folder / os.fsdecode(self.names[index])
-        return pictures.read_as(path, (self.side, self.side), self.channels).pixels
 
 
 def path_in(args: Mapping[str, Any]) -> Path:
@@ -93,14 +72,14 @@ def load(
         if not skip_broken:
             raise _broken(path, all_names.names, checked.errors)
         notes.append(f"left out pictures that cannot be read: {len(checked.errors):,}")
-    is_good = np.ones(len(all_names.names), bool)
+    is_good = np.ones(len(all_names), bool)
     is_good[list(checked.errors)] = False
-    ends = np.cumsum([len(part.names) for part in parts])
+    ends = np.cumsum([len(part) for part in parts])
     masks = np.split(is_good, ends[:-1])
     good = [part.select(mask) for part, mask in zip(parts, masks, strict=True)]
     folder_parts.refuse_empty_classes(path, found.classes, good[0])
     if found.test is None:
-        notes.insert(0, f"{len(good[1].names):,} images are split off as the test set")
+        notes.insert(0, f"{len(good[1]):,} images are split off as the test set")
     mean, std = checked_pictures.mean_and_std(checked.sums[: ends[0]][masks[0]], side * side)
     images = [PictureFiles(path, part.names, side, channels) for part in good]
     return LabelledImages(

@@ -7,17 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 
 from bn_lightning.norms import recognition
+from bn_lightning.runs import result as results
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.task import Task
 
 
 def header(trainer: pl.Trainer, task: Task, data: DataModule, folder: Path | None) -> str:
     """Return the first lines of `fit`: the network, the device, the data and the folder."""
-    validation = "held-out training samples"
-    if data.validates_on_test_set:
-        validation = "the test set"
-    elif data.has_validation_set:
-        validation = "the validation set"
+    origin = results.validated_on(data)
+    validation = "held-out training samples" if origin == "training set" else f"the {origin}"
     parameters = sum(p.numel() for p in task.parameters())
     return (
         f"{task.describe()}, {parameters:,} parameters, on {trainer.strategy.root_device}, "

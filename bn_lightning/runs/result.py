@@ -50,7 +50,7 @@ def assemble(
         "processes": trainer.world_size,
         "tested": tested,
         **_selected(task, records),
-        "val_images_from": _validated_on(data),
+        "val_images_from": validated_on(data),
         "train_seconds": seconds,
         **{
             f"{name}_{key}": inner
@@ -84,7 +84,8 @@ def _metrics(task: Task, records: Records, tested: str) -> dict[str, float | Non
     }
 
 
-def _validated_on(data: DataModule) -> str:
+def validated_on(data: DataModule) -> str:
+    """Return the origin of the validation samples, as in result.json."""
     if data.validates_on_test_set:
         return "test set"
     return "validation set" if data.has_validation_set else "training set"

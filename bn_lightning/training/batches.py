@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from bn_lightning.errors import UserError
+from bn_lightning.training import lightning_internals
 
 Batch = tuple[Tensor, Tensor]
 # (samples, their indices), both on the device of the network -> samples
@@ -54,6 +56,24 @@ class Epoch:
     first: int = 0
     augment: Augment | None = None
     number: int | None = None
+
+
+def training_epoch(
+    trainer: pl.Trainer | None,
+    order: Callable[[int], Tensor],
+    augmentation: Callable[[int], Augment | None],
+) -> Epoch:
+    """Return the current epoch of training, starting at the first batch to train.
+
+    Args:
+        trainer: the trainer of the run; None for epoch 0 from its start.
+        order: returns the order of an epoch by its number.
+        augmentation: returns the augmentation of an epoch by its number.
+    """
+    number, first = 0, 0
+    if trainer is not None:
+        number, first = trainer.current_epoch, lightning_internals.first_batch(trainer)
+    return Epoch(order(number), first, augmentation(number), number)
 
 
 class ShardedBatches(ExactLoader):

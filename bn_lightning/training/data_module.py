@@ -10,8 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from bn_lightning.errors import UserError
-from bn_lightning.training import lightning_internals, seeds
-from bn_lightning.training.batches import Augment, Epoch, TensorBatches
+from bn_lightning.training import seeds
+from bn_lightning.training.batches import Augment, Epoch, TensorBatches, training_epoch
 
 # Copies on a GPU, by the tensor in main memory, for as long as a loader uses them.
 _copies: WeakValueDictionary[Tensor, Tensor] = WeakValueDictionary()
@@ -233,9 +233,7 @@ class DataModule(pl.LightningDataModule):
 
     def _epoch(self) -> Epoch:
         """Return the current epoch, starting at the first batch to train."""
-        number = self.trainer.current_epoch if self.trainer else 0
-        first = lightning_internals.first_batch(self.trainer) if self.trainer else 0
-        return Epoch(self.train_order(number), first, self.augmentation(number), number)
+        return training_epoch(self.trainer, self.train_order, self.augmentation)
 
     def _tensor_batches(
         self, inputs: Tensor, targets: Tensor, indices: Tensor, epoch: Any = None

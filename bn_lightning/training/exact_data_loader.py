@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from bn_lightning.errors import UserError, describe_error
-from bn_lightning.training import lightning_internals, seeds
-from bn_lightning.training.batches import Augment, Epoch, ShardedBatches
+from bn_lightning.training import seeds
+from bn_lightning.training.batches import Augment, Epoch, ShardedBatches, training_epoch
 from bn_lightning.training.worker_processes import (
     ADVICE,
     SHARED_MEMORY_IS_FULL,
@@ -81,9 +81,9 @@ class ExactDataLoader(ShardedBatches):
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise UserError(
-                f"ExactDataLoader cannot read {type(dataset).__name__}, because its samples have "
-                "no numbers.\nUse a map-style Dataset, with __len__ and __getitem__, or PyTorch's "
-                "DataLoader, with which a run is resumed only between epochs."
+                f"ExactDataLoader cannot read {type(dataset).__name__}, because its samples "
+                "cannot be indexed.\nUse a map-style Dataset, with __len__ and __getitem__, or "
+                "PyTorch's DataLoader, with which a run is resumed only between epochs."
             )
         if num_workers < 0:
             raise UserError(f"num_workers is {num_workers}; it must be 0 or more.")
@@ -107,13 +107,12 @@ class ExactDataLoader(ShardedBatches):
         trainer = self.trainer
         if not (self.shuffle if trainer is None else trainer.training):
             return Epoch(self.indices)
-        number = trainer.current_epoch if trainer else 0
-        order = self.indices
-        if self.shuffle:
-            order = seeds.shuffled(order, self.seed, number, trainer)
-        first = lightning_internals.first_batch(trainer) if trainer else 0
-        augment = self.augmentation(number) if self.augmentation else None
-        return Epoch(order, first, augment, number)
+        return training_epoch(trainer, self._order, self.augmentation or (lambda epoch: None))
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return self.indices
+        return seeds.shuffled(self.indices, self.seed, epoch, self.trainer)
 
     def __iter__(self) -> Iterator[Any]:
         # This is a generator for the same reason as in TensorBatches.

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bn_lightning.errors import UserError
+from bn_lightning.terminal import enumerated
 from bn_lightning.training import checkpoints
 
 # The number of tensors of a kind that are listed.
@@ -35,7 +36,7 @@ def load(path: str, network: nn.Module) -> list[str]:
     if not matching:
         raise UserError(
             f"No tensor in {path!r} matches the network in name and shape.\n"
-            f"The file: {_listed(given)}\nThe network: {_listed(own)}"
+            f"The file: {enumerated(given, MAX_LISTED)}\nThe network: {enumerated(own, MAX_LISTED)}"
         )
     network.load_state_dict(matching, strict=False)
     lines = [f"{len(matching)} of {len(own)} tensors are from {path}"]
@@ -50,7 +51,7 @@ def load(path: str, network: nn.Module) -> list[str]:
         ("not in the network", [name for name in given if name not in own]),
     ):
         if names:
-            lines.append(f"  {kind}: {_listed(names)}")
+            lines.append(f"  {kind}: {enumerated(names, MAX_LISTED)}")
     return lines
 
 
@@ -81,9 +82,3 @@ def _state_dict(path: str) -> dict[str, Tensor]:
             "state dict saved with torch.save(network.state_dict(), FILE)."
         )
     return tensors
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

@@ -99,7 +99,10 @@ def seed_read(number: int) -> None:
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Restore all global generators on the CPU at the end."""
+    """Restore all global generators on the CPU at the end.
+
+    Lightning's `isolate_rng` does not restore them after an exception.
+    """
     states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -16,8 +16,8 @@ from bn_lightning.errors import RunFailed
 # only the training process can save and stop.
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 MAX_WORKERS = 8  # by default
-# A forked worker starts at once. In a process of a study, the default would be its fork server,
-# and each worker would import PyTorch again, in each epoch.
+# A forked worker starts at once. From Python 3.14 on, the default on Linux is a fork server, with
+# which each worker would import PyTorch again, in each epoch.
 START_METHOD = "fork" if sys.platform == "linux" else None
 SHARED_MEMORY_IS_FULL = "The shared memory of the worker processes, /dev/shm, is too small or full."
 ADVICE = (

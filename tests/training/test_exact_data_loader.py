@@ -195,7 +195,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize("dataset", [Stream(), iter([1, 2])])
 def test_samples_without_numbers_are_refused(dataset):
-    message = rf"cannot read {type(dataset).__name__}, because its samples have no numbers"
+    message = rf"cannot read {type(dataset).__name__}, because its samples cannot be indexed"
     with pytest.raises(UserError, match=message):
         ExactDataLoader(dataset, 10)
 
