@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bn_lightning.training.task import Step as Step
     from bn_lightning.training.task import Task as Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Maps each public name to its module. Modules are imported on first use, so that
 # `--help` does not import torch. A module must not have the same name as one of these

@@ -43,6 +43,10 @@ COMMANDS = {
         "bn_lightning.norms.check.command",
         "test a normalization layer, by name or import path",
     ),
+    "new": (
+        "bn_lightning.projects.new",
+        "create a project that uses this library, or update one",
+    ),
 }
 
 # Packages of the extra `study`.
@@ -128,7 +132,8 @@ def _run(command: str, arguments: list[str], experiment: str) -> None:
     except ModuleNotFoundError as error:
         if error.name not in STUDY_PACKAGES:
             raise
-        _fail(f'{command} needs {error.name}, which is not installed: pip install -e ".[study]"')
+        install = 'pip install "bn_lightning[study]"'
+        _fail(f"{command} needs {error.name}, which is not installed: {install}")
     except BrokenPipeError:  # for example `| head`
         # The buffered rest of the output must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -163,7 +163,7 @@ def test_the_error_of_a_missing_package_says_what_to_install(main, monkeypatch, 
     monkeypatch.setitem(sys.modules, package, None)
     code, out, err = main("sweep")
     assert (code, out) == (2, "")
-    install = 'pip install -e ".[study]"'
+    install = 'pip install "bn_lightning[study]"'
     assert err == f"error: sweep needs {package}, which is not installed: {install}\n"
 
 

@@ -45,7 +45,7 @@ class Format:
             except ImportError as error:
                 raise UserError(
                     f"The format {self.name} needs a package that cannot be imported: {error}\n"
-                    f'Install the extra: pip install -e ".[{self.extra}]"'
+                    f'Install the extra: pip install "bn_lightning[{self.extra}]"'
                 ) from error
 
 

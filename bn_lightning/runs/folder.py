@@ -131,7 +131,7 @@ def checkpoint_to_resume(folder: Path, warn: bool = True) -> tuple[str, dict[str
     if not is_run(folder):
         raise UserError(
             f"{str(folder)!r} is not the folder of a run: it has no config.yaml.\n"
-            "Use the run folder that fit has printed, for example --resume runs/lenet/0"
+            "Use the run folder that fit has printed, for example --resume runs/NAME/0"
         )
     found = _first_intact(_checkpoints_of(folder), warn)
     if found is None:

@@ -18,7 +18,7 @@ def test_onnx_requires_the_extra_and_pt2_does_not(main, tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
     code, _, error = main("export", ckpt, "model.onnx")
-    assert code == 2 and 'pip install -e ".[onnx]"' in error
+    assert code == 2 and 'pip install "bn_lightning[onnx]"' in error
     assert main("export", ckpt, "model.pt2", "--source", "sample")[0] == 0
 
 

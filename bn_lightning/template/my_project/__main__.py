@@ -1,0 +1,5 @@
+"""Run the commands of this project, `python -m my_project`. There is nothing to change here."""
+
+from bn_lightning.cli import main
+
+main("my_project.experiment:EXPERIMENT")

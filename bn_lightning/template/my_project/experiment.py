@@ -1,0 +1,22 @@
+"""Bind the network and the data. Change the defaults of the settings here."""
+
+from bn_lightning import Classifier, Experiment, ImageData
+
+EXPERIMENT = Experiment(
+    task=Classifier,
+    data=ImageData,
+    name="my_project",
+    defaults={
+        # To train on your own pictures, replace this line by the next one.
+        "data.dataset": "my_project.data.load",
+        # "data.dataset": "folder", "data.dataset_args": {"path": "pictures"},
+        "data.batch_size": 64,
+        "data.normalize": True,
+        "model.network": "my_project.network.ConvNet",
+        "model.norm": "custom",
+        "model.optimizer_args": {"momentum": 0.9},
+        "model.lr": 0.1,
+        "model.scheduler": "OneCycleLR",
+        "trainer.max_epochs": 5,
+    },
+)

@@ -1,0 +1,64 @@
+"""Test the network, the norm, the data and a short run. Add your own tests here."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from my_project import data, norms
+from my_project.experiment import EXPERIMENT
+
+DEBUG = Path(__file__).parent.parent / "configs" / "debug.yaml"
+
+
+def run(*arguments):
+    """Run a command of this project in the current folder, and return what it prints."""
+    command = [sys.executable, "-m", "my_project", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_network_returns_a_logit_per_class_and_trains_every_parameter():
+    defaults = {name.partition(".")[::2]: value for name, value in EXPERIMENT.defaults.items()}
+    settings = {name: value for (group, name), value in defaults.items() if group == "model"}
+    model = EXPERIMENT.task(**settings, in_channels=3, image_size=(64, 48), num_classes=7)
+    logits = model(torch.randn(4, 3, 64, 48))
+    assert logits.shape == (4, 7)
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 6])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 3, 4)])
+def test_the_norm_equals_that_of_torch(shape):
+    norm = norms.RMSNorm(shape[1], len(shape), eps=0.1)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(shape)
+    expected = F.rms_norm(x.movedim(1, -1), (shape[1],), norm.weight.flatten(), eps=0.1)
+    torch.testing.assert_close(norm(x), expected.movedim(-1, 1))
+
+
+def test_the_data_have_a_label_for_each_image_and_every_class_in_both_parts():
+    *parts, classes = data.load()
+    for images, labels in (parts[:2], parts[2:]):
+        assert len(images) == len(labels)
+        assert set(labels.tolist()) == set(range(len(classes)))
+
+
+def test_a_short_run_learns_and_is_resumed_and_its_checkpoint_predicts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("fit", "--config", DEBUG)
+    result = json.loads(Path("runs/debug/0/result.json").read_text())
+    # A network that guesses has the loss log(number of classes).
+    *_, classes = data.load()
+    assert result["train_loss"] < math.log(len(classes))
+    assert "Resuming" in run("fit", "--resume", "runs/debug/0", "--trainer.max_epochs", 2)
+    checkpoint = "runs/debug/0/checkpoints/best.ckpt"
+    answers = run("predict", "--ckpt_path", checkpoint, "--format", "csv")
+    assert any(name in answers for name in classes)
