@@ -21,6 +21,7 @@ from bn_lightning.data import sources
 from bn_lightning.deploy import export, inspection, predict
 from bn_lightning.norms import registry
 from bn_lightning.norms.check import command as check
+from bn_lightning.projects import new
 from bn_lightning.runs import experiment, run
 from bn_lightning.studies import study, sweep, variants
 from tests.conftest import REPOSITORY, command
@@ -66,7 +67,7 @@ FIT = [
 ]
 OTHER_PROGRAMS = (
     *("cd", "export", "pip", ".venv/bin/pip", "python3", "tensorboard", "lint-imports"),
-    *("torchrun", "srun"),
+    *("torchrun", "srun", "git", "pytest"),
 )
 
 
@@ -119,6 +120,8 @@ def parse(line):
         registry.find(check._parser().parse_args(flags).norm)
     elif name == "export":
         export._parser(experiment.load(cli.EXPERIMENT)).parse_args(flags)
+    elif name == "new":
+        new._parser().parse_args(flags)
     elif name == "inspect":
         inspection._parser().parse_args(flags)
     else:
@@ -147,7 +150,7 @@ def test_other_programs_have_these_files_flags_and_extras():
             assert set(extras) <= set(project["project"]["optional-dependencies"])
             assert words[0] in OTHER_PROGRAMS, line
             continue
-        if "bn_lightning" in line or "my_task" in line:
+        if any(name in line for name in ("bn_lightning", "my_task", "shoe_shop")):
             continue
         source = (REPOSITORY / script).read_text(encoding="utf-8")
         for flag in re.findall(r" (--\w+)", line):
@@ -306,7 +309,8 @@ def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
         *("class TwoLayers", "replace_norms", "def stripes", "class Photos", "mgrid"),
-        # tests/test_own_task.py has these.
+        # tests/test_wheel.py and tests/test_own_task.py have these.
+        "class Block",
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),
     )
     tested = [example(word) for word in words]

@@ -4,7 +4,7 @@ import keyword
 import re
 import sys
 from importlib import util
-from importlib.metadata import distributions, packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -52,13 +52,10 @@ def _problem(name: str) -> str | None:
 
 
 def _is_installed(name: str) -> bool:
-    if name in packages_distributions():
-        return True
     wanted = canonicalize_name(name)
     if any(canonicalize_name(found.name) == wanted for found in distributions() if found.name):
         return True
-    # For example a module in a folder of PYTHONPATH. The current folder is searched too, but it may
-    # contain the folder of the project.
+    # The current folder is searched last. It may contain the folder of the project.
     spec = util.find_spec(name)
     places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
     return any(Path(place).parent.resolve() != Path.cwd() for place in places if place)

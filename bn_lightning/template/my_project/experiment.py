@@ -15,8 +15,7 @@ EXPERIMENT = Experiment(
         "model.network": "my_project.network.ConvNet",
         "model.norm": "custom",
         "model.optimizer_args": {"momentum": 0.9},
-        "model.lr": 0.1,
-        "model.scheduler": "OneCycleLR",
+        "model.lr": 0.05,
         "trainer.max_epochs": 5,
     },
 )

@@ -33,6 +33,4 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.blocks(x).mean((2, 3))
-        logits: Tensor = self.head(features)
-        return logits
+        return self.head(self.blocks(x).mean((2, 3)))

@@ -1,0 +1,40 @@
+"""Projects that `new` creates: their files, and git."""
+
+import subprocess
+from pathlib import Path
+
+from tests.conftest import run_here
+
+FILES = (
+    "pyproject.toml",
+    "README.md",
+    ".gitignore",
+    ".github/workflows/ci.yml",
+    *(f"{{name}}/{module}.py" for module in ("__init__", "__main__", "experiment", "network")),
+    *(f"{{name}}/{module}.py" for module in ("data", "norms")),
+    "configs/baseline.yaml",
+    "configs/debug.yaml",
+    "tests/test_{name}.py",
+)
+
+
+def new(path, *flags, check=True):
+    """Run `new PATH` in this process, in a folder that exists."""
+    cwd = next(folder for folder in Path(path).parents if folder.is_dir())
+    return run_here("new", path, *flags, cwd=cwd, check=check)
+
+
+def git(folder, *arguments):
+    """Run git in a folder and return what it prints."""
+    identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def commit(folder, message="a change"):
+    """Commit all files of a project."""
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", message)
