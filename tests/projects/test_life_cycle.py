@@ -83,12 +83,12 @@ def test_a_project_is_changed_and_upgraded(tmp_path, library, python):
     identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
     merge = ["git", *identity, "merge", "template"]
     subprocess.run(merge, cwd=project, capture_output=True)
-    # Both have changed the next line, or the same one.
+    # Only where both have changed the same place, git asks.
     assert git(project, "diff", "--name-only", "--diff-filter=U") == "shoe_shop/experiment.py"
     text = (project / "shoe_shop/experiment.py").read_text()
     [conflict] = re.findall(r"<<<<<<< .*?>>>>>>> \w+\n", text, flags=re.S)
     assert '"data.shift": 1' in conflict and '"data.batch_size": 48' in conflict
-    resolved = '        "data.batch_size": 48,\n        "data.normalize": True,\n'
+    resolved = '        "data.batch_size": 48,\n        "data.shift": 1,\n'
     (project / "shoe_shop/experiment.py").write_text(text.replace(conflict, resolved))
     commit(project, "upgrade")
 
@@ -154,8 +154,5 @@ def change_template(template):
     edit(template / ".github/workflows/ci.yml", ("timeout-minutes: 30", "timeout-minutes: 20"))
     edit(
         template / "my_project/experiment.py",
-        (
-            '        "data.normalize": True,\n',
-            '        "data.normalize": True,\n        "data.shift": 1,\n',
-        ),
+        ('"data.batch_size": 64,\n', '"data.batch_size": 64,\n        "data.shift": 1,\n'),
     )
