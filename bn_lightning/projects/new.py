@@ -1,7 +1,6 @@
 """The command `new`: create a project from the template, or update one."""
 
 import contextlib
-import os
 import shlex
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -86,17 +85,17 @@ def _create(path: Path, args: Namespace) -> None:
             render(answers, Path(rendering))
             repository.start(repository.commit(Path(rendering), message, parent=None))
         num_files = len(repository.files())
-    shown = os.path.relpath(path)
-    print(f"created {shown}: {num_files} files, branches {MAIN} and {TEMPLATE}")
+    shown = shlex.quote(args.path)
+    print(f"created {args.path}: {num_files} files, branches {MAIN} and {TEMPLATE}")
     if requirement.is_path(answers.requirement):
         print(
             f"CI cannot install bn_lightning from {answers.requirement}. For CI, choose an "
             "address:\n"
-            f"  {terminal.program()} new {shlex.quote(shown)} --update --requirement git+https://..."
+            f"  {terminal.program()} new {shown} --update --requirement git+https://..."
         )
     install = requirement.pip_arguments(answers.requirement)
     print(
-        f"to install it and to train:\n  cd {shlex.quote(shown)}\n"
+        f"to install it and to train:\n  cd {shown}\n"
         f"  python3 -m venv .venv && .venv/bin/pip install {install}-e . && "
         f".venv/bin/python -m {name} fit"
     )

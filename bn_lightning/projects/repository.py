@@ -131,7 +131,7 @@ class Repository:
 
     def changes(self, before: str, after: str) -> str:
         """Return a table of the changed files between two commits."""
-        return git(self.folder, "diff", "--stat", before, after)
+        return git(self.folder, "diff", "--stat=100", before, after)
 
     def is_merged(self, branch: str) -> bool:
         """Return whether the current branch contains another one."""

@@ -14,7 +14,8 @@ from bn_lightning.training.task import Task
 class Experiment:
     """The task, the data and the defaults of a project.
 
-    Your own project needs two files. `shoe_shop/experiment.py` contains
+    `python -m bn_lightning new` writes a project. Two of its files are needed:
+    `shoe_shop/experiment.py` contains
 
         EXPERIMENT = Experiment(ShoeTask, ShoeData, "shoes", {"trainer.max_epochs": 10})
 

@@ -64,8 +64,8 @@ def test_each_file_says_what_to_change_in_its_first_lines(project):
 
 def test_the_printed_commands_name_the_folder(project):
     folder, printed = project
-    assert printed.startswith(f"created {folder.name}: {len(FILES)} files")
-    assert f"\n  cd {folder.name}\n" in printed
+    assert printed.startswith(f"created {folder}: {len(FILES)} files")
+    assert f"\n  cd {folder}\n" in printed
     assert ".venv/bin/python -m shoe_shop fit\n" in printed
 
 

@@ -1,6 +1,7 @@
 """Settings of the process: warnings, log levels and threads."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -88,7 +89,7 @@ def test_a_run_warns_about_duplicated_samples(tmp_path):
     done = subprocess.run(
         [sys.executable, "rows.py", "fit", *settings, "cpu"],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{PROJECTS}:{REPOSITORY}", "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"PYTHONPATH": f"{PROJECTS}:{REPOSITORY}"},
         capture_output=True,
         text=True,
     )
