@@ -309,7 +309,7 @@ def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
         *("class TwoLayers", "replace_norms", "def stripes", "class Photos", "mgrid"),
-        # tests/test_wheel.py and tests/test_own_task.py have these.
+        # tests/test_own_project.py and tests/test_own_task.py have these.
         "class Block",
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),
     )
