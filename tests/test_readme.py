@@ -262,8 +262,9 @@ def test_the_guide_own_data_runs_as_printed(main, tmp_path):
 @pytest.mark.slow
 def test_the_guide_own_pictures_runs_as_printed(main, run_script, tmp_path):
     guide = REPOSITORY / ".github/guides/own-pictures.md"
-    run_script(example("mgrid"))
-    assert sum(1 for _ in (tmp_path / "pictures").rglob("*.jpg")) == 900
+    # Fewer pictures than in the guide are enough.
+    run_script(example("mgrid").replace("900", "360"))
+    assert sum(1 for _ in (tmp_path / "pictures").rglob("*.jpg")) == 360
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     (tmp_path / "more").mkdir()
     for file in ("a.jpg", "more/b.png"):

@@ -14,7 +14,7 @@ from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection
 
 from bn_lightning import Classifier, ExactResume, FashionMNIST, Step, Task
 from bn_lightning.training.batches import TensorBatches
-from tests.conftest import QUICK, command, weights
+from tests.conftest import QUICK, command, run_here, weights
 from tests.projects.friedman.experiment import Regression, Table
 
 QUIET = {
@@ -413,19 +413,19 @@ def test_optimizer_arguments_override_the_checkpoint_unless_there_is_a_scheduler
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_and_eager_runs_interchange_checkpoints(tmp_path):
-    command("fit", *QUICK, "--name", "eager", cwd=tmp_path)
+    run_here("fit", *QUICK, "--name", "eager", cwd=tmp_path)
     command("fit", *QUICK, "--name", "compiled", "--model.compile", "true", cwd=tmp_path)
     names = ("eager", "compiled")
     eager, compiled = (tmp_path / f"runs/{name}/0/checkpoints/last.ckpt" for name in names)
     assert weights(eager).keys() == weights(compiled).keys()
     outputs = [
-        command(
+        run(
             *("test", "--data.source", "sample", "--ckpt_path", checkpoint),
             *("--model.compile", is_compiled),
             cwd=tmp_path,
         ).stdout
         for checkpoint in (eager, compiled)
-        for is_compiled in ("false", "true")
+        for run, is_compiled in ((run_here, "false"), (command, "true"))
     ]
     assert outputs[0] == outputs[1] != ""
     assert outputs[2] == outputs[3] != ""
