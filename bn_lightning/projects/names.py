@@ -13,6 +13,8 @@ from bn_lightning.errors import UserError
 
 # The package is a module and a distribution. A distribution begins and ends with a letter or digit.
 VALID = re.compile(r"[a-z]([a-z0-9_]*[a-z0-9])?", flags=re.ASCII | re.IGNORECASE)
+# The lines of a project are short enough for ruff.
+MAX_LENGTH = 40
 # Other folders of a project.
 TAKEN = ("configs", "tests")
 
@@ -40,6 +42,8 @@ def _problem(name: str) -> str | None:
             "it must be the name of a Python module, of letters, digits and underscores, that "
             f"begins with a letter and does not end with an underscore.{hint}"
         ).removesuffix(".")
+    if len(name) > MAX_LENGTH:
+        return f"it has more than {MAX_LENGTH} characters"
     if keyword.iskeyword(name):
         return "it is a keyword of Python"
     if name in TAKEN:

@@ -187,6 +187,7 @@ def test_a_path_that_exists_is_refused(tmp_path, file):
         ("Pillow", "an installed package"),
         ("PIL", "an installed package"),
         ("tests", "another folder"),
+        ("a" * 41, "more than 40 characters"),
     ],
 )
 def test_a_name_that_cannot_be_imported_is_refused(tmp_path, name, reason):

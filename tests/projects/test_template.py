@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from bn_lightning.projects import names
 from tests.conftest import REPOSITORY
 from tests.support.projects import new
 
-NAMES = ("a", "a_project_with_a_name_that_is_so_long_that_lines_break")
+NAMES = ("a", "a_project_with_the_longest_name_possible"[: names.MAX_LENGTH])
 
 
 def checked(folder, *command):

@@ -66,13 +66,13 @@ def test_an_update_that_is_not_merged_is_offered_again(project, template):
 
 
 def test_the_same_line_is_a_conflict_with_both_versions(project, template):
-    edit(project / "shop/experiment.py", '"model.lr": 0.1', '"model.lr": 0.3')
+    edit(project / "shop/experiment.py", '"model.lr": 0.05', '"model.lr": 0.3')
     commit(project)
-    edit(template / "my_project/experiment.py", '"model.lr": 0.1', '"model.lr": 0.05')
+    edit(template / "my_project/experiment.py", '"model.lr": 0.05', '"model.lr": 0.02')
     new(project, "--update")
     assert merge(project) == ["shop/experiment.py"]
     text = (project / "shop/experiment.py").read_text()
-    assert '"model.lr": 0.3' in text and '"model.lr": 0.05' in text
+    assert '"model.lr": 0.3' in text and '"model.lr": 0.02' in text
 
 
 def test_a_removed_file_stays_removed_unless_the_template_changed_it(project, template):

@@ -1,4 +1,4 @@
 """My project
 
-The first line is the description in `python -m my_project --help`. Change it here.
+Change the line above: it is the description in the output of --help.
 """

@@ -1,4 +1,4 @@
-"""Run the commands of this project, `python -m my_project`. There is nothing to change here."""
+"""Run the commands of this project. There is nothing to change here."""
 
 from bn_lightning.cli import main
 

@@ -18,8 +18,8 @@ DEBUG = Path(__file__).parent.parent / "configs" / "debug.yaml"
 
 def run(*arguments):
     """Run a command of this project in the current folder, and return what it prints."""
-    command = [sys.executable, "-m", "my_project", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    program = [sys.executable, "-m", "my_project"]
+    done = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
