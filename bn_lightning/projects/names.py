@@ -15,8 +15,8 @@ from bn_lightning.errors import UserError
 VALID = re.compile(r"[a-z]([a-z0-9_]*[a-z0-9])?", flags=re.ASCII | re.IGNORECASE)
 # The lines of a project are short enough for ruff.
 MAX_LENGTH = 40
-# Other folders of a project.
-TAKEN = ("configs", "tests")
+# Other folders of a project, and folders that its .gitignore excludes.
+TAKEN = ("build", "configs", "data", "pictures", "runs", "tests")
 
 
 def refuse(name: str) -> None:
@@ -46,7 +46,7 @@ def _problem(name: str) -> str | None:
         return f"it has more than {MAX_LENGTH} characters"
     if keyword.iskeyword(name):
         return "it is a keyword of Python"
-    if name in TAKEN:
+    if name.lower() in TAKEN:
         return "it is the name of another folder in each project"
     if name.lower() in {module.lower() for module in sys.stdlib_module_names}:
         return "Python's standard library has a module of that name"

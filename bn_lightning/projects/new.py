@@ -87,18 +87,18 @@ def _create(path: Path, args: Namespace) -> None:
         num_files = len(repository.files())
     shown = shlex.quote(args.path)
     print(f"created {args.path}: {num_files} files, branches {MAIN} and {TEMPLATE}")
-    if requirement.is_path(answers.requirement):
-        print(
-            f"CI cannot install bn_lightning from {answers.requirement}. For CI, choose an "
-            "address:\n"
-            f"  {terminal.program()} new {shown} --update --requirement git+https://..."
-        )
     install = requirement.pip_arguments(answers.requirement)
     print(
         f"to install it and to train:\n  cd {shown}\n"
         f"  python3 -m venv .venv && .venv/bin/pip install {install}-e . && "
         f".venv/bin/python -m {name} fit"
     )
+    if requirement.is_path(answers.requirement):
+        print(
+            f"CI cannot install bn_lightning from {answers.requirement}. Before you use CI, choose "
+            "an address, for example that of your clone:\n"
+            f"  {terminal.program()} new {shown} --update --requirement git+https://..."
+        )
 
 
 def _requirement(args: Namespace, project: Path) -> str | None:

@@ -37,6 +37,7 @@ def _values(answers: Answers) -> dict[str, str]:
         "My Name": answers.author,
         '"bn_lightning",': f'"{requirement.dependency(chosen)}",',
         'requirement = "bn_lightning"': f'requirement = "{chosen}"',
+        "installed from `bn_lightning`": f"installed from `{chosen}`",
         "install -e .": f"install {requirement.pip_arguments(chosen)}-e .",
         "install --upgrade bn_lightning": (
             f"install --upgrade {requirement.upgrade_arguments(chosen)}"

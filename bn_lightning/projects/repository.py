@@ -98,20 +98,26 @@ class Repository:
             )
 
     def template(self) -> str:
-        """Return the commit of the branch `template`, also if only the remote repository has it.
+        """Return the newest commit of the branch `template`, here or in a remote repository.
 
         Raises:
             UserError: there is no such branch.
         """
         pattern = f"refs/remotes/*/{TEMPLATE}"
         remote = git(self.folder, "for-each-ref", "--format=%(refname)", pattern).splitlines()
-        for name in (f"refs/heads/{TEMPLATE}", *remote):
-            commit = git(self.folder, "rev-parse", "--verify", "--quiet", name, may_fail=True)
-            if commit:
-                return commit
+        commits = [
+            git(self.folder, "rev-parse", "--verify", "--quiet", name, may_fail=True)
+            for name in (f"refs/heads/{TEMPLATE}", *remote)
+        ]
+        if any(commits):
+            # Without those that another one contains
+            heads = git(self.folder, "merge-base", "--independent", *filter(None, commits))
+            return next(commit for commit in commits if commit in heads.splitlines())
         raise UserError(
-            f"{str(self.folder)!r} has no branch {TEMPLATE}. Fetch it, or start it at the first "
-            f"commit of the project: git branch {TEMPLATE} COMMIT"
+            f"{str(self.folder)!r} has no branch {TEMPLATE}. Fetch it:\n"
+            f"  git fetch origin {TEMPLATE}:{TEMPLATE}\n"
+            "If it is nowhere, start it at the first commit of the project:\n"
+            f"  git branch {TEMPLATE} COMMIT"
         )
 
     def move_template(self, commit: str) -> None:

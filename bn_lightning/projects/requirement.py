@@ -6,6 +6,7 @@ In the answers of a project, a requirement is `bn_lightning`, with or without a 
 
 import json
 import shlex
+import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,25 @@ def given(text: str, project: Path) -> str:
             return text
         text = found.url
     path = Path(_path_of(text) if text.startswith("file:") else text.removeprefix(EDITABLE))
-    if not (path.is_file() or (path / "pyproject.toml").is_file()):
+    if not _is_package(path):
         raise UserError(
             f"The requirement {text!r} is neither a path nor a requirement of {PACKAGE}.\n"
             f"Use {PACKAGE}, with or without a version, such as '{PACKAGE}>={__version__}'; an "
             f"address, such as git+https://...; or the path of a clone or a wheel of {PACKAGE}."
         )
     return _local(path, project, text.startswith(EDITABLE))
+
+
+def _is_package(path: Path) -> bool:
+    """Return whether a path is a clone, a wheel or an archive of this package."""
+    name = path.name
+    if not path.is_file():
+        try:
+            text = (path / "pyproject.toml").read_text(encoding="utf-8")
+            name = tomllib.loads(text)["project"]["name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return canonicalize_name(name).startswith(canonicalize_name(PACKAGE))
 
 
 def installed(project: Path) -> str:

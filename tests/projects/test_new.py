@@ -1,11 +1,13 @@
 """The command `new`: the files of a project, its repository, and names that are refused."""
 
 import os
+import re
 import subprocess
 import tomllib
 
 import pytest
 
+from bn_lightning.projects import names
 from tests.conftest import run_here
 from tests.support.projects import FILES, git, new
 
@@ -86,6 +88,12 @@ def test_caches_in_the_template_are_not_copied(tmp_path, template):
     cache.write_bytes(bytes(range(256)))
     new(tmp_path / "shop")
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_no_name_is_excluded_by_the_gitignore(project):
+    ignored = re.findall(r"^/?(\w+)/$", (project[0] / ".gitignore").read_text(), flags=re.M)
+    assert {"build", "data", "runs"} <= set(ignored)
+    assert {name for name in ignored if name[0] != "_"} <= set(names.TAKEN)
 
 
 # Repository
@@ -187,6 +195,8 @@ def test_a_path_that_exists_is_refused(tmp_path, file):
         ("Pillow", "an installed package"),
         ("PIL", "an installed package"),
         ("tests", "another folder"),
+        ("data", "another folder"),
+        ("Runs", "another folder"),
         ("a" * 41, "more than 40 characters"),
     ],
 )

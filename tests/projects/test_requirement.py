@@ -14,6 +14,7 @@ from bn_lightning.projects import requirement
 from tests.conftest import REPOSITORY
 from tests.support.projects import new
 
+PYPROJECT = '[project]\nname = "bn-lightning"\n'
 GIT = "git+https://example.com/team/bn_lightning.git"
 
 
@@ -85,14 +86,14 @@ def test_a_clone_that_is_not_installed_is_used_from_its_folder(tmp_path, monkeyp
         (f"bn_lightning @ {GIT}", f"bn_lightning @ {GIT}"),
         ("clone", "../clone"),
         ("-e clone", "-e ../clone"),
-        ("wheels/x.whl", "../wheels/x.whl"),
+        ("wheels/bn_lightning-1.whl", "../wheels/bn_lightning-1.whl"),
     ],
 )
 def test_requirements_of_the_user(tmp_path, monkeypatch, text, expected):
     (tmp_path / "clone").mkdir()
-    (tmp_path / "clone/pyproject.toml").write_text("")
+    (tmp_path / "clone/pyproject.toml").write_text(PYPROJECT)
     (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/x.whl").write_text("")
+    (tmp_path / "wheels/bn_lightning-1.whl").write_text("")
     monkeypatch.chdir(tmp_path)
     assert requirement.given(text, tmp_path / "shop") == expected
     if "clone" in text:
@@ -101,9 +102,14 @@ def test_requirements_of_the_user(tmp_path, monkeypatch, text, expected):
         assert requirement.given(f"bn_lightning @ {url}", tmp_path / "shop") == "../clone"
 
 
-@pytest.mark.parametrize("text", ["torch>=2", "no/such/path", "bn_lightning>>2", "empty", ""])
+@pytest.mark.parametrize(
+    "text", ["torch>=2", "no/path", "bn_lightning>>2", "empty", "other", "a.py", ""]
+)
 def test_other_requirements_are_refused(tmp_path, monkeypatch, text):
-    (tmp_path / "empty").mkdir()
+    for name, table in (("empty", ""), ("other", PYPROJECT.replace("bn-lightning", "shop"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pyproject.toml").write_text(table)
+    (tmp_path / "a.py").write_text("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="neither a path nor a requirement of bn_lightning"):
         requirement.given(text, tmp_path / "shop")
@@ -123,7 +129,7 @@ def test_versions_end_before_the_next_breaking_one(monkeypatch, version, expecte
 def test_a_path_is_installed_by_the_first_command_of_the_readme(tmp_path, prefix):
     clone = tmp_path / "a clone"
     clone.mkdir()
-    (clone / "pyproject.toml").write_text("")
+    (clone / "pyproject.toml").write_text(PYPROJECT)
     done = new(tmp_path / "shop", f"--requirement={prefix}{clone}")
     assert "CI cannot install bn_lightning" in done.stdout
     readme = (tmp_path / "shop/README.md").read_text()

@@ -136,6 +136,16 @@ def test_a_clone_uses_the_branch_of_the_remote_repository(project, template, tmp
     assert merge(tmp_path / "clone") == []
     parents = git(tmp_path / "clone", "log", "--format=%H", "template").splitlines()[1:]
     assert parents == [git(project, "rev-parse", "template")]
+    # A newer commit of the remote repository is used too.
+    new(project, "--update")
+    edit(template / "README.md", "## All files", "## Each file")
+    new(project, "--update")
+    git(tmp_path / "clone", "reset", "--hard", "origin/main")
+    git(tmp_path / "clone", "branch", "--force", "template", "origin/template")
+    git(tmp_path / "clone", "fetch", "--quiet")
+    assert "has the newest files" in new(tmp_path / "clone", "--update").stdout
+    newest = git(project, "rev-parse", "template")
+    assert git(tmp_path / "clone", "rev-parse", "template") == newest
 
 
 def test_a_missing_branch_is_reported(project):

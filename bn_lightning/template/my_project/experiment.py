@@ -7,9 +7,10 @@ EXPERIMENT = Experiment(
     data=ImageData,
     name="my_project",
     defaults={
-        # To train on your own pictures, replace this line by the next one.
-        "data.dataset": "my_project.data.load",
+        # To train on your own pictures, replace the next line by
         # "data.dataset": "folder", "data.dataset_args": {"path": "pictures"},
+        "data.dataset": "my_project.data.load",
+        # `fit --help` lists all settings.
         "data.batch_size": 64,
         "data.normalize": True,
         "model.network": "my_project.network.ConvNet",
