@@ -23,8 +23,8 @@ def refuse(name: str) -> None:
     """Refuse a name that the package of a new project cannot have.
 
     Raises:
-        UserError: the name is no name of a module or a keyword, or it would hide a module
-            of the standard library or an installed package.
+        UserError: the name is not a valid module name, is a keyword, or would hide a
+            module of the standard library or an installed package.
     """
     problem = _problem(name)
     if problem:

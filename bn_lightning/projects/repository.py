@@ -66,7 +66,7 @@ class Repository:
                 "GIT_WORK_TREE": str(files),
                 "GIT_INDEX_FILE": str(Path(temporary, "index")),
             }
-            # The ignored files of the user must not be missing in the commit.
+            # Files that the user's global settings ignore belong to the project too.
             add = ("-c", "core.excludesFile=/dev/null", "add", "--all", ".")
             git(files, *add, environment=own)
             tree = git(files, "write-tree", environment=own)
@@ -110,7 +110,7 @@ class Repository:
             for name in (f"refs/heads/{TEMPLATE}", *remote)
         ]
         if any(commits):
-            # Without those that another one contains
+            # Commits that another one contains are left out.
             heads = git(self.folder, "merge-base", "--independent", *filter(None, commits))
             return next(commit for commit in commits if commit in heads.splitlines())
         raise UserError(

@@ -40,7 +40,7 @@ def given(text: str, project: Path) -> str:
         found = None
     if found is not None and canonicalize_name(found.name) == canonicalize_name(PACKAGE):
         if found.url is None or urlsplit(found.url).scheme != "file":
-            return text
+            return PACKAGE + text.removeprefix(found.name)
         text = found.url
     path = Path(_path_of(text) if text.startswith("file:") else text.removeprefix(EDITABLE))
     if not _is_package(path):
@@ -128,6 +128,4 @@ def upgrade_arguments(requirement: str) -> str:
     """Return the arguments with which pip upgrades this package."""
     if requirement.startswith(EDITABLE):
         return f"{EDITABLE}{shlex.quote(requirement.removeprefix(EDITABLE))}"
-    # PowerShell has no single quotes around a path with a slash either, but pip needs the double
-    # quotes of a requirement with spaces.
     return shlex.quote(requirement)

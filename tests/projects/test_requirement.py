@@ -81,7 +81,7 @@ def test_a_clone_that_is_not_installed_is_used_from_its_folder(tmp_path, monkeyp
     ("text", "expected"),
     [
         ("bn_lightning", "bn_lightning"),
-        (" bn-lightning==0.7.1 ", "bn-lightning==0.7.1"),
+        (" bn-lightning==0.7.1 ", "bn_lightning==0.7.1"),
         (GIT, f"bn_lightning @ {GIT}"),
         (f"bn_lightning @ {GIT}", f"bn_lightning @ {GIT}"),
         ("clone", "../clone"),
