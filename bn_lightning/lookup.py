@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -42,9 +43,12 @@ def find(name: str, kind: str, known: Mapping[str, Any]) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
+        module = sys.modules.get(module_name)
+        near = similar(attribute, list(vars(module)))[:1] if module else []
+        hint = f"Did you mean {module_name}.{near[0]}?\n" if near else ""
         raise UserError(
             f"The {kind} {name!r} cannot be imported: {error}.\n"
-            f"The path refers to the object {attribute!r} in the module {module_name!r}. The "
+            f"{hint}The path refers to the object {attribute!r} in the module {module_name!r}. The "
             "module must be installed or in the current folder."
             + (f"\nKnown names: {', '.join(known)}." if known else "")
         ) from error

@@ -1,8 +1,11 @@
 """Networks by name or import path."""
 
 import inspect
+import sysconfig
+import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +21,8 @@ from bn_lightning.norms.replace import can_replace, in_eval_mode, replace_norms
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP, "resnet": ResNet}
 TORCHVISION = "torchvision."
+# Folders of code that is not the user's.
+LIBRARIES = Path(__file__).parents[1], sysconfig.get_path("purelib")
 
 EXAMPLE = """\
 A short example, in my_networks.py, for --model.network my_networks.TwoLayers:
@@ -93,7 +98,8 @@ def _replace_norms(
     except UserError as error:
         raise UserError(
             f"The network {name!r} cannot be used with --model.norm {norm}.\n{error}\n"
-            "--model.norm builtin leaves its own layers."
+            "--model.norm builtin leaves its own layers. A network of your own may take the "
+            "argument `norm`, which builds a layer: norm(num_features, num_dims)."
         ) from error
 
 
@@ -137,6 +143,15 @@ def _call(
     return network
 
 
+def _place(error: Exception) -> str:
+    """Return the line of the user's code in which an error was raised, or "" if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not any(path.is_relative_to(folder) for folder in LIBRARIES):
+            return f"In {frame.filename}, line {frame.lineno}: {frame.line}\n"
+    return ""
+
+
 def _check_output(network: nn.Module, name: str, example: Tensor, shape: ImageShape) -> None:
     size = "x".join(map(str, shape.image_size))
     try:
@@ -144,7 +159,7 @@ def _check_output(network: nn.Module, name: str, example: Tensor, shape: ImageSh
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"The network {name!r} fails for images of {size} pixels with {shape.in_channels} "
-            f"channel(s): {describe_error(error)}\n"
+            f"channel(s): {describe_error(error)}\n{_place(error)}"
             "If the images are too small, enlarge them, for example with --data.resize 32."
         ) from error
     expected = (len(example), shape.num_classes)

@@ -124,9 +124,8 @@ def replace_norms(
     if not found or (not new_layers and not restores):
         reasons = Counter((row.old, row.reason) for row in report)
         raise UserError(
-            f"{type(network).__name__} has no norm layer that can be replaced.\n"
-            + "".join(f"{count} {old}: {reason}\n" for (old, reason), count in reasons.items())
-            + "The norm builtin leaves a network unchanged."
+            f"{type(network).__name__} has no norm layer that can be replaced."
+            + "".join(f"\n{count} {old}: {reason}" for (old, reason), count in reasons.items())
         )
 
     # Nothing fails from here on.

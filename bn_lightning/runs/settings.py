@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from bn_lightning import terminal
+from bn_lightning import lookup, terminal
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment, folder, threads, trust
 from bn_lightning.runs.parser import Parser, TrainerHelp
@@ -126,13 +126,16 @@ class SettingsCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         for name in self.experiment.data.found_in_data:
             parser.link_arguments("ckpt_path", f"data.{name}", partial(self._found_value, name))
-        try:
-            parser.set_defaults(dict(self.experiment.defaults))
-        except KeyError as error:
-            raise UserError(
-                f"The defaults of {self.reference!r} have an unknown setting: {error}\n"
-                "Correct the name in Experiment(defaults=...)."
-            ) from error
+        for name, value in self.experiment.defaults.items():
+            try:
+                parser.set_defaults({name: value})
+            except KeyError as error:
+                near = lookup.similar(name, list(parser.get_defaults().keys()))[:1]
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise UserError(
+                    f"The defaults of {self.reference!r} have an unknown setting: {name}.{hint}\n"
+                    "Correct the name in Experiment(defaults=...)."
+                ) from error
 
     def _found_value(self, name: str, ckpt_path: str | None) -> Any:
         """Return what the loaded checkpoint contains of the data; None without a checkpoint."""

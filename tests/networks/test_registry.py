@@ -41,6 +41,15 @@ class OneLogitLess(nn.Sequential):
         super().__init__(nn.Flatten(), nn.LazyLinear(num_classes - 1))
 
 
+class WrongSizes(nn.Module):
+    def __init__(self, in_channels, image_size, num_classes, norm):
+        super().__init__()
+        self.linear = nn.Linear(5, num_classes)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)))
+
+
 class WithoutClasses(nn.Module):
     def __init__(self, in_channels, image_size, norm):
         super().__init__()
@@ -90,6 +99,8 @@ def test_network_args_are_passed():
     [
         ("resnt", {}, ["Unknown network 'resnt'. Use one of lenet, mlp, resnet, torchvision.NAME"]),
         (HERE + "Nothing", {}, ["cannot be imported", "Known names: lenet, mlp"]),
+        (HERE + "TwoLayer", {}, [f"Did you mean {HERE}TwoLayers?"]),
+        (HERE + "WrongSizes", {}, ["cannot be multiplied", "return self.linear(x.mean((2, 3)))"]),
         (HERE + "OneLogitLess", {}, ["returns (2, 6) for 2 images", "(2, 7)", "class TwoLayers"]),
         (HERE + "WithoutClasses", {}, ["unexpected keyword argument 'num_classes'", "TwoLayers"]),
         (HERE + "not_a_module", {}, ["an object of type int", "class TwoLayers"]),

@@ -76,7 +76,7 @@ def test_anything_but_an_experiment_is_refused(given, message):
         ("NOTHING", "has no attribute 'NOTHING'"),
         ("NOT_AN_EXPERIMENT", "must be a bn_lightning.Experiment"),
         ("WRONG_TASK", "must be a subclass of bn_lightning.Task"),
-        ("UNKNOWN_KEY", "have an unknown setting: "),
+        ("UNKNOWN_KEY", "unknown setting: model.widht. Did you mean model.width?"),
     ],
 )
 def test_commands_exit_with_2_for_an_invalid_experiment(
