@@ -33,10 +33,9 @@ class Answers:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            # The texts are written into strings of Python and TOML.
             if not isinstance(value, str) or not value.strip() or not value.isprintable():
                 problem = "it must be a text of one line"
-            elif {'"', "\\"} & set(value):
+            elif field.name == "requirement" and {'"', "\\"} & set(value):
                 problem = 'it must not contain " or \\'
             elif field.name == "name" and not names.VALID.fullmatch(value):
                 problem = "it must be the name of a Python module"

@@ -13,7 +13,11 @@ NAME = "my_project"
 def render(answers: Answers, folder: Path) -> None:
     """Write the files of the template to a folder."""
     values = _values(answers)
-    pattern = re.compile("|".join(map(re.escape, values)))
+    # Strings of Python and of TOML have the same escapes.
+    escaped = {
+        old: new if '"' in old else new.replace("\\", "\\\\").replace('"', '\\"')
+        for old, new in values.items()
+    }
     # Files such as __pycache__ are copied too. The .gitignore in the template excludes them from
     # the commit.
     for source in sorted(TEMPLATE.rglob("*")):
@@ -23,9 +27,14 @@ def render(answers: Answers, folder: Path) -> None:
         target = folder / name.replace(NAME, answers.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_bytes().decode("utf-8", "surrogateescape")
-        text = pattern.sub(lambda found: values[found[0]], text)
+        text = _filled(text, escaped if source.suffix in (".py", ".toml") else values)
         target.write_bytes(text.encode("utf-8", "surrogateescape"))
         target.chmod(target.stat().st_mode | (source.stat().st_mode & 0o111))
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    pattern = "|".join(map(re.escape, values))
+    return re.sub(pattern, lambda found: values[found[0]], text)
 
 
 def _values(answers: Answers) -> dict[str, str]:

@@ -41,8 +41,7 @@ class Repository:
         """
         if not folder.is_dir():
             raise UserError(f"There is no folder {str(folder)!r}. Use the folder of a project.")
-        top = git(folder, "rev-parse", "--show-toplevel", may_fail=True)
-        if not top or Path(top).resolve() != folder:
+        if not (folder / ".git").exists():
             raise UserError(
                 f"{str(folder)!r} is not the top folder of a git repository. Use the folder of a "
                 "project that `new` has created."

@@ -1,5 +1,6 @@
 """The command `new`: the files of a project, its repository, and names that are refused."""
 
+import ast
 import os
 import re
 import subprocess
@@ -49,6 +50,20 @@ def test_the_answers_are_written_where_they_belong(project):
     assert table["project"]["authors"] == [{"name": "Ana Núñez"}]
     assert table["tool"]["bn_lightning"]["author"] == "Ana Núñez"
     assert texts["README.md"].startswith("# Shoe shop: boots & more\n")
+
+
+def test_texts_may_contain_quotes_and_backslashes(tmp_path):
+    title, author = 'Say """hi""" \\n', 'Ana "Nu" \\Núñez"'
+    new(tmp_path / "shop", "--title", title, "--author", author)
+    texts = contents(tmp_path / "shop")
+    docstring = ast.get_docstring(ast.parse(texts["shop/__init__.py"]))
+    assert docstring.splitlines()[0] == title
+    table = tomllib.loads(texts["pyproject.toml"])
+    assert table["project"]["description"] == table["tool"]["bn_lightning"]["title"] == title
+    assert table["project"]["authors"] == [{"name": author}]
+    assert texts["README.md"].startswith(f"# {title}\n")
+    # The same texts are written again.
+    assert "has the newest files" in new(tmp_path / "shop", "--update").stdout
 
 
 def test_the_description_in_help_is_the_docstring_of_the_package(project, monkeypatch):
@@ -214,8 +229,8 @@ def test_a_module_on_the_path_is_not_hidden(tmp_path, monkeypatch):
     assert done.returncode == 2 and "an installed package" in done.stderr
 
 
-@pytest.mark.parametrize("title", ['Say "hi"', "back\\slash", "two\nlines", "x" * 71, "  "])
-def test_a_title_that_does_not_fit_into_a_string_is_refused(tmp_path, title):
+@pytest.mark.parametrize("title", ["two\nlines", "a\x1b[31m", "x" * 71, "  "])
+def test_a_title_that_is_not_a_short_line_is_refused(tmp_path, title):
     done = new(tmp_path / "shop", "--title", title, check=False)
     assert done.returncode == 2 and "The title is" in done.stderr
     assert not list(tmp_path.iterdir())
