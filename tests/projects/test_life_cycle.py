@@ -83,7 +83,7 @@ def test_a_project_is_changed_and_upgraded(tmp_path, library, python):
     identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
     merge = ["git", *identity, "merge", "template"]
     subprocess.run(merge, cwd=project, capture_output=True)
-    # Only where both have changed the same place, git asks.
+    # Git asks only where both have changed the same place.
     assert git(project, "diff", "--name-only", "--diff-filter=U") == "shoe_shop/experiment.py"
     text = (project / "shoe_shop/experiment.py").read_text()
     [conflict] = re.findall(r"<<<<<<< .*?>>>>>>> \w+\n", text, flags=re.S)
@@ -92,7 +92,7 @@ def test_a_project_is_changed_and_upgraded(tmp_path, library, python):
     (project / "shoe_shop/experiment.py").write_text(text.replace(conflict, resolved))
     commit(project, "upgrade")
 
-    # Of both sides, nothing was lost.
+    # Nothing of either side is lost.
     assert '"bn_lightning>=0.3.0,<0.4"' in (project / "pyproject.toml").read_text()
     readme = (project / "README.md").read_text()
     assert "## Our shoes" in readme and "## All commands" in readme

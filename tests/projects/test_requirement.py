@@ -47,7 +47,7 @@ GIT = "git+https://example.com/team/bn_lightning.git"
     ],
 )
 def test_the_default_is_how_the_package_is_installed(tmp_path, monkeypatch, origin, expected):
-    # The newest metadata in the path count. A clone may have others, without direct_url.json.
+    # A clone may contain other metadata, without direct_url.json.
     for name, files in (
         ("first/bn_lightning.egg-info", {"PKG-INFO": "Name: bn_lightning"}),
         (
