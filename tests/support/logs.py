@@ -2,6 +2,12 @@
 
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+# The name of an event file ends with a number, which counts the files of a process. TensorBoard
+# reads files of the same second in alphabetical order: number 10 before number 9. With four digits,
+# a run that is resumed within the second in which it started is read in the right order.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(1_000)
 
 # Settings of a Trainer that trains on the CPU and writes nothing except logs.
 QUIET = {
