@@ -4,8 +4,11 @@ import difflib
 import importlib
 import inspect
 import re
+import site
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -91,6 +94,11 @@ def similar(name: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, known, n=3)
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return " Did you mean X?" with the most similar name, or "" if none is similar."""
+    return "".join(f" Did you mean {match}?" for match in similar(name, known)[:1])
+
+
 def classes_in(module: ModuleType, base: type) -> dict[str, type]:
     """Return the public subclasses of `base` in a module such as `torch.optim`, by name."""
     return {
@@ -115,3 +123,10 @@ def is_defined_in(name: str, package: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return f"{getattr(found, '__module__', '')}.".startswith(f"{package}.")
+
+
+def is_installed(path: Path) -> bool:
+    """Return whether a file belongs to an installed package."""
+    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    roots += [*site.getsitepackages(), site.getusersitepackages()]
+    return any(path.is_relative_to(root) for root in roots)

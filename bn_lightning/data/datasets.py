@@ -102,8 +102,7 @@ class DataSet:
             picture_folder.path_in(self.args)
         elif "." not in self.name:
             known = [*KNOWN, FOLDER]
-            near = lookup.similar(self.name, known)[:1]
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = lookup.did_you_mean(self.name, known)
             raise UserError(
                 f"Unknown data set {self.name!r}.{hint} Use one of {', '.join(known)}, or the "
                 "import path of a function such as my_data.load."

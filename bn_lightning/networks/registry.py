@@ -1,7 +1,6 @@
 """Networks by name or import path."""
 
 import inspect
-import sysconfig
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +20,7 @@ from bn_lightning.norms.replace import can_replace, in_eval_mode, replace_norms
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP, "resnet": ResNet}
 TORCHVISION = "torchvision."
-# Folders of code that is not the user's.
-LIBRARIES = Path(__file__).parents[1], sysconfig.get_path("purelib")
+PACKAGE = Path(__file__).parents[1]
 
 EXAMPLE = """\
 A short example, in my_networks.py, for --model.network my_networks.TwoLayers:
@@ -147,7 +145,7 @@ def _place(error: Exception) -> str:
     """Return the line of the user's code in which an error was raised, or "" if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if not any(path.is_relative_to(folder) for folder in LIBRARIES):
+        if not path.is_relative_to(PACKAGE) and not lookup.is_installed(path):
             return f"In {frame.filename}, line {frame.lineno}: {frame.line}\n"
     return ""
 

@@ -81,9 +81,7 @@ def _create(path: Path, args: Namespace) -> None:
     with _staging(path) as folder:
         repository = Repository.create(folder)
         message = f"Start {name} from the template of bn_lightning {__version__}"
-        with tempfile.TemporaryDirectory() as rendering:
-            render(answers, Path(rendering))
-            repository.start(repository.commit(Path(rendering), message, parent=None))
+        repository.start(_commit(repository, answers, message))
         num_files = len(repository.files())
     shown = shlex.quote(args.path)
     print(f"created {args.path}: {num_files} files, branches {MAIN} and {TEMPLATE}")
@@ -99,6 +97,15 @@ def _create(path: Path, args: Namespace) -> None:
             "an address, for example that of your clone:\n"
             f"  {terminal.program()} new {shown} --update --requirement git+https://..."
         )
+
+
+def _commit(
+    repository: Repository, answers: Answers, message: str, parent: str | None = None
+) -> str:
+    """Commit the files as the template and the answers give them, and return the hash."""
+    with tempfile.TemporaryDirectory() as rendering:
+        render(answers, Path(rendering))
+        return repository.commit(Path(rendering), message, parent)
 
 
 def _requirement(args: Namespace, project: Path) -> str | None:
@@ -140,17 +147,15 @@ def _update(path: Path, args: Namespace) -> None:
     )
     repository.refuse_changes()
     before = repository.template()
-    with tempfile.TemporaryDirectory() as rendering:
-        render(answers, Path(rendering))
-        message = f"Update the template to bn_lightning {__version__}"
-        after = repository.commit(Path(rendering), message, parent=before)
+    message = f"Update the template to bn_lightning {__version__}"
+    after = _commit(repository, answers, message, parent=before)
     changes = repository.changes(before, after)
     repository.move_template(after if changes else before)
     if changes:
         print(f"committed to the branch {TEMPLATE}:\n{changes}")
     else:
         print(f"The branch {TEMPLATE} has the newest files.")
-    if repository.is_merged(TEMPLATE):
+    if repository.is_merged():
         print("There is nothing to merge.")
     else:
         print(f"To merge it into your branch:\n  git merge {TEMPLATE}")

@@ -138,9 +138,9 @@ class Repository:
         """Return a table of the changed files between two commits."""
         return git(self.folder, "diff", "--stat=100", before, after)
 
-    def is_merged(self, branch: str) -> bool:
-        """Return whether the current branch contains another one."""
-        return not git(self.folder, "rev-list", "--max-count=1", branch, "^HEAD")
+    def is_merged(self) -> bool:
+        """Return whether the current branch contains the branch `template`."""
+        return not git(self.folder, "rev-list", "--max-count=1", TEMPLATE, "^HEAD")
 
     def _identity(self) -> dict[str, str]:
         """Return the author and committer of a commit, if git does not know the user."""

@@ -130,8 +130,7 @@ class SettingsCLI(LightningCLI):
             try:
                 parser.set_defaults({name: value})
             except KeyError as error:
-                near = lookup.similar(name, list(parser.get_defaults().keys()))[:1]
-                hint = f" Did you mean {near[0]}?" if near else ""
+                hint = lookup.did_you_mean(name, list(parser.get_defaults().keys()))
                 raise UserError(
                     f"The defaults of {self.reference!r} have an unknown setting: {name}.{hint}\n"
                     "Correct the name in Experiment(defaults=...)."

@@ -7,9 +7,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-import site
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
@@ -87,7 +85,7 @@ def identify(reference: str, settings: Mapping[str, Any], read: Read = Path.read
             top = module.partition(".")[0]
             if module in sources or top in {*whole, *LIBRARIES, *sys.stdlib_module_names}:
                 continue
-            if _is_installed(path):
+            if lookup.is_installed(path):
                 libraries.add(top)
                 if name in named and top not in sources:
                     sources[top] = _hash_of_package(top, read)
@@ -170,13 +168,6 @@ def _hash(*contents: bytes) -> str:
         # Git may check out the same file with other line ends.
         found.update(hashlib.sha256(content.replace(b"\r\n", b"\n")).digest())
     return found.hexdigest()
-
-
-def _is_installed(path: Path) -> bool:
-    """Return whether a file belongs to an installed package."""
-    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    roots += [*site.getsitepackages(), site.getusersitepackages()]
-    return any(path.is_relative_to(root) for root in roots)
 
 
 def _version(name: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.support.projects import commit, git
+from tests.support.projects import commit, edit, merge
 
 RUN = "runs/debug/0"
 OWN_TEST = """\
@@ -25,14 +25,6 @@ def test_a_third_of_the_images_is_used():
     images, labels, *_ = load()
     assert len(images) == len(labels) == 2_000
 """
-
-
-def edit(path, *changes):
-    text = path.read_text(encoding="utf-8")
-    for old, new in changes:
-        assert old in text, (path.name, old)
-        text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -80,11 +72,8 @@ def test_a_project_is_changed_and_upgraded(tmp_path, library, python):
     printed = python("bn_lightning", "new", ".", "--update")
     # The version is in a fourth file, pyproject.toml.
     assert "git merge template" in printed and "4 files changed" in printed
-    identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
-    merge = ["git", *identity, "merge", "template"]
-    subprocess.run(merge, cwd=project, capture_output=True)
     # Git asks only where both have changed the same place.
-    assert git(project, "diff", "--name-only", "--diff-filter=U") == "shoe_shop/experiment.py"
+    assert merge(project) == ["shoe_shop/experiment.py"]
     text = (project / "shoe_shop/experiment.py").read_text()
     [conflict] = re.findall(r"<<<<<<< .*?>>>>>>> \w+\n", text, flags=re.S)
     assert '"data.shift": 1' in conflict and '"data.batch_size": 48' in conflict
@@ -113,20 +102,15 @@ def last_weights(project):
 
 def change_as_owner(project):
     """Change network, data, a config and the README, and add a test."""
-    edit(
-        project / "shoe_shop/network.py",
-        ("nn.ReLU()", "nn.SiLU()"),
-        ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)"),
-    )
+    edit(project / "shoe_shop/network.py", "nn.ReLU()", "nn.SiLU()")
+    edit(project / "shoe_shop/network.py", "nn.MaxPool2d(2)", "nn.AvgPool2d(2)")
     edit(
         project / "shoe_shop/data.py",
-        (
-            "images.train_images, images.train_labels",
-            "images.train_images[::3], images.train_labels[::3]",
-        ),
+        "images.train_images, images.train_labels",
+        "images.train_images[::3], images.train_labels[::3]",
     )
-    edit(project / "configs/debug.yaml", ("max_epochs: 1", "max_epochs: 2"))
-    edit(project / "shoe_shop/experiment.py", ('"data.batch_size": 64', '"data.batch_size": 48'))
+    edit(project / "configs/debug.yaml", "max_epochs: 1", "max_epochs: 2")
+    edit(project / "shoe_shop/experiment.py", '"data.batch_size": 64', '"data.batch_size": 48')
     with (project / "README.md").open("a") as readme:
         readme.write("\n## Our shoes\n\nThey are brown.\n")
     (project / "tests/test_ours.py").write_text(OWN_TEST)
@@ -143,16 +127,18 @@ def change_library(library):
     assert renamed
     edit(
         library / "tasks/classifier.py",
-        ("label_smoothing: float = 0.0", "label_smoothing: float = 0.1"),
+        "label_smoothing: float = 0.0",
+        "label_smoothing: float = 0.1",
     )
-    edit(library / "__init__.py", ('__version__ = "0.2', '__version__ = "0.3'))
+    edit(library / "__init__.py", '__version__ = "0.2', '__version__ = "0.3')
 
 
 def change_template(template):
     """Change three places, one of them next to a change of the owner."""
-    edit(template / "README.md", ("## Commands", "## All commands"))
-    edit(template / ".github/workflows/ci.yml", ("timeout-minutes: 30", "timeout-minutes: 20"))
+    edit(template / "README.md", "## Commands", "## All commands")
+    edit(template / ".github/workflows/ci.yml", "timeout-minutes: 30", "timeout-minutes: 20")
     edit(
         template / "my_project/experiment.py",
-        ('"data.batch_size": 64,\n', '"data.batch_size": 64,\n        "data.shift": 1,\n'),
+        '"data.batch_size": 64,\n',
+        '"data.batch_size": 64,\n        "data.shift": 1,\n',
     )

@@ -117,8 +117,8 @@ def test_no_name_is_excluded_by_the_gitignore(project):
 def test_both_branches_have_the_same_commit(project):
     folder, _ = project
     branches = git(folder, "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
-    names, commits = zip(*map(str.split, branches), strict=True)
-    assert names == ("refs/heads/main", "refs/heads/template")
+    refs, commits = zip(*map(str.split, branches), strict=True)
+    assert refs == ("refs/heads/main", "refs/heads/template")
     assert len(set(commits)) == 1
     assert git(folder, "status", "--porcelain", "--branch") == "## main"
 

@@ -1,31 +1,17 @@
 """`new --update`: the branch `template`, and what git merges."""
 
 import re
-import subprocess
 
 import pytest
 
 import bn_lightning
-from tests.support.projects import commit, git, new
+from tests.support.projects import commit, edit, git, merge, new
 
 
 @pytest.fixture
 def project(tmp_path, template):
     new(tmp_path / "shop", "--requirement", "bn_lightning", "--author", "Ana")
     return tmp_path / "shop"
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def merge(project):
-    """Merge the branch, and return the files with conflicts."""
-    identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
-    subprocess.run(["git", *identity, "merge", "template"], cwd=project, capture_output=True)
-    return git(project, "diff", "--name-only", "--diff-filter=U").splitlines()
 
 
 def test_without_a_new_template_there_is_nothing_to_merge(project):

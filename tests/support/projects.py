@@ -18,6 +18,9 @@ FILES = (
 )
 
 
+IDENTITY = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
+
+
 def new(path, *flags, check=True):
     """Run `new PATH` in this process, in a folder that exists."""
     cwd = next(folder for folder in Path(path).parents if folder.is_dir())
@@ -26,12 +29,24 @@ def new(path, *flags, check=True):
 
 def git(folder, *arguments):
     """Run git in a folder and return what it prints."""
-    identity = ("-c", "user.name=Owner", "-c", "user.email=owner@localhost")
     done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True
+        ["git", *IDENTITY, *arguments], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
+
+
+def edit(path, old, new):
+    """Replace a text in a file."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text, (path.name, old)
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def merge(folder):
+    """Merge the branch `template`, and return the files with conflicts."""
+    subprocess.run(["git", *IDENTITY, "merge", "template"], cwd=folder, capture_output=True)
+    return git(folder, "diff", "--name-only", "--diff-filter=U").splitlines()
 
 
 def commit(folder, message="a change"):

@@ -14,7 +14,7 @@ from tests.projects.friedman.experiment import Regression, Table
 
 
 class Bad(pl.Callback):
-    """A callback that sets weights to infinity in step 5."""
+    """A callback that sets weights to infinity at step 5."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 5:
