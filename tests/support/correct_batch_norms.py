@@ -1,0 +1,409 @@
+"""Correct batch normalizations whose code or state differs from PyTorch's in one respect.
+
+`BATCH_NORMS` names those that behave as PyTorch's layer, whatever their state is called.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.support import library_norms
+from tests.support.plain_norms import (
+    Affine,
+    BatchNorm,
+    HandWritten,
+    SyncBatchNorm,
+    at_least_float32,
+    batch_axes,
+    moments,
+    per_channel,
+)
+
+
+class Momentum0001(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.001):
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class Momentum001(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.01):
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class Momentum03(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.3):
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class Momentum05(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.5):
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class CumulativeAverage(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=None):
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class Decay(BatchNorm):
+    """The constant is the weight of the old value, as in TensorFlow and in many articles."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5, decay=0.9):
+        super().__init__(num_features, num_dims, eps)
+        del self.momentum
+        self.decay = decay
+
+    def factor(self):
+        return 1 - self.decay
+
+
+class OtherNames(nn.Module):
+    def __init__(self, num_features, num_dims, eps=1e-5, alpha=0.1):
+        super().__init__()
+        self.eps, self.alpha = eps, alpha
+        shape = (1, num_features, *[1] * (num_dims - 2))
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("mu", torch.zeros(shape))
+        self.register_buffer("sigma2", torch.ones(shape))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        mu, sigma2 = self.mu, self.sigma2
+        if self.training:
+            m = x.numel() // x.size(1)
+            if m < 2:
+                raise ValueError("Training needs more than 1 value per channel.")
+            mu, sigma2 = moments(wide, batch_axes(x))
+            with torch.no_grad():
+                self.steps += 1
+                self.mu += self.alpha * (mu - self.mu)
+                self.sigma2 += self.alpha * (sigma2 * m / (m - 1) - self.sigma2)
+        x_hat = (wide - mu) * torch.rsqrt(sigma2 + self.eps)
+        return (self.scale * x_hat + self.shift).to(x.dtype)
+
+
+class Epsilon(BatchNorm):
+    def __init__(self, num_features, num_dims, epsilon=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, epsilon, momentum)
+        del self.eps
+        self.epsilon = epsilon
+
+    def standardize(self, x, mean, var):
+        return (x - mean) * (var + self.epsilon).rsqrt()
+
+
+class StdOfRunningVar(BatchNorm):
+    """The state is the square root of the running variance."""
+
+    def register_statistics(self, num_features):
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_std", torch.ones(num_features))
+
+    def count(self):
+        pass
+
+    def running_moments(self, x):
+        return per_channel(self.running_mean, x), per_channel(self.running_std.square(), x)
+
+    def update(self, mean, var, m):
+        self.move("running_mean", mean)
+        running_var = self.running_std.square()
+        running_var += self.factor() * ((var * m / (m - 1)).detach().flatten() - running_var)
+        self.running_std.copy_(running_var.sqrt())
+
+
+class AverageOfStds(StdOfRunningVar):
+    """The state is a moving average of standard deviations (Ioffe 2017, algorithm 1)."""
+
+    def update(self, mean, var, m):
+        self.move("running_mean", mean)
+        self.move("running_std", (var * m / (m - 1)).sqrt())
+
+
+class BetaBeforeGamma(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        gamma = self.weight
+        del self.weight
+        self.weight = gamma
+
+
+class UnusedParameter(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        self.unused = nn.Parameter(torch.zeros(num_features))
+
+
+class FrozenGamma(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        self.weight.requires_grad_(False)
+
+
+class ZeroCentredGamma(BatchNorm):
+    """gamma is 1 + weight, so that weight decay pulls gamma to 1 (as in Gemma's RMSNorm)."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        nn.init.zeros_(self.weight)
+
+    def affine(self, x_hat):
+        return per_channel(1 + self.weight, x_hat) * x_hat + per_channel(self.bias, x_hat)
+
+
+class ScalarGamma(BatchNorm):
+    """One gamma for all channels."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+
+class BroadcastGamma(BatchNorm):
+    """gamma and beta have the shape (1, C, 1, ...)."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        shape = (1, num_features, *[1] * (num_dims - 2))
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+
+class WithoutAffine(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps, momentum)
+        del self.weight, self.bias
+
+    def affine(self, x_hat):
+        return x_hat
+
+
+class WithoutRunningStatistics(BatchNorm):
+    """Both modes use the batch."""
+
+    def register_statistics(self, num_features):
+        pass
+
+    def count(self):
+        pass
+
+    def update(self, mean, var, m):
+        pass
+
+    def running_moments(self, x):
+        return self.batch_moments(x)
+
+
+class Float32Statistics(BatchNorm):
+    """The running statistics stay float32 when the layer is converted, for example by half()."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class Float32Computation(BatchNorm):
+    """Every input is normalized in float32, a float64 one too."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+class ClampInsteadOfEps(BatchNorm):
+    """The variance is at least eps.
+
+    This is correct: a constant channel gives beta and a finite derivative, and a channel whose
+    variance is above eps is scaled to exactly unit variance. The derivative jumps at eps only.
+    """
+
+    def standardize(self, x, mean, var):
+        return (x - mean) / var.clamp(min=self.eps).sqrt()
+
+
+class MovingRms(BatchNorm):
+    """Batch normalization without centring: divide by the root mean square of the channel."""
+
+    def register_statistics(self, num_features):
+        self.register_buffer("running_square", torch.ones(num_features))
+
+    def training_moments(self, x):
+        square = x.square().mean(batch_axes(x), keepdim=True)
+        if x.numel():
+            self.move("running_square", square)
+        return 0, square
+
+    def running_moments(self, x):
+        return 0, per_channel(self.running_square, x)
+
+
+class AlwaysMovingRms(MovingRms):
+    """Both modes divide by the running value of the batches before.
+
+    PowerNorm (Shen et al. 2020) has this forward pass. Here the derivative is the exact one.
+    """
+
+    def training_moments(self, x):
+        before = self.running_square.clone()
+        super().training_moments(x)
+        return 0, per_channel(before, x)
+
+
+class OnlyImages(BatchNorm):
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        if num_dims != 4:
+            raise ValueError(f"num_dims must be 4, not {num_dims}.")
+        super().__init__(num_features, num_dims, eps, momentum)
+
+
+class RejectsBatchOfOne(BatchNorm):
+    def training_moments(self, x):
+        if len(x) == 1:
+            raise ValueError("Training needs batches of at least 2 samples.")
+        return super().training_moments(x)
+
+
+class FunctionalBatchNorm(Affine):
+    """PyTorch's function with buffers of its own and no counter."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
+        super().__init__(num_features, num_dims, eps)
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros(num_features))
+        self.register_buffer("variance", torch.ones(num_features))
+
+    def forward(self, x):
+        state = (self.average, self.variance, self.weight, self.bias)
+        return F.batch_norm(x, *state, self.training, self.momentum, self.eps)
+
+
+class GhostBatchNorm(BatchNorm):
+    """Normalize each part of at most 4 samples by itself (Hoffer, Hubara and Soudry 2017)."""
+
+    virtual_batch_size = 4
+
+    def normalize(self, x):
+        if not self.training or not len(x):
+            return super().normalize(x)
+        parts = x.tensor_split(-(-len(x) // self.virtual_batch_size))
+        return torch.cat([super(GhostBatchNorm, self).normalize(part) for part in parts])
+
+
+class GhostBatchNorm8(GhostBatchNorm):
+    virtual_batch_size = 8
+
+
+class FrozenBatchNorm(BatchNorm):
+    """All state is constant, also in training mode; the layer has no parameters."""
+
+    def __init__(self, num_features, num_dims, eps=1e-5):
+        super().__init__(num_features, num_dims, eps)
+        del self.weight, self.bias
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+
+    def normalize(self, x):
+        return self.standardize(x, *self.running_moments(x))
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization (Ioffe 2017, algorithm 1). r and d are constants in the backward pass.
+
+    During the warm-up, r is 1 and d is 0.
+    """
+
+    warmup = 0
+
+    def standardize(self, x, mean, var):
+        return (x - mean) / (var + self.eps).sqrt()
+
+    def normalize(self, x):
+        if not self.training:
+            return super().normalize(x)
+
+        old_mean, old_var = (moment.clone() for moment in self.running_moments(x))
+        mean, var = self.training_moments(x)
+        warm = self.num_batches_tracked > self.warmup
+        with torch.no_grad():
+            old_std = (old_var + self.eps).sqrt()
+            r = ((var + self.eps).sqrt() / old_std).clamp(1 / 3, 3)
+            d = ((mean - old_mean) / old_std).clamp(-5, 5)
+        x_hat = self.standardize(x, mean, var)
+        return torch.where(warm, x_hat * r + d, x_hat)
+
+
+class BatchRenormWithWarmup(BatchRenorm):
+    warmup = 500
+
+
+LAYERS = {
+    "batch_norm": BatchNorm,
+    "momentum_0.001": Momentum0001,
+    "momentum_0.01": Momentum001,
+    "momentum_0.3": Momentum03,
+    "momentum_0.5": Momentum05,
+    "cumulative_average": CumulativeAverage,
+    "decay": Decay,
+    "other_names": OtherNames,
+    "epsilon": Epsilon,
+    "std_of_running_var": StdOfRunningVar,
+    "average_of_stds": AverageOfStds,
+    "beta_before_gamma": BetaBeforeGamma,
+    "unused_parameter": UnusedParameter,
+    "frozen_gamma": FrozenGamma,
+    "zero_centred_gamma": ZeroCentredGamma,
+    "scalar_gamma": ScalarGamma,
+    "broadcast_gamma": BroadcastGamma,
+    "without_affine": WithoutAffine,
+    "without_running_statistics": WithoutRunningStatistics,
+    "float32_statistics": Float32Statistics,
+    "float32_computation": Float32Computation,
+    "clamp_instead_of_eps": ClampInsteadOfEps,
+    "moving_rms": MovingRms,
+    "always_moving_rms": AlwaysMovingRms,
+    "only_images": OnlyImages,
+    "rejects_batch_of_one": RejectsBatchOfOne,
+    "once_differentiable": HandWritten,
+    "functional": FunctionalBatchNorm,
+    "synchronized": SyncBatchNorm,
+    "ghost_4": GhostBatchNorm,
+    "ghost_8": GhostBatchNorm8,
+    "frozen": FrozenBatchNorm,
+    "batch_renorm": BatchRenorm,
+    "batch_renorm_with_warmup": BatchRenormWithWarmup,
+}
+
+# Each name has the arguments of PyTorch's layer with which its results are the same. These layers
+# are left out because either answer is defensible: frozen_gamma (gamma has no gradient),
+# zero_centred_gamma (the same function of 1 + weight), once_differentiable (no second
+# derivative), rejects_batch_of_one (PyTorch accepts one image), and batch_renorm_with_warmup (the
+# first 500 batches are the same).
+BATCH_NORMS = {
+    "batch_norm": {},
+    "momentum_0.001": {"momentum": 0.001},
+    "momentum_0.01": {"momentum": 0.01},
+    "momentum_0.3": {"momentum": 0.3},
+    "momentum_0.5": {"momentum": 0.5},
+    "cumulative_average": {"momentum": None},
+    "decay": {},
+    "other_names": {},
+    "epsilon": {},
+    "std_of_running_var": {},
+    "beta_before_gamma": {},
+    "unused_parameter": {},
+    "broadcast_gamma": {},
+    "without_affine": {"affine": False},
+    "without_running_statistics": {"track_running_stats": False},
+    "float32_statistics": {},
+    "float32_computation": {},
+    "only_images": {},
+    "functional": {},
+    "synchronized": {},
+    **library_norms.BATCH_NORMS,
+}
