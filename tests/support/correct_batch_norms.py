@@ -227,34 +227,6 @@ class ClampInsteadOfEps(BatchNorm):
         return (x - mean) / var.clamp(min=self.eps).sqrt()
 
 
-class MovingRms(BatchNorm):
-    """Batch normalization without centring: divide by the root mean square of the channel."""
-
-    def register_statistics(self, num_features):
-        self.register_buffer("running_square", torch.ones(num_features))
-
-    def training_moments(self, x):
-        square = x.square().mean(batch_axes(x), keepdim=True)
-        if x.numel():
-            self.move("running_square", square)
-        return 0, square
-
-    def running_moments(self, x):
-        return 0, per_channel(self.running_square, x)
-
-
-class AlwaysMovingRms(MovingRms):
-    """Both modes divide by the running value of the batches before.
-
-    PowerNorm (Shen et al. 2020) has this forward pass. Here the derivative is the exact one.
-    """
-
-    def training_moments(self, x):
-        before = self.running_square.clone()
-        super().training_moments(x)
-        return 0, per_channel(before, x)
-
-
 class OnlyImages(BatchNorm):
     def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.1):
         if num_dims != 4:
@@ -283,65 +255,6 @@ class FunctionalBatchNorm(Affine):
         return F.batch_norm(x, *state, self.training, self.momentum, self.eps)
 
 
-class GhostBatchNorm(BatchNorm):
-    """Normalize each part of at most 4 samples by itself (Hoffer, Hubara and Soudry 2017)."""
-
-    virtual_batch_size = 4
-
-    def normalize(self, x):
-        if not self.training or not len(x):
-            return super().normalize(x)
-        parts = x.tensor_split(-(-len(x) // self.virtual_batch_size))
-        return torch.cat([super(GhostBatchNorm, self).normalize(part) for part in parts])
-
-
-class GhostBatchNorm8(GhostBatchNorm):
-    virtual_batch_size = 8
-
-
-class FrozenBatchNorm(BatchNorm):
-    """All state is constant, also in training mode; the layer has no parameters."""
-
-    def __init__(self, num_features, num_dims, eps=1e-5):
-        super().__init__(num_features, num_dims, eps)
-        del self.weight, self.bias
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-
-    def normalize(self, x):
-        return self.standardize(x, *self.running_moments(x))
-
-
-class BatchRenorm(BatchNorm):
-    """Batch renormalization (Ioffe 2017, algorithm 1). r and d are constants in the backward pass.
-
-    During the warm-up, r is 1 and d is 0.
-    """
-
-    warmup = 0
-
-    def standardize(self, x, mean, var):
-        return (x - mean) / (var + self.eps).sqrt()
-
-    def normalize(self, x):
-        if not self.training:
-            return super().normalize(x)
-
-        old_mean, old_var = (moment.clone() for moment in self.running_moments(x))
-        mean, var = self.training_moments(x)
-        warm = self.num_batches_tracked > self.warmup
-        with torch.no_grad():
-            old_std = (old_var + self.eps).sqrt()
-            r = ((var + self.eps).sqrt() / old_std).clamp(1 / 3, 3)
-            d = ((mean - old_mean) / old_std).clamp(-5, 5)
-        x_hat = self.standardize(x, mean, var)
-        return torch.where(warm, x_hat * r + d, x_hat)
-
-
-class BatchRenormWithWarmup(BatchRenorm):
-    warmup = 500
-
-
 LAYERS = {
     "batch_norm": BatchNorm,
     "momentum_0.001": Momentum0001,
@@ -365,25 +278,18 @@ LAYERS = {
     "float32_statistics": Float32Statistics,
     "float32_computation": Float32Computation,
     "clamp_instead_of_eps": ClampInsteadOfEps,
-    "moving_rms": MovingRms,
-    "always_moving_rms": AlwaysMovingRms,
     "only_images": OnlyImages,
     "rejects_batch_of_one": RejectsBatchOfOne,
     "once_differentiable": HandWritten,
     "functional": FunctionalBatchNorm,
     "synchronized": SyncBatchNorm,
-    "ghost_4": GhostBatchNorm,
-    "ghost_8": GhostBatchNorm8,
-    "frozen": FrozenBatchNorm,
-    "batch_renorm": BatchRenorm,
-    "batch_renorm_with_warmup": BatchRenormWithWarmup,
 }
 
 # Each name has the arguments of PyTorch's layer with which its results are the same. These layers
 # are left out because either answer is defensible: frozen_gamma (gamma has no gradient),
 # zero_centred_gamma (the same function of 1 + weight), once_differentiable (no second
 # derivative), rejects_batch_of_one (PyTorch accepts one image), and batch_renorm_with_warmup (the
-# first 500 batches are the same).
+# first 500 batches are the same; see tests.support.correct_norms).
 BATCH_NORMS = {
     "batch_norm": {},
     "momentum_0.001": {"momentum": 0.001},

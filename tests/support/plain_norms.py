@@ -5,7 +5,6 @@ tests.support.correct_norms overrides one method with another correct choice.
 """
 
 import torch
-import torch.distributed.nn
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -183,6 +182,20 @@ class HandWritten(BatchNorm):
         return self.function.apply(wide, gamma, beta, mean, inv_std, self.training).to(x.dtype)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes. Its derivative is summed over them, too."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverProcesses.apply(grad)
+
+
 class SyncBatchNorm(BatchNorm):
     """Batch normalization with the statistics of the batches of all processes.
 
@@ -190,10 +203,8 @@ class SyncBatchNorm(BatchNorm):
     """
 
     def total(self, values):
-        """Return the sum over all processes. Its derivative is summed over them, too."""
-        if not torch.distributed.is_initialized():
-            return values
-        return torch.distributed.nn.functional.all_reduce(values)
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return SumOverProcesses.apply(values) if together else values
 
     def training_moments(self, x):
         axes = batch_axes(x)
