@@ -202,17 +202,25 @@ class SyncBatchNorm(BatchNorm):
     Shards may have different sizes, and one may be empty.
     """
 
-    def total(self, values):
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return SumOverProcesses.apply(values) if together else values
+    total = staticmethod(SumOverProcesses.apply)
+
+    def number_of_values(self, x):
+        """Return the number of values per channel of all processes, as a tensor."""
+        return self.total(x.new_full((1,), x.numel() // x.size(1)))
+
+    def global_moments(self, x, count):
+        axes = batch_axes(x)
+        mean = self.total(x.sum(axes, keepdim=True)) / count
+        return mean, self.total((x - mean).square().sum(axes, keepdim=True)) / count
 
     def training_moments(self, x):
-        axes = batch_axes(x)
-        count = self.total(x.new_full((1,), x.numel() // x.size(1)))
-        if count.item() == 1:
-            raise ValueError(f"Training needs more than 1 value per channel: {tuple(x.shape)}.")
-        mean = self.total(x.sum(axes, keepdim=True)) / count
-        var = self.total((x - mean).square().sum(axes, keepdim=True)) / count
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return super().training_moments(x)
+
+        count = self.number_of_values(x)
+        if count == 1:
+            raise ValueError("Training needs more than 1 value per channel in all processes.")
+        mean, var = self.global_moments(x, count)
         self.count()
         if count:
             self.update(mean, var, count)

@@ -77,6 +77,7 @@ VALUES = {
     "eps_twice": (values.EpsTwice, "eps"),
     "eps_only_in_training": (values.EpsOnlyInTraining, "eps"),
     "eps_ignored": (values.EpsIgnored, "eps"),
+    "tutorial_layer_norm": (values.TutorialLayerNorm, "unbiased"),
     "nan_gradient_of_std": (values.NanGradientOfStd, "constant"),
     "no_eps": (values.NoEps, "constant"),
     "eps_underflows": (values.EpsUnderflows, "float16"),

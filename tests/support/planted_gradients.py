@@ -1,6 +1,7 @@
 """Bugs of the derivatives, of several processes, and of compiled code."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from tests.support.plain_norms import (
     BatchNorm,
@@ -36,6 +37,7 @@ class BackwardWithoutGamma(HandWritten):
     # The hand-written derivative for the input does not multiply by gamma.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             x_hat, gamma, inv_std = ctx.saved_tensors
             ones = torch.ones_like(gamma)
@@ -46,6 +48,7 @@ class BackwardWithoutMeanTerm(HandWritten):
     # The hand-written derivative lacks the mean of the incoming gradient.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             _, gamma, inv_std = ctx.saved_tensors
             grad_x, *others = derivatives(grad, *ctx.saved_tensors, ctx.training)
@@ -58,6 +61,7 @@ class BackwardOfTrainingInEval(HandWritten):
     # The hand-written derivative is that of training in evaluation, too.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             return *derivatives(grad, *ctx.saved_tensors, True), None, None, None
 
@@ -66,6 +70,7 @@ class BackwardInMemoryOrder(HandWritten):
     # The incoming gradient is read in memory order: wrong if it is not contiguous.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             if 0 not in grad.stride():
                 strides = torch.empty(grad.shape, device="meta").stride()
@@ -77,6 +82,7 @@ class BackwardViewsGradient(HandWritten):
     # view() of the incoming gradient raises an error if it is not contiguous.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             grad = grad.view(-1).view(grad.shape)
             return *derivatives(grad, *ctx.saved_tensors, ctx.training), None, None, None
@@ -86,6 +92,7 @@ class BackwardModifiesGradient(HandWritten):
     # The backward pass multiplies the incoming gradient in place.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             x_hat, gamma, inv_std = ctx.saved_tensors
             _, *others = derivatives(grad, *ctx.saved_tensors, ctx.training)
@@ -119,6 +126,7 @@ class UnsavedOutput(HandWritten):
             return y
 
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             gamma, beta, inv_std = ctx.saved_tensors
             x_hat = (ctx.y.detach() - beta) / gamma
@@ -135,6 +143,7 @@ class SavedOutput(HandWritten):
             return y
 
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             gamma, beta, inv_std, y = ctx.saved_tensors
             x_hat = (y - beta) / gamma
@@ -153,6 +162,7 @@ class GammaGradientIsMean(HandWritten):
     # The derivative for gamma is averaged over the batch, not summed.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             x, gamma, beta = derivatives(grad, *ctx.saved_tensors, ctx.training)
             return x, gamma / len(grad), beta, None, None, None
@@ -162,6 +172,7 @@ class FrozenGammaStopsGradient(HandWritten):
     # If gamma is frozen, the input gets no gradient.
     class function(Normalize):
         @staticmethod
+        @once_differentiable
         def backward(ctx, grad):
             if not ctx.needs_input_grad[1]:
                 return None, None, None, None, None, None
@@ -170,27 +181,18 @@ class FrozenGammaStopsGradient(HandWritten):
 
 class MeanOfMeans(SyncBatchNorm):
     # The moments are averaged over the processes, as if all shards had the same size.
-    def training_moments(self, x):
-        axes = batch_axes(x)
-        processes = self.total(x.new_ones(1))
-        count = self.total(x.new_full((1,), x.numel() // x.size(1)))
-        mean = self.total(x.mean(axes, keepdim=True)) / processes
-        var = self.total((x - mean).square().mean(axes, keepdim=True)) / processes
-        self.count()
-        self.update(mean, var, count)
-        return mean, var
+    def global_moments(self, x, count):
+        processes = torch.distributed.get_world_size()
+        mean = self.total(x.mean(batch_axes(x), keepdim=True)) / processes
+        square = (x - mean).square().mean(batch_axes(x), keepdim=True)
+        return mean, self.total(square) / processes
 
 
 class VarNotSynchronized(SyncBatchNorm):
     # The mean is synchronized, and the variance is that of the own shard.
-    def training_moments(self, x):
-        axes = batch_axes(x)
-        count = self.total(x.new_full((1,), x.numel() // x.size(1)))
-        mean = self.total(x.sum(axes, keepdim=True)) / count
-        _, var = self.batch_moments(x)
-        self.count()
-        self.update(mean, var, count)
-        return mean, var
+    def global_moments(self, x, count):
+        mean = self.total(x.sum(batch_axes(x), keepdim=True)) / count
+        return mean, self.batch_moments(x)[1]
 
 
 class GradientNotSynchronized(SyncBatchNorm):
@@ -201,12 +203,14 @@ class GradientNotSynchronized(SyncBatchNorm):
 
 class LocalRunningStatistics(SyncBatchNorm):
     # The running statistics are those of the own shard.
-    def training_moments(self, x):
+    local = None
+
+    def global_moments(self, x, count):
         self.local = self.batch_moments(x.detach())
-        return super().training_moments(x)
+        return super().global_moments(x, count)
 
     def update(self, mean, var, m):
-        super().update(*self.local, m)
+        super().update(*(self.local or (mean, var)), m)
 
 
 class EmptyShardWaits(SyncBatchNorm):

@@ -152,10 +152,11 @@ class CountOfFirstBatch(BatchNorm):
 class SamplesForValues(BatchNorm):
     # Bessel's correction counts the samples, not the values per channel.
     def training_moments(self, x):
-        mean, var = self.batch_moments(x)
-        self.count()
-        self.update(mean, var, max(len(x), 2))
-        return mean, var
+        self.samples = len(x)
+        return super().training_moments(x)
+
+    def update(self, mean, var, m):
+        super().update(mean, var, max(self.samples, 2))
 
 
 class NeverCounts(BatchNorm):

@@ -183,6 +183,13 @@ class EpsIgnored(BatchNorm):
         return (x - mean) / (var + 1e-5).sqrt()
 
 
+class TutorialLayerNorm(LayerNorm):
+    # torch.std is unbiased by default, and eps is added to it, as in "The Annotated Transformer".
+    def normalize(self, x):
+        axes = list(range(1, x.dim()))
+        return (x - x.mean(axes, keepdim=True)) / (x.std(axes, keepdim=True) + self.eps)
+
+
 class NanGradientOfStd(LayerNorm):
     # The gradient of the root of a zero variance is NaN: eps is added after the root.
     def standardize(self, x, mean, var):
