@@ -76,14 +76,17 @@ def results(layer, x, cotangent):
 @pytest.mark.parametrize(("name", "num_dims"), supported(BATCH_NORMS))
 def test_a_batch_norm_has_the_results_of_pytorchs(name, num_dims):
     layer = build(name, num_dims)
-    reference = TORCH[num_dims](5, **BATCH_NORMS[name])
+    # At this eps, a wrong place of eps would be visible.
+    reference = TORCH[num_dims](5, eps=0.1, **BATCH_NORMS[name])
+    setattr(layer, "epsilon" if hasattr(layer, "epsilon") else "eps", 0.1)
     randomize(layer, reference)
 
-    # Evaluation is compared with the given statistics, and with those after two batches.
+    # Evaluation is compared with the given statistics, and with those after two batches of
+    # different sizes.
     for seed, training in enumerate((False, True, True, False)):
         layer.train(training)
         reference.train(training)
-        x = scattered(SHAPES[num_dims], seed=seed)
+        x = scattered(SHAPES[num_dims], seed=seed)[seed:]
         cotangent = torch.randn_like(x)
         pairs = zip(results(layer, x, cotangent), results(reference, x, cotangent), strict=True)
         for result, expected in pairs:
@@ -125,7 +128,6 @@ def test_another_norm_has_the_results_of_pytorchs_function(name, num_dims):
     torch.manual_seed(0)
     gamma, beta = torch.randn(2, 5)
     layer.load_state_dict({"weight": gamma, "bias": beta}, strict=False)
-    # At this eps, a wrong place of eps would be visible.
     eps_name = "eps" if hasattr(layer, "eps") else "variance_epsilon"
     setattr(layer, eps_name, 0.1)
 
