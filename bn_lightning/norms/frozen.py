@@ -46,10 +46,10 @@ class FrozenBatchNorm(nn.Module):
         if num_dims is not None:
             require_num_dims("frozen", num_dims)
         self.num_features, self.num_dims, self.eps = num_features, num_dims, eps
-        for name in ("weight", "running_var"):
-            self.register_buffer(name, torch.ones(num_features))
-        for name in ("bias", "running_mean"):
-            self.register_buffer(name, torch.zeros(num_features))
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`, (N, C) or (N, C, ...). 16-bit input is computed in float32.
