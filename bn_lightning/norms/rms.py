@@ -21,7 +21,7 @@ def rms(num_features: int, num_dims: int, eps: float = 1e-5, affine: bool = True
     """
     require_num_dims("rms", num_dims)
     # Divided by its root mean square, a single value is 1 or -1.
-    require_several_channels("rms", num_features, "everywhere")
+    require_several_channels("rms", num_features, "behind any layer")
     if num_dims == 2:
         return nn.RMSNorm(num_features, eps, affine)
     return ChannelRMSNorm(num_features, num_dims, eps, affine)

@@ -37,7 +37,7 @@ def require_several_channels(norm: str, num_features: int, place: str) -> None:
     """
     if num_features < 2:
         raise UserError(
-            f"The norm {norm!r} needs at least 2 channels {place}, got {num_features}: normalizing "
-            "a single value loses its size.\n"
+            f"The norm {norm!r} needs at least 2 channels {place}, got {num_features}. "
+            "Normalized, a single value no longer depends on its size.\n"
             "Give the network more channels, or use --model.norm custom or none."
         )

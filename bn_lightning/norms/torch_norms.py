@@ -94,8 +94,8 @@ def instance(
     if num_dims == 2:
         raise UserError(
             "The norm 'instance' cannot be used behind a linear layer (num_dims 2); it needs "
-            "num_dims 3, 4 or 5. Each sample has one value per channel there, and normalizing it "
-            "always gives 0.\n"
+            "num_dims 3, 4 or 5.\n"
+            "Behind it, each sample has one value per channel, and normalizing it always gives 0.\n"
             "Use --model.norm layer or group, or a network whose norms are all behind "
             "convolutions, such as --model.network resnet.\n"
             "For another norm in the linear layers only, write this function, for example in "
