@@ -123,6 +123,8 @@ def inputs():
 def test_norms_do_not_block_the_host(norm):
     with fake_cuda() as synchronizations:
         for x in inputs():
+            if norm == "instance" and x.dim() == 2:
+                continue
             with CUDA:
                 layer = registry.make(norm, 6, x.dim(), None)
             synchronizations.lines = []

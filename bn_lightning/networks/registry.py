@@ -99,6 +99,18 @@ def _replace_norms(
             "--model.norm builtin leaves its own layers. A network of your own may take the "
             "argument `norm`, which builds a layer: norm(num_features, num_dims)."
         ) from error
+    # A norm may refuse a shape that the network's own layers accept. For example,
+    # instance norm needs more than one position.
+    try:
+        with in_eval_mode(network), torch.no_grad(), torch.random.fork_rng(devices=()):
+            network(example)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, example.shape[2:]))
+        raise UserError(
+            f"The network {name!r} with --model.norm {norm} fails for images of {size} pixels: "
+            f"{describe_error(error)}\n{_place(error)}"
+            "Use another norm, or enlarge the images, for example with --data.resize 64."
+        ) from error
 
 
 def _find(name: str) -> Callable[..., nn.Module]:

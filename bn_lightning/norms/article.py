@@ -17,6 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bn_lightning.norms.shape_rules import require_num_dims
+
 
 def batch_norm(
     X: Tensor,
@@ -67,6 +69,9 @@ class BatchNorm(nn.Module):
         moving_mean, moving_var: the moving statistics, of the same shape.
         only_writes_running_stats: True. In training, the layer writes its moving
             statistics but never reads them. See `recognition.py`.
+
+    Raises:
+        UserError: `num_dims` is neither 2 nor 4.
     """
 
     only_writes_running_stats: ClassVar[bool] = True
@@ -78,6 +83,7 @@ class BatchNorm(nn.Module):
         self, num_features: int, num_dims: int, eps: float = 1e-5, momentum: float = 0.9
     ) -> None:
         super().__init__()
+        require_num_dims("article", num_dims, (2, 4))
         shape = (1, num_features) if num_dims == 2 else (1, num_features, 1, 1)
         self.eps = eps
         self.momentum = momentum

@@ -1,13 +1,15 @@
 """Recognition of normalization layers in any network, and of their properties.
 
 A norm layer is recognized by its parameters and buffers, not by its class. A layer may
-declare two class attributes. An absent attribute counts as False:
+declare three class attributes. An absent attribute counts as False:
 
 * `prefers_channels_last`: on a CPU, the layer is faster if its input is in
   channels-last order.
 * `only_writes_running_stats`: in training, the layer writes its running statistics but
   never reads them. With several processes, these statistics are then synchronized only
   before evaluation. For PyTorch's `_BatchNorm` classes, the default is True.
+* `has_fixed_statistics`: the layer never writes its running statistics. They are then
+  neither synchronized between processes nor recomputed for averaged weights.
 """
 
 from collections.abc import Iterable, Mapping
@@ -85,12 +87,14 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
 def with_statistics(network: nn.Module) -> dict[str, Any]:
     """Return the layers of a network that have running statistics, by name.
 
-    They are recognized by the names of their buffers.
+    They are recognized by the names of their buffers. Layers with fixed statistics are
+    left out.
     """
     return {
         name: module
         for name, module in network.named_modules()
-        if any(
+        if not getattr(module, "has_fixed_statistics", False)
+        and any(
             word in buffer
             for buffer, _ in module.named_buffers(recurse=False)
             for word in STATISTICS

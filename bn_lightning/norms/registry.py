@@ -11,8 +11,11 @@ from torch import nn
 from bn_lightning import lookup
 from bn_lightning.errors import UserError
 from bn_lightning.norms import article, torch_norms
+from bn_lightning.norms.frozen import FrozenBatchNorm
+from bn_lightning.norms.ghost import GhostBatchNorm
 from bn_lightning.norms.layer import BatchNorm
 from bn_lightning.norms.renorm import BatchRenorm
+from bn_lightning.norms.rms import rms
 
 # Called as norm(num_features, num_dims).
 NormFactory = Callable[[int, int], nn.Module]
@@ -22,7 +25,12 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "builtin": torch_norms.builtin,
     "article": article.BatchNorm,
     "renorm": BatchRenorm,
+    "ghost": GhostBatchNorm,
+    "frozen": FrozenBatchNorm,
     "group": torch_norms.group,
+    "layer": torch_norms.layer,
+    "instance": torch_norms.instance,
+    "rms": rms,
     "none": torch_norms.none,
 }
 
@@ -60,11 +68,13 @@ def make(
     Args:
         name: a key of `NORMS`, or an import path, `package.module.Name`.
         num_features: the number of channels.
-        num_dims: the number of dimensions of the input, 2 or 4.
+        num_dims: the number of dimensions of the input, from 2 to 5: 2 after a linear
+            layer, and 3, 4 or 5 after a 1-, 2- or 3-dimensional convolution.
         norm_args: further arguments of the norm.
 
     Raises:
-        UserError: the name is unknown, or the norm does not accept the arguments.
+        UserError: the name is unknown, the norm does not accept the arguments, or it
+            cannot be built for this number of channels or dimensions.
     """
     return build(find(name), name, num_features, num_dims, norm_args)
 
@@ -136,7 +146,7 @@ def find(name: str) -> Callable[..., nn.Module]:
 def note_on_momentum(name: str, norm_args: dict[str, Any] | None) -> str | None:
     """Return a remark if the momentum seems to follow the convention of another norm."""
     momentum = (norm_args or {}).get("momentum")
-    is_known = name in ("custom", "builtin", "article", "renorm")
+    is_known = name in ("custom", "builtin", "article", "renorm", "ghost")
     if not is_known or not isinstance(momentum, int | float):
         return None
     weighs_old = name == "article"

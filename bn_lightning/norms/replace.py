@@ -198,20 +198,21 @@ def can_replace(network: nn.Module) -> bool:
 
 def _reason_to_leave(old: nn.Module, shape: torch.Size | None, restores: bool) -> str:
     """Return why a layer is not replaced, or an empty string."""
-    if isinstance(old, nn.LayerNorm | nn.RMSNorm):
+    was_replaced = hasattr(old, "_replaced")
+    if isinstance(old, nn.LayerNorm | nn.RMSNorm) and not was_replaced:
         return "it normalizes the last dimensions"
     if isinstance(old, _LazyNormBase) and old.has_uninitialized_params():
         return "its size is unknown before the first forward pass"
     if parametrize.is_parametrized(old):
         return "its parameters are parametrized"
-    if "weight" in dict(old.named_buffers(recurse=False)):
+    if "weight" in dict(old.named_buffers(recurse=False)) and not was_replaced:
         return "its scale is a buffer, so it is frozen"
     inner = [name for name, _ in old.named_children()]
     if not isinstance(old, NormAct) and not {*inner} <= {*FUSED}:
         return f"it contains other layers: {', '.join(inner)}"
     if shape is not None and (len(shape) < 2 or shape[1] != _num_features(old)):
         return f"it does not normalize dimension 1 of its input {tuple(shape)}"
-    if restores and isinstance(old, _NormBase | nn.GroupNorm) and not hasattr(old, "_replaced"):
+    if restores and isinstance(old, _NormBase | nn.GroupNorm) and not was_replaced:
         return "it is PyTorch's own"
     return ""
 
@@ -249,7 +250,7 @@ def _new_layer(
     arguments = transfer.arguments(norm, make) | norm_args
     # The norm may draw random numbers. Other weights must not depend on them.
     with torch.random.fork_rng(devices=()):
-        new = registry.build(make, name, _num_features(norm), num_dims, arguments)
+        new = registry.build(make, name, _num_features(old), num_dims, arguments)
     transfer.values(norm, new, reference)
     new = NormAct(new, *fused) if fused else new
     transfer.hooks(old, new)
@@ -258,8 +259,9 @@ def _new_layer(
 
 
 def _num_features(layer: nn.Module) -> int:
-    if isinstance(layer, NormAct):
-        layer = layer[0]
+    # LayerNorm and Identity do not have the number of channels as an attribute.
+    replaced: tuple[nn.Module] = getattr(layer, "_replaced", (layer,))
+    [layer] = replaced
     for name in ("num_features", "num_channels"):
         if isinstance(getattr(layer, name, None), int):
             return int(getattr(layer, name))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bn_lightning.norms import torch_norms
 from bn_lightning.norms.layer import BatchNorm
 from bn_lightning.norms.registry import NAMES, Names
 
@@ -40,7 +41,9 @@ def arguments(old: nn.Module, make: Callable[..., nn.Module]) -> dict[str, Any]:
             found["momentum"] = None
         found["affine"] = old.weight is not None
         found["bias"] = old.bias is not None or old.weight is None
-        found["track_running_stats"] = old.track_running_stats
+        # With running statistics, instance norm would be batch norm in eval mode.
+        if make is not torch_norms.instance:
+            found["track_running_stats"] = old.track_running_stats
     accepted = inspect.signature(make).parameters
     return {name: value for name, value in found.items() if name in accepted}
 
@@ -49,7 +52,8 @@ def values(old: nn.Module, new: nn.Module, reference: Tensor | None) -> None:
     """Transfer parameters, buffers, device, dtype and mode.
 
     A tensor that has the same name and shape in both layers is shared. If the name, the
-    shape or the kind of statistic differs, the values are copied.
+    shape or the kind of statistic differs, or only one of the two is a parameter, the
+    values are copied.
     """
     new.train(old.training)
     given, eps = _tensors(old), getattr(old, "eps", 0.0)
@@ -63,7 +67,10 @@ def values(old: nn.Module, new: nn.Module, reference: Tensor | None) -> None:
         old_value = given.get(old_name)
         if old_value is None or old_value.numel() != value.numel():
             continue
-        if name == old_name and value.shape == old_value.shape:
+        # gamma and beta are buffers in a frozen norm. Shared, they would be learned.
+        are_parameters = [isinstance(tensor, nn.Parameter) for tensor in (value, old_value)]
+        is_same_kind = are_parameters[0] == are_parameters[1]
+        if name == old_name and value.shape == old_value.shape and is_same_kind:
             setattr(new, name, old_value)
             continue
         was_std = source.var_is_std and name == target.var
@@ -72,7 +79,8 @@ def values(old: nn.Module, new: nn.Module, reference: Tensor | None) -> None:
             # A value that was converted before is not rounded again.
             if not torch.equal(_convert(value, is_std, was_std, eps).view_as(old_value), old_value):
                 value.copy_(_convert(old_value, was_std, is_std, eps).view_as(value))
-        value.requires_grad_(old_value.requires_grad)
+        if is_same_kind:
+            value.requires_grad_(old_value.requires_grad)
 
 
 def hooks(old: nn.Module, new: nn.Module) -> None:

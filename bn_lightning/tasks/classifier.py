@@ -34,9 +34,11 @@ class Classifier(Task):
         network_args: other arguments of the network, for example
             `--model.network_args.depth 8`.
         norm: normalization layer: `custom` (from scratch), `builtin` (PyTorch's),
-            `article` (the tutorial's), `renorm` (batch renormalization), `group` (group
-            norm), `none`, or an import path `package.module.Name`, called as
-            `norm(num_features=..., num_dims=2|4, **norm_args)`.
+            `article` (the tutorial's), `renorm` (batch renormalization), `ghost` (batch
+            norm of virtual batches), `frozen` (batch norm with fixed statistics),
+            `group`, `layer`, `instance`, `rms` (group, layer, instance and RMS norm),
+            `none`, or an import path `package.module.Name`, called as
+            `norm(num_features=..., num_dims=2|3|4|5, **norm_args)`.
         norm_args: other arguments of the norm, for example `--model.norm_args.eps
             1e-3`. `momentum` is the weight of the newest batch in the running
             statistics, as in PyTorch; for `article`, it is the weight of the old value.

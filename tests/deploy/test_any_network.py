@@ -102,6 +102,22 @@ def test_import_paths_of_network_and_norm_are_named_by_flags(main, tmp_path):
     assert '--model.network_args {"width": 4}' in shown
 
 
+@pytest.mark.slow
+def test_instance_norm_is_exported_with_a_network_that_can_have_it(tmp_path, suffix):
+    arguments = {"network": "resnet", "network_args": {"depth": 8, "width": 4}}
+    ckpt = write(tmp_path / "a.ckpt", norm="instance", **arguments)
+    out = tmp_path / f"a.{suffix}"
+    exported = write_export(ckpt, out)
+    (note,) = {note.partition(" (")[2] for note in exported.notes}
+    assert (
+        note == "InstanceNorm2d) is not folded: in eval mode, it is not an affine map per channel"
+    )
+    network = restore(str(ckpt), REFERENCE, {}).task.network
+    with torch.no_grad():
+        expected = network(IMAGES[:20, None] / 255)
+    torch.testing.assert_close(load_exported(out)(IMAGES[:20]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_checkpoint_never_downloads_pretrained_weights(main, tmp_path, monkeypatch):
     from torchvision.models import _api
 

@@ -174,7 +174,7 @@ def test_a_module_that_refuses_float64_is_left():
 
 
 @torch.no_grad()  # for `article`
-@pytest.mark.parametrize("norm", ["custom", "builtin", "renorm", "article"])
+@pytest.mark.parametrize("norm", ["custom", "builtin", "renorm", "article", "ghost", "frozen"])
 def test_norms_of_a_residual_network_are_folded(norm):
     network = ResNet(1, (28, 28), 10, registry.factory(norm), depth=20, width=4).eval()
     for name, values in network.named_buffers():

@@ -85,6 +85,25 @@ def test_norms_of_a_network_without_that_argument_are_replaced():
     assert type(registry.build(HERE + "WithOwnNorms", SHAPE, "none")[1]) is nn.Identity
 
 
+class ToOnePosition(nn.Sequential):
+    """Like torchvision's ResNets for small images, it has a norm behind a map of 1x1."""
+
+    def __init__(self, in_channels, image_size, num_classes):
+        super().__init__(
+            nn.Conv2d(in_channels, num_classes, 6, stride=6), nn.BatchNorm2d(num_classes),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+
+
+def test_a_new_norm_that_refuses_the_shape_of_the_old_one_is_reported():
+    name = f"{__name__}.ToOnePosition"
+    with pytest.raises(UserError, match=r"with --model.norm instance fails for images of 9x7 pix"):
+        registry.build(name, ImageShape(1, (9, 7), 4), "instance")
+    network = registry.build(name, ImageShape(1, (18, 7), 4), "instance").train()
+    assert type(network[1]) is nn.InstanceNorm2d
+    network(torch.rand(2, 1, 18, 7)).sum().backward()
+
+
 def test_network_args_are_passed():
     network = registry.build("mlp", SHAPE, "custom", network_args={"widths": [8, 9, 10]})
     sizes = [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)]

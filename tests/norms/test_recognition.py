@@ -11,7 +11,10 @@ from bn_lightning.norms.renorm import BatchRenorm
 
 @pytest.mark.parametrize("norm", registry.NORMS)
 def test_norm_layers_of_any_class_are_found(norm):
-    found = list(recognition.layers(LeNet(norm)))
+    # Instance norm cannot be used behind a linear layer, as in LeNet.
+    layers = {f"norm{n}": registry.make(norm, 6, 4) for n in (1, 2, 3, 4)}
+    network = nn.ModuleDict(layers) if norm == "instance" else LeNet(norm)
+    found = list(recognition.layers(network))
     assert found == ([] if norm == "none" else [f"norm{n}" for n in (1, 2, 3, 4)])
 
 
@@ -70,7 +73,11 @@ class DeclaresTheOpposite(nn.BatchNorm2d):
         ("builtin", False),
         ("article", False),
         ("renorm", False),
+        ("ghost", True),
+        ("frozen", False),
         ("group", False),
+        ("layer", False),
+        ("rms", False),
         (f"{__name__}.Own", False),
         (f"{__name__}.Declares", True),
     ],
@@ -85,6 +92,7 @@ def test_a_network_prefers_channels_last_if_all_its_norms_declare_it(norm, prefe
         ("custom", {"affine": False, "track_running_stats": False}, True),
         ("builtin", {"affine": False, "track_running_stats": False}, False),
         ("group", {"affine": False}, False),
+        ("rms", {"affine": False}, False),
     ],
 )
 def test_norms_without_parameters_and_buffers_are_considered_too(norm, norm_args, prefers):

@@ -6,7 +6,10 @@ from torch import nn
 
 from bn_lightning import BatchNorm, UserError
 from bn_lightning.norms import article, registry
+from bn_lightning.norms.frozen import FrozenBatchNorm
+from bn_lightning.norms.ghost import GhostBatchNorm
 from bn_lightning.norms.renorm import BatchRenorm
+from bn_lightning.norms.rms import ChannelRMSNorm
 
 
 def group_norm(num_features, num_dims, num_groups=1):
@@ -27,7 +30,14 @@ def not_a_module(num_features, num_dims):
         ("article", 2, article.BatchNorm),
         ("article", 4, article.BatchNorm),
         ("renorm", 4, BatchRenorm),
+        ("ghost", 2, GhostBatchNorm),
+        ("frozen", 4, FrozenBatchNorm),
         ("group", 2, nn.GroupNorm),
+        ("layer", 2, nn.LayerNorm),
+        ("layer", 4, nn.GroupNorm),
+        ("instance", 4, nn.InstanceNorm2d),
+        ("rms", 2, nn.RMSNorm),
+        ("rms", 4, ChannelRMSNorm),
         ("none", 4, nn.Identity),
         ("tests.norms.test_registry.group_norm", 4, nn.GroupNorm),
     ],
@@ -49,7 +59,11 @@ def test_arguments_are_passed_by_keyword():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("batch", "Use one of custom, builtin, article, renorm, group, none"),
+        (
+            "batch",
+            "Use one of custom, builtin, article, renorm, ghost, frozen, group, layer, "
+            "instance, rms, none",
+        ),
         ("nowhere.Norm", "No module named 'nowhere'"),
         ("torch.nn.NoNorm", "'NoNorm'"),
         ("torch.nn.GroupNorm", r"GroupNorm\(num_groups: int.*\n.*Wrap it"),
@@ -80,6 +94,7 @@ def test_an_unknown_argument_is_rejected_with_the_list_of_arguments(name, argume
     [
         ("custom", {"epsilon": 1}, "Did you mean eps?\nIts arguments are eps=1e-05, momentum=0.1,"),
         ("none", {"eps": 1}, "norm_args {'eps': 1}.\nIt takes no arguments."),
+        ("ghost", {"batch_size": 1}, "Did you mean virtual_batch_size?"),
         ("group", {"colour": 1}, "norm_args {'colour': 1}.\nIts arguments are "),
     ],
 )
@@ -96,6 +111,7 @@ def test_a_wrong_argument_is_reported_with_those_that_can_be_set(name, given, ex
         ("custom", 0.5, None),
         ("custom", 0.9, "The article's momentum 0.9 is --model.norm_args.momentum 0.1"),
         ("builtin", 0.99, "--model.norm_args.momentum 0.01"),
+        ("ghost", 0.99, "--model.norm_args.momentum 0.01"),
         ("custom", None, None),
         ("custom", 0, "momentum 0: the running statistics keep their initial values"),
         ("article", 1.0, "keep their initial values"),

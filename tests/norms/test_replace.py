@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from bn_lightning import BatchNorm, UserError, replace_norms
-from bn_lightning.norms import article
+from bn_lightning.norms import article, registry
 from bn_lightning.norms.renorm import BatchRenorm
 
 
@@ -130,7 +130,7 @@ def test_norm_args_take_precedence():
     assert (network[0].eps, network[0].momentum) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize("norm", ["custom", "article", "renorm", "group", "none"])
+@pytest.mark.parametrize("norm", [n for n in registry.NORMS if n != "builtin"])
 def test_builtin_restores_the_layers(norm):
     network = nn.Sequential(
         nn.BatchNorm2d(6, eps=0.3, momentum=0.2),
@@ -151,6 +151,32 @@ def test_builtin_restores_the_layers(norm):
     assert list(network.state_dict()) == list(before.state_dict())
     for name, value in before.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("norm", ["frozen", "layer", "rms", "none"])
+def test_a_replacement_can_be_replaced_again(norm):
+    # Without gamma, the new layers do not have the number of channels as a tensor.
+    network = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False))
+    shaken(network)
+    before, batch = copy.deepcopy(network), x(3, 6)
+    replace_norms(network, norm, example=batch)
+    again = copy.deepcopy(network)
+    report = replace_norms(again, "ghost", example=batch)
+    assert [row.new for row in report] == ["GhostBatchNorm"] * 2
+    assert [again[i].num_features for i in (0, 2)] == [6, 5]
+    replace_norms(network, "builtin", example=batch)
+    assert repr(network) == repr(before)
+    torch.testing.assert_close(network.state_dict(), before.state_dict())
+
+
+def test_instance_norm_has_no_running_statistics_after_a_replacement():
+    network = shaken(nn.Sequential(nn.BatchNorm2d(6, eps=0.3, momentum=0.2)))
+    gamma = network[0].weight
+    replace_norms(network, "instance")
+    assert (network[0].eps, network[0].running_mean) == (0.3, None)
+    assert network[0].weight is gamma
+    with pytest.raises(UserError, match="Layer 0, a BatchNorm1d: The norm 'instance' cannot be"):
+        replace_norms(nn.Sequential(nn.BatchNorm1d(6)), "instance", example=x(3, 6))
 
 
 def test_training_after_the_replacement_is_kept_by_builtin():

@@ -89,7 +89,11 @@ def test_a_command_without_its_checkpoint_is_refused(main, name):
 WRONG = {
     "norm": (
         ["--model.norm", "batch"],
-        ["'batch'", "custom, builtin, article, renorm, group, none"],
+        ["'batch'", "article, renorm, ghost, frozen, group, layer, instance, rms, none"],
+    ),
+    "norm that the network cannot have": (
+        ["--model.norm", "instance"],
+        ["'instance' cannot be used behind a linear layer", "--model.norm layer or group"],
     ),
     "norm argument": (["--model.norm_args.epsilon", "1"], ["epsilon", "eps"]),
     "flag": (["--model.nrom", "custom"], ["--model.nrom", "Did you mean --model.norm"]),

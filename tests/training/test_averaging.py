@@ -123,7 +123,7 @@ def test_lightnings_callback_is_accepted_if_the_norm_has_no_statistics(main, nor
     assert main("fit", *averaging(LIGHTNINGS, norm), "--trainer.fast_dev_run", "true")[0] == 0
 
 
-@pytest.mark.parametrize("norm", ["custom", "builtin"])
+@pytest.mark.parametrize("norm", ["custom", "builtin", "ghost"])
 def test_statistics_are_reset_and_the_momentum_is_restored_afterwards(norm):
     callback, model = StochasticWeightAveraging(0.1), Classifier(norm)
     model.network(torch.rand(4, 1, 28, 28)).sum().backward()
@@ -142,6 +142,7 @@ def test_statistics_are_reset_and_the_momentum_is_restored_afterwards(norm):
 def test_there_is_no_pass_without_running_statistics():
     for model in (
         Classifier("group"),
+        Classifier("frozen"),
         *(Classifier(n, {"track_running_stats": False}) for n in ("custom", "builtin")),
     ):
         assert not StochasticWeightAveraging.pl_module_contains_batch_norm(model)

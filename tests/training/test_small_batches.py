@@ -19,14 +19,16 @@ def fit(model, data, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("norm", ["custom", "builtin", "renorm", "article", "group", "none"])
+@pytest.mark.parametrize(
+    "norm", ["custom", "builtin", "renorm", "ghost", "article", "group", "none"]
+)
 @pytest.mark.parametrize(
     ("rows", "batch_size", "which"), [(31, 30, "The last batch of an epoch"), (3, 1, "A batch")]
 )
 def test_a_batch_of_one_sample_is_refused_if_the_network_fails_on_it(norm, rows, batch_size, which):
     """The norms of the other networks do not need a second sample."""
     model, data = Regression(norm=norm), Table(rows=rows, batch_size=batch_size)
-    if norm in ("custom", "builtin", "renorm"):
+    if norm in ("custom", "builtin", "renorm", "ghost"):
         with pytest.raises(UserError, match="Expected more than 1 value per channel") as refused:
             fit(model, data, limit_val_batches=0)
         message = str(refused.value)
