@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support import library_norms
-from tests.support.plain_norms import (
+from tests.support.planted_bases import (
     Affine,
     BatchNorm,
     HandWritten,

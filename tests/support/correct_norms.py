@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.support import correct_batch_norms, library_norms
 from tests.support.library_norms import require
-from tests.support.plain_norms import (
+from tests.support.planted_bases import (
     BatchNorm,
     GroupNorm,
     InstanceNorm,

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from tests.support.plain_norms import (
+from tests.support.planted_bases import (
     BatchNorm,
     HandWritten,
     LayerNorm,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.support.plain_norms import BatchNorm, LayerNorm, per_channel
+from tests.support.planted_bases import BatchNorm, LayerNorm, per_channel
 
 
 class GradModeForTraining(BatchNorm):

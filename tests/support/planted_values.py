@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.support.plain_norms import (
+from tests.support.planted_bases import (
     BatchNorm,
     GroupNorm,
     InstanceNorm,

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.support.correct_norms import BATCH_NORMS, LAYERS
 from tests.support.norm_batches import SHAPES, TORCH, scattered
-from tests.support.plain_norms import per_channel
+from tests.support.planted_bases import per_channel
 
 BETAS = ("bias", "shift")
 MEANS = ("running_mean", "mu", "average")
