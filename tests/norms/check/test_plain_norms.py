@@ -1,4 +1,4 @@
-"""The bases of the mutants are correct: they agree with PyTorch's layers, or with other formulas."""
+"""The bases of the mutants agree with PyTorch's layers, or with other formulas."""
 
 import pytest
 import torch

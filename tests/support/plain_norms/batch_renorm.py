@@ -33,7 +33,8 @@ class BatchRenorm(nn.Module):
 
     def renormalize(self, x):
         mean = x.mean(self.axes, keepdim=True)
-        std = torch.sqrt((x - mean).square().mean(self.axes, keepdim=True) + self.eps)
+        var = (x - mean).square().mean(self.axes, keepdim=True)
+        std = torch.sqrt(var + self.eps)
         # The limits grow from 1 and 0, which is batch normalization.
         progress = 1.0
         if self.num_batches_tracked < self.warmup:

@@ -19,8 +19,7 @@ class GroupNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         groups = wide.unflatten(1, (self.num_groups, -1)).flatten(2)  # (N, groups, values)
         mean = groups.mean(2, keepdim=True)
-        centered = groups - mean
-        std = torch.sqrt(centered.square().mean(2, keepdim=True) + self.eps)
-        x_hat = (centered / std).reshape(x.shape)
+        var = (groups - mean).square().mean(2, keepdim=True)
+        x_hat = ((groups - mean) / torch.sqrt(var + self.eps)).reshape(x.shape)
         y = x_hat * self.weight.view(self.shape) + self.bias.view(self.shape)
         return y.to(x.dtype)

@@ -29,7 +29,7 @@ class InstanceNorm(nn.Module):
         if self.training:
             var, mean = torch.var_mean(x, self.axes, correction=0, keepdim=True)  # (N, C, 1, ...)
             if len(x) > 0:
-                m = x[0, 0].numel()
+                m = x.shape[2:].numel()
                 unbiased_var = var * m / max(m - 1, 1)
                 self.running_mean.lerp_(mean.detach().mean(0).to(self.running_mean), self.momentum)
                 self.running_var.lerp_(

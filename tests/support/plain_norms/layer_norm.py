@@ -1,4 +1,4 @@
-"""Layer normalization, Ba, Kiros and Hinton 2016: all values of a sample are normalized together."""
+"""Layer normalization, Ba, Kiros and Hinton 2016: over all values of a sample."""
 
 import torch
 from torch import nn

@@ -60,9 +60,7 @@ class ManualBatchNorm(nn.Module):
             with torch.no_grad():
                 mean, var = moments(x, self.axes)
                 self.update_running_stats(mean.flatten(), var.flatten(), x.numel() // x.size(1))
-        # Functions compute in one dtype, also if the layer was converted to 16 bits.
-        weight, bias = self.weight.view(self.shape).to(x), self.bias.view(self.shape).to(x)
-        mean, var = mean.to(x), var.to(x)
+        weight, bias = self.weight.view(self.shape), self.bias.view(self.shape)
         y = Normalize.apply(x, weight, bias, mean, var, self.eps, self.axes, self.training)
         return y.to(dtype)
 
