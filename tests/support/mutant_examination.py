@@ -7,7 +7,7 @@ only), if it cannot be examined, or if the check does not end in time.
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -51,7 +51,10 @@ def first_failure(norm: type, base: str) -> Outcome:
 
 
 def examine_all(
-    layers: Iterable[tuple[str, str, type]], processes: int = 2, timeout: float = 120
+    layers: Iterable[tuple[str, str, type]],
+    processes: int = 2,
+    timeout: float = 120,
+    check: Callable[[type, str], Outcome] = first_failure,
 ) -> Iterator[tuple[str, Outcome]]:
     """Check layers, each given by a name, its base and its class.
 
@@ -62,7 +65,7 @@ def examine_all(
     running: dict[Connection, Child] = {}
     while True:
         while len(running) < processes and (layer := next(waiting, None)):
-            child = Child(*layer, deadline=time.monotonic() + timeout)
+            child = Child(*layer, check, deadline=time.monotonic() + timeout)
             running[child.results] = child
         if not running:
             return
@@ -77,12 +80,19 @@ def examine_all(
 class Child:
     """A process that checks one layer."""
 
-    def __init__(self, name: str, base: str, norm: type, deadline: float):
+    def __init__(
+        self,
+        name: str,
+        base: str,
+        norm: type,
+        check: Callable[[type, str], Outcome],
+        deadline: float,
+    ):
         self.name = name
         self.deadline = deadline
         context = get_context("fork")
         self.results, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=run_child, args=(norm, base, sender))
+        self.process = context.Process(target=run_child, args=(norm, base, check, sender))
         self.process.start()
         sender.close()
 
@@ -102,9 +112,11 @@ class Child:
         return outcome
 
 
-def run_child(norm: type, base: str, sender: Connection) -> None:
+def run_child(
+    norm: type, base: str, check: Callable[[type, str], Outcome], sender: Connection
+) -> None:
     os.setsid()
     torch.set_num_threads(1)
     # Warnings of a mutant would interrupt the progress bar.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sender.send(first_failure(norm, base))
+    sender.send(check(norm, base))

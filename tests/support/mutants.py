@@ -59,7 +59,7 @@ class Mutant:
         """The lines that differ from the base, and one line before and after them."""
         both = self.original.splitlines(), self.source.splitlines()
         _, _, *lines = difflib.unified_diff(*both, n=1, lineterm="")
-        return "\n".join(line for line in lines if not line.startswith("@@"))
+        return "\n".join(line for line in lines if line.strip() and line[0] != "@")
 
     def norm(self) -> type:
         """Import the mutant from a temporary folder on sys.path, and return its class.

@@ -3,15 +3,20 @@
 `tests/benchmarks/mutants.py` examines all of them.
 """
 
+import os
 import random
+import select
+import time
 
 import pytest
 import torch
 
 from tests.support.equivalent_mutants import EQUIVALENT
-from tests.support.mutant_examination import examine_all
+from tests.support.mutant_examination import Outcome, examine_all
 from tests.support.mutants import OPERATORS, mutants
 from tests.support.plain_norms import BASES
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def by_name(start):
@@ -67,6 +72,40 @@ def test_a_mutant_behaves_as_its_diff_says():
     assert mutant.norm() is type(layer) is not type(base)
 
 
+def check_by_base(norm, base):
+    """Do what the name of the base says."""
+    if base == "hang":
+        # A process of the check, which must end too. It keeps the pipe open.
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+    if base == "die":
+        os._exit(1)
+    return Outcome(base == "fail", base)
+
+
+@needs_fork
+def test_outcomes_of_children():
+    read_end, write_end = os.pipe()
+    layers = [(f"{base} {i}", base, object) for i in range(2) for base in ("hang", "die", "fail")]
+    outcomes = dict(examine_all(layers, timeout=0.5, check=check_by_base))
+    assert outcomes.keys() == {name for name, _, _ in layers}
+    for name, base, _ in layers:
+        expected = {
+            "hang": Outcome(True, "hangs"),
+            "die": Outcome(False, "The process of the check died"),
+            "fail": Outcome(True, "fail"),
+        }
+        assert outcomes[name] == expected[base]
+    # The pipe ends when no process has its other end.
+    os.close(write_end)
+    assert select.select([read_end], [], [], 10)[0]
+    assert os.read(read_end, 1) == b""
+    os.close(read_end)
+
+
+@needs_fork
 @pytest.mark.slow
 def test_check_catches_mutants():
     """At most one of 24 mutants, chosen with a fixed seed, is not caught."""
@@ -78,6 +117,7 @@ def test_check_catches_mutants():
     assert len(not_caught) <= 1, not_caught
 
 
+@needs_fork
 @pytest.mark.slow
 def test_check_passes_the_bases():
     outcomes = dict(examine_all((name, name, norm) for name, norm in BASES.items()))
