@@ -11,6 +11,8 @@ from tests.support.mutation_operators import change, expression, name_of, used
 
 IN_PLACE = {ast.Add: "add_", ast.Sub: "sub_", ast.Mult: "mul_", ast.Div: "div_"}
 REDUCTIONS = ("sum", "mean", "var_mean")
+# The input of a layer, a view of it, and the incoming gradient.
+INPUTS = ("x", "groups", "grad")
 # Names with similar roles, which can be confused.
 SIMILAR = (
     ("mean", "var"),
@@ -128,10 +130,10 @@ def state(node, function):
 
 def in_place(node, function):
     """Change the input of the layer, or the incoming gradient, in place."""
-    if isinstance(node, ast.BinOp) and unparse(node.left) in ("x", "grad"):
+    if isinstance(node, ast.BinOp) and unparse(node.left) in INPUTS:
         method = IN_PLACE[type(node.op)]
         yield change(node, f"{unparse(node.left)}.{method}({unparse(node.right)})")
-    if is_method(node, "square") and unparse(node.func.value) in ("x", "grad"):
+    if is_method(node, "square") and unparse(node.func.value) in INPUTS:
         yield change(node, f"{unparse(node.func.value)}.square_()")
 
 
