@@ -7,6 +7,7 @@ import re
 import site
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from bn_lightning.errors import UserError
 
+PACKAGE = Path(__file__).parent
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 Found = TypeVar("Found")
 
@@ -125,8 +127,22 @@ def is_defined_in(name: str, package: str) -> bool:
     return f"{getattr(found, '__module__', '')}.".startswith(f"{package}.")
 
 
+def users_lines(error: BaseException) -> list[str]:
+    """Return the lines of the user's own code in the trace of an error, the innermost last.
+
+    Code of this package, of installed packages and of Python is left out.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return [
+        f"In {frame.filename}, line {frame.lineno}: {frame.line}"
+        for frame in frames
+        if not Path(frame.filename).is_relative_to(PACKAGE)
+        if not frame.filename.startswith("<") and not is_installed(Path(frame.filename))
+    ]
+
+
 def is_installed(path: Path) -> bool:
-    """Return whether a file belongs to an installed package."""
-    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    """Return whether a file belongs to Python or to an installed package."""
+    roots = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     roots += [*site.getsitepackages(), site.getusersitepackages()]
     return any(path.is_relative_to(root) for root in roots)

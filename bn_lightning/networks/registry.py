@@ -1,10 +1,8 @@
 """Networks by name or import path."""
 
 import inspect
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +18,6 @@ from bn_lightning.norms.replace import can_replace, in_eval_mode, replace_norms
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP, "resnet": ResNet}
 TORCHVISION = "torchvision."
-PACKAGE = Path(__file__).parents[1]
 
 EXAMPLE = """\
 A short example, in my_networks.py, for --model.network my_networks.TwoLayers:
@@ -155,11 +152,7 @@ def _call(
 
 def _place(error: Exception) -> str:
     """Return the line of the user's code in which an error was raised, or "" if there is none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if not path.is_relative_to(PACKAGE) and not lookup.is_installed(path):
-            return f"In {frame.filename}, line {frame.lineno}: {frame.line}\n"
-    return ""
+    return "".join(f"{line}\n" for line in lookup.users_lines(error)[-1:])
 
 
 def _check_output(network: nn.Module, name: str, example: Tensor, shape: ImageShape) -> None:

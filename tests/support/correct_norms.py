@@ -149,6 +149,9 @@ class MovingRms(BatchNorm):
     def register_statistics(self, num_features):
         self.register_buffer("running_square", torch.ones(num_features))
 
+    def reset_running_stats(self):
+        self.running_square.fill_(1)
+
     def training_moments(self, x):
         square = x.square().mean(batch_axes(x), keepdim=True)
         if x.numel():

@@ -1,32 +1,31 @@
-"""The command `check`: check a normalization layer and print the findings as a table."""
+"""The command `check`: examine a normalization layer and print the findings as a table."""
 
 import json
 import logging
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 
 from bn_lightning import __version__, terminal
+from bn_lightning.errors import UserError
 from bn_lightning.norms import registry
-from bn_lightning.norms.check import probes
-from bn_lightning.norms.check.findings import SECTIONS, Check, Finding
+from bn_lightning.norms.check import examination, reproduction
+from bn_lightning.norms.check.findings import BAD, SECTIONS, Finding
+from bn_lightning.norms.check.subject import Norm
 
 # The notes end where the table ends.
-NOTE_WIDTH = 81
+WIDTH = 96
 
 
 def main(arguments: list[str], experiment: str) -> None:
-    """Run `check NORM` and print the findings.
+    """Run `check NORM`.
 
-    The exit code is 1 if a property fails or, with --identical, if an identity check
-    differs.
+    The exit code is 1 if a property fails or, with --identical, if the norm differs from
+    PyTorch's batch normalization.
 
     Args:
         arguments: the command line, starting with the command itself.
@@ -35,35 +34,50 @@ def main(arguments: list[str], experiment: str) -> None:
     # This logger warns about CUDA, which is not used here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments[1:])
-    findings: list[Finding] = []
-    for finding in examine(args.norm, args.norm_args):
-        if not args.json:
-            if not findings or findings[-1].section != finding.section:
-                print(f"\n{SECTIONS[finding.section]}")
-            print(line(finding), flush=True)
-        findings.append(finding)
-    bad_verdicts = ("FAIL", "DIFFERS") if args.identical else ("FAIL",)
-    passed = not any(finding.verdict in bad_verdicts for finding in findings)
+    if args.list:
+        for found in examination.properties():
+            print(f"{found.name:28}{found.question}")
+        return
+    if args.norm is None:
+        raise UserError(
+            "The norm to check is missing. Use a name or an import path, for example "
+            "`check custom`, or `check --list` for the names of the properties."
+        )
+    norm = examination.prepare(
+        registry.find(args.norm), args.norm, num_dims=args.num_dims, norm_args=args.norm_args
+    )
+    if args.reproduce is not None:
+        sys.exit(_reproduce(norm, args.reproduce))
+    chosen = examination.Examination(norm, args.identical, args.property)
+    findings = _print_findings(chosen, args.json)
+    passed = chosen.passed(findings)
     if args.json:
-        versions = {"torch": torch.__version__, "bn_lightning": __version__}
-        report = {"norm": args.norm, "passed": passed, **versions}
-        print(json.dumps(report | {"findings": list(map(asdict, findings))}, indent=2))
+        print(json.dumps(_report(args.norm, norm, passed, findings), indent=2))
     else:
         counts = Counter(f.verdict for f in findings if f.section != "measured")
         totals = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
         print(f"\n{args.norm}: {totals}")
+        if failed := [f.name for f in findings if f.verdict in BAD]:
+            print(
+                f"To see a failure in a few lines of code: {terminal.program()} check {args.norm} "
+                f"--reproduce {failed[0]}"
+            )
     sys.exit(0 if passed else 1)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{terminal.program()} check",
-        description="Check a normalization layer: properties that every norm should have, "
-        "identity with torch.nn.BatchNorm, time and memory.",
+        description="Check a normalization layer at random points: results, modes, running "
+        "statistics, derivatives, precision, state, compilation, several processes. The exit code "
+        "is 1 if a property fails.",
     )
     names = ", ".join(registry.NORMS)
     parser.add_argument(
-        "norm", type=str, help=f"Name ({names}) or import path (package.module.Name) of the norm."
+        "norm",
+        type=str,
+        nargs="?",
+        help=f"Name ({names}) or import path (package.module.Name) of the norm.",
     )
     parser.add_argument(
         "--norm_args",
@@ -76,40 +90,90 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="Also fail if the norm differs from torch.nn.BatchNorm.",
     )
+    parser.add_argument(
+        "--num_dims",
+        type=int,
+        nargs="+",
+        help="Numbers of dimensions, 2 to 5, that the norm must accept (default: examine those "
+        "that it accepts).",
+    )
+    parser.add_argument(
+        "--property", type=str, nargs="+", help="Examine these properties only; see --list."
+    )
+    parser.add_argument("--list", action="store_true", help="Print the names of all properties.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON.")
+    parser.add_argument(
+        "--reproduce",
+        type=str,
+        metavar="PROPERTY",
+        help="If this property fails, print a short script that shows it.",
+    )
     return parser
 
 
-def examine(name: str, norm_args: dict[str, Any] | None = None) -> Iterator[Finding]:
-    """Run all checks on a norm, which takes about a minute, and yield each finding.
-
-    Args:
-        name: the name or import path of the norm.
-        norm_args: further arguments of the norm.
-
-    Raises:
-        UserError: the norm is unknown, or does not accept the arguments.
-    """
-    make = partial(probes.make_layer, name, norm_args or {})
-    # A wrong name or argument raises here. Inside a check, it would become a finding.
-    make(2), make(4)
-    for check in all_checks():
-        torch.manual_seed(0)
-        yield check(make)
+def _print_findings(chosen: examination.Examination, as_json: bool) -> list[Finding]:
+    """Examine the norm. Print each finding when it is known, unless the report is JSON."""
+    if not as_json:
+        for text in _kinds(chosen.norm):
+            print("\n".join(textwrap.wrap(text, WIDTH, subsequent_indent=" " * 15)))
+    findings: list[Finding] = []
+    for finding in chosen.run():
+        if not as_json:
+            if not findings or findings[-1].section != finding.section:
+                print(f"\n{SECTIONS[finding.section]}")
+            print(line(finding), flush=True)
+        findings.append(finding)
+    return findings
 
 
-def all_checks() -> list[Check]:
-    """Return all checks in the order of the table, which is their order in the modules."""
-    # `processes` imports Lightning, which would slow down --help.
-    from bn_lightning.norms.check import identity, measurements, processes, properties
-
-    modules = (properties, processes, identity, measurements)
-    values = [value for module in modules for value in vars(module).values()]
-    return [value for value in values if isinstance(value, Check)]
+def _kinds(norm: Norm) -> list[str]:
+    """Return one line for each number of dimensions: the kind, or the error."""
+    lines = {d: str(kind) for d, kind in norm.kinds.items()}
+    for num_dims, error in norm.rejected.items():
+        first_line = str(error).partition("\n")[0]
+        lines[num_dims] = f"not accepted ({type(error).__name__}: {first_line})"
+    return [f"{d} dimensions: {text}" for d, text in sorted(lines.items())]
 
 
 def line(finding: Finding) -> str:
-    """Return a finding as a line of the table, followed by its note."""
+    """Return a finding as a line of the table, followed by its note and its input."""
     number = "" if finding.difference is None else f"{finding.difference:.2g}"
-    note = "".join(f"\n      {part}" for part in textwrap.wrap(finding.note, NOTE_WIDTH))
-    return f"  {finding.question:66}{finding.verdict:>9}{number:>10}{note}"
+    notes = finding.note.splitlines()
+    if finding.case is not None:
+        notes.append(f"Seen with: {finding.case}.")
+    parts = [part for note in notes for part in textwrap.wrap(note, WIDTH - 6)]
+    note = "".join(f"\n      {part}" for part in parts)
+    return f"  {finding.name:32}{finding.verdict:>9}{number:>10}{note}"
+
+
+def _report(name: str, norm: Norm, passed: bool, findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "norm": name,
+        "passed": passed,
+        "torch": torch.__version__,
+        "bn_lightning": __version__,
+        "kinds": {d: str(kind) for d, kind in norm.kinds.items()},
+        "rejected": {d: f"{type(e).__name__}: {e}" for d, e in norm.rejected.items()},
+        "findings": [
+            {
+                "section": f.section,
+                "name": f.name,
+                "verdict": f.verdict,
+                "difference": f.difference,
+                "note": f.note,
+                "input": None if f.case is None else str(f.case),
+            }
+            for f in findings
+        ],
+    }
+
+
+def _reproduce(norm: Norm, name: str) -> int:
+    """Print a script that shows a failure, and return the exit code."""
+    (found,) = examination.Examination(norm, names=[name]).properties()
+    finding = found.examine(norm)
+    if finding.verdict not in BAD:
+        print(f"{name}: {finding.verdict}. There is no failure to reproduce. {finding.note}")
+        return 0
+    print(reproduction.script(found, finding, norm.build))
+    return 1

@@ -1,48 +1,192 @@
-"""Finite differences of a norm, and the diagnosis of a wrong gradient."""
+"""Gradients of a layer by autograd and by finite differences, and causes of differences."""
 
-import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.norms.check.probes import all_but_channels, difference
+from bn_lightning.norms.check import inputs, kinds, reference
+from bn_lightning.norms.check.findings import Comparison
+from bn_lightning.norms.check.subject import Case
+
+# Half of the distance of the two points of a finite difference. Float32 needs a larger one.
+STEPS = {torch.float64: 1e-5, torch.float32: 3e-2, torch.bfloat16: 3e-1}
+GRADIENT_TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-2, torch.bfloat16: 3e-1}
 
 
-def slope(layer: nn.Module, x: Tensor, gradient: Tensor, directions: list[Tensor]) -> float:
-    """Return the slope of sum(y * gradient), as a central difference.
+def compare(case: Case) -> Iterator[Comparison]:
+    """Compare the gradients of a layer with finite differences, for input and each parameter."""
+    found = inputs.step(case.layer(), case.x, case.gradient)
+    layer = case.layer()
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    if case.training and case.kind.reads_past:
+        yield from _compare_renormalized(case, found)
+    elif case.training and case.kind.fit is not None and case.kind.computes_in != torch.float64:
+        # Finite differences are too coarse for a layer that computes in float32.
+        expected = reference_gradient(case, detached=())
+        yield Comparison(
+            inputs.difference(found["input"], expected), 10 * case.tolerance, _cause(case, found)
+        )
+    else:
+        yield from _directional(case, found, "input", case.x)
+    for name, parameter in trained.items():
+        yield from _directional(case, found, name, parameter.detach())
+
+
+def _directional(
+    case: Case, found: dict[str, Tensor], name: str, at: Tensor
+) -> Iterator[Comparison]:
+    h = STEPS[case.kind.computes_in]
+    for seed in range(2):
+        direction = inputs.random(at.shape, seed + 60).to(at.dtype)
+        up, down = (_value(case, name, sign * h * direction) for sign in (1, -1))
+        numeric = (up - down) / (2 * h)
+        exact = 0.0
+        if name in found:
+            exact = float((found[name] * direction).double().sum())
+        error = abs(numeric - exact) / max(1.0, abs(numeric))
+        tolerance = GRADIENT_TOLERANCES[case.kind.computes_in]
+        cause = ""
+        if not error <= tolerance:
+            cause = _cause(case, found) if name == "input" else f"The gradient of {name} is wrong."
+            if name not in found:
+                cause = f"The layer's output depends on {name}, but it has no gradient."
+        yield Comparison(error, tolerance, cause)
+
+
+def _value(case: Case, name: str, move: Tensor) -> float:
+    """Return sum(output * gradient) after a move of the input or of a parameter."""
+    layer, x = case.layer(), case.x
+    with torch.no_grad():
+        if name == "input":
+            x = x + move
+        else:
+            layer.get_parameter(name).add_(move)
+    return float((layer(x).detach().double() * case.gradient.double()).sum())
+
+
+def _compare_renormalized(case: Case, found: dict[str, Tensor]) -> Iterator[Comparison]:
+    """Compare the gradient of the input of a layer whose training uses running statistics.
+
+    In each channel, the output is a * x + b. A layer that centres takes a and b from the
+    running statistics, but its gradient is that of batch normalization (Ioffe 2017,
+    algorithm 1, where r and d are constants); otherwise training diverges (Ioffe and
+    Szegedy 2015, section 2). A layer that does not centre may also use the exact
+    derivative, or treat the statistics as constants.
+    """
+    of_input = found.get("input", torch.zeros(()))
+    shifts = [_fit(case, reference.FIXED, past).shift for past in (1, 2)]
+    centres = inputs.difference(*shifts) > 1e-6
+    names = [reference.CENTRING] if centres else list(reference.CORRECT)
+    errors = []
+    for name in names:
+        leaf = case.x.double().requires_grad_()
+        output = _fit(case, name).output(leaf, kinds.groups_of(case.kind, leaf))
+        (expected,) = torch.autograd.grad(output, leaf, case.gradient.double())
+        errors.append(inputs.difference(of_input, expected))
+    if not centres and not inputs.smallest(errors) <= 10 * case.tolerance:
+        yield from _directional(case, found, "input", case.x)
+        return
+    cause = (
+        "The gradient of the input is not that of batch normalization times r: r and d are "
+        "constants in the backward pass, and gradients flow through the batch's mean and "
+        "variance (Ioffe 2017, algorithm 1)."
+    )
+    yield Comparison(inputs.smallest(errors), 10 * case.tolerance, cause)
+
+
+def _fit(case: Case, name: str, past: int | None = None) -> reference.Fit:
+    """Return the fit of a formula to the output for one input."""
+    y = case.layer(past)(case.x).detach().double()
+    sample = case.x.double(), kinds.groups_of(case.kind, case.x), y
+    eps = kinds.eps_candidates(case.build, case.kind)[0]
+    return reference.fit([sample], {name: reference.CORRECT[name]}, [eps], tolerance=float("inf"))
+
+
+def reference_gradient(case: Case, detached: tuple[str, ...]) -> Tensor:
+    """Return the gradient of the input in training by the layer's formula.
 
     Args:
-        x: the input. y is the layer's output for it.
-        gradient: the weights of the sum, with the shape of y.
-        directions: the directions in which x and the parameters move, one tensor for
-            each.
+        detached: the statistics that count as constants: "mean", "variance".
     """
+    fit = case.kind.fit
+    assert fit is not None
+    x = case.x.double().requires_grad_()
+    mean, var, m = kinds.groups_of(case.kind, x).moments(x)
+    mean = mean.detach() if "mean" in detached else mean
+    var = var.detach() if "variance" in detached else var
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    y = fit.formula(x, mean, var, m, fit.eps) * fit.scale.view(shape)
+    (gradient,) = torch.autograd.grad(y, x, case.gradient.double())
+    return gradient
 
-    def value(h: float) -> float:
-        moved = copy.deepcopy(layer)
-        with torch.no_grad():
-            for p, d in zip(moved.parameters(), directions[1:], strict=True):
-                p.add_(d.view_as(p), alpha=h)
-        return float((moved(x + h * directions[0]) * gradient).sum().detach())
 
-    return (value(1e-5) - value(-1e-5)) / 2e-5
-
-
-def missing_part(x: Tensor, gradient: Tensor, dx: Tensor, eps: float) -> str:
-    """Return which statistics a gradient treats as constants, or "" if none.
-
-    `dx`, the gradient with respect to the input, is compared with the gradients of
-    batch normalization whose mean, variance or both are detached.
-    """
-    axes = all_but_channels(x.dim())
+def _cause(case: Case, found: dict[str, Tensor]) -> str:
+    """Return the mistake that explains the gradient of the input, or ""."""
+    if "input" not in found:
+        return "The input has no gradient: the graph is cut between input and output."
+    fit = case.kind.fit
+    if fit is None or not case.training:
+        return ""
+    shape = (1, -1, *[1] * (case.x.dim() - 2))
+    tolerance = 100 * case.tolerance
     for detached in (("variance",), ("mean",), ("mean", "variance")):
-        leaf = x.clone().requires_grad_()
-        mean = leaf.mean(axes, keepdim=True)
-        mean = mean.detach() if "mean" in detached else mean
-        var = (leaf - mean).square().mean(axes, keepdim=True)
-        var = var.detach() if "variance" in detached else var
-        torch.autograd.backward((leaf - mean) / (var + eps).sqrt(), gradient)
-        assert leaf.grad is not None
-        if difference(dx, leaf.grad) < 1e-6:
+        if inputs.difference(found["input"], reference_gradient(case, detached)) < tolerance:
             return f"No gradient flows through the {' and the '.join(detached)}."
+    without_gamma = reference_gradient(case, ()) / fit.scale.view(shape)
+    if inputs.difference(found["input"], without_gamma) < tolerance:
+        return "The gradient of the input lacks the factor gamma."
     return ""
+
+
+def second_derivative(case: Case) -> tuple[float, float]:
+    """Return a second derivative by finite differences of the gradient, and by autograd.
+
+    Raises:
+        Exception: the backward pass cannot be differentiated.
+    """
+    direction, weights = inputs.random(case.shape, 70), inputs.random(case.shape, 71)
+
+    def gradient(x: Tensor, create_graph: bool) -> Tensor:
+        loss = (case.gradient * case.layer()(x).square()).sum()
+        (dx,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+        return dx
+
+    leaf = case.x.requires_grad_()
+    dx = gradient(leaf, create_graph=True)
+    exact = 0.0
+    if dx.requires_grad:
+        (ddx,) = torch.autograd.grad((dx * weights).sum(), leaf, allow_unused=True)
+        exact = 0.0 if ddx is None else float((ddx * direction).sum())
+    h = 1e-5
+    moved = [(case.x + sign * h * direction).requires_grad_() for sign in (1, -1)]
+    up, down = (float((gradient(x, False) * weights).sum()) for x in moved)
+    return (up - down) / (2 * h), exact
+
+
+def of_squares(
+    layer: nn.Module,
+    x: Tensor,
+    gradient: Tensor,
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the output, and the gradients of sum(gradient * output²) by input and parameters."""
+    leaf = x.detach().requires_grad_()
+    y = (call or layer)(leaf)
+    torch.autograd.backward((gradient * y.square()).sum())
+    assert leaf.grad is not None
+    return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+def by_torch_func(case: Case) -> dict[str, Tensor]:
+    """Return the gradients of the input and the trained parameters by torch.func.grad."""
+    layer, g = case.layer(), case.gradient
+    trained = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+    buffers = {n: b.clone() for n, b in layer.named_buffers()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, parameters | buffers, (x,))
+        return (y * g).sum()
+
+    of_parameters, of_x = torch.func.grad(loss, argnums=(0, 1))(trained, case.x)
+    return {"input": of_x, **of_parameters}

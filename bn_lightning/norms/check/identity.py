@@ -1,155 +1,237 @@
-"""Identity checks: whether a norm gives the same results as PyTorch's BatchNorm.
+"""Identity checks: whether a layer gives the results of PyTorch's BatchNorm.
 
-A norm of another kind, such as group normalization, should differ. Each check is one
-function with the decorator `batch_norm_identity`. The table lists them in the order of
-this file.
+The comparison is one of behaviour. PyTorch's layer gets the gamma and beta that explain
+the layer's output, so that no name of a parameter or buffer has to be known.
 """
 
-import itertools
+from collections.abc import Iterator
+from math import inf
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bn_lightning.norms.check.findings import Answer, Make, NotApplicable, batch_norm_identity
-from bn_lightning.norms.check.probes import (
-    FEATURES,
-    all_but_channels,
-    batch,
-    difference,
-    each,
-    eps_of,
-    in_eval,
-    normalized,
-    reference_layer,
-    step,
+from bn_lightning.norms.check import inputs, running
+from bn_lightning.norms.check.findings import Comparison, NotApplicable, batch_norm_identity
+from bn_lightning.norms.check.subject import Case, Norm
+from bn_lightning.norms.convert import TORCH
+
+# PyTorch's layer gets the scale and shift that explain the output in training.
+SCRIPT = """
+reference = TORCH_CLASS.to(x.dtype)
+h, y = reference(x), layer.train()(x)
+reference.weight.data, reference.bias.data = (h * y).mean(AXES).data, y.mean(AXES).data
+"""
+EVALUATION = (
+    SCRIPT
+    + """
+torch.set_grad_enabled(False)
+assert_close(layer.eval()(x), reference.eval()(x), rtol=1e-3, atol=1e-3)
+"""
+)
+GRADIENTS = (
+    SCRIPT
+    + """
+dx, expected = (torch.autograd.grad(m.train(MODE)(z), z, x)[0]
+                for m in (layer, reference) for z in [x.clone().requires_grad_()])
+assert_close(dx, expected, rtol=1e-3, atol=1e-3)
+"""
 )
 
-AXES = {2: ("images", "channels"), 4: ("images", "channels", "height", "width")}
 
-# Common mistakes in running statistics: the weight of the newest batch, and the
-# correction of m.
-WRONG_RUNNING_STATS = {
-    "The running variance is biased: it is divided by m instead of m - 1.": (0.1, 0),
-    "The momentum is inverted: the newest batch has weight 0.9 instead of 0.1.": (0.9, 1),
-    "The running variance is biased, and the momentum is inverted.": (0.9, 0),
-}
+def cases(norm: Norm, *training: bool) -> Iterator[tuple[Case, nn.Module, nn.Module]]:
+    """Yield cases, each with a layer and with PyTorch's layer in the same state.
+
+    Both were trained with the same batches.
+    """
+    for case in norm.cases(training=training):
+        if case.kind.is_batch_norm:
+            yield case, case.layer(), torch_layer(case)
+
+
+def not_batch_norm(norm: Norm) -> Iterator[Comparison]:
+    """Yield a difference for each number of dimensions in which the layer is another norm."""
+    for kind in norm.kinds.values():
+        norm.one_case(kind, 2, training=True)
+        if not kind.is_batch_norm:
+            cause = f"With {kind.num_dims} dimensions, the layer is not batch normalization."
+            yield Comparison(inf, 0, cause)
+
+
+def torch_layer(case: Case) -> nn.Module:
+    """Return PyTorch's layer with the gamma, beta, eps and past of `case.layer()`."""
+    kind = case.kind
+    assert kind.fit is not None
+    build = TORCH[kind.num_dims]
+    layer = build(kind.features, kind.fit.eps, _momentum(case)).to(case.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(kind.fit.scale)
+        layer.bias.copy_(kind.fit.shift)
+    for x in case.past_batches():
+        layer(x)
+    return layer.train(case.training)
+
+
+def _momentum(case: Case) -> float | None:
+    """Return the momentum that PyTorch's layer needs: the layer's, or else PyTorch's default.
+
+    The layer's momentum may be the weight of the newest or of the earlier batches. It
+    counts only if the layer uses it.
+    """
+    layer: Any = case.new_layer()
+    declared = getattr(layer, "momentum", 0.1)
+    if declared is None:
+        return None
+    if not isinstance(declared, int | float) or not case.kind.has_running_statistics:
+        return 0.1
+    weight = running.weights(case).get("mean", 0.1)
+    for candidate in (float(declared), 1 - float(declared)):
+        if candidate <= 0.5 and abs(candidate - weight) < 1e-3:
+            return candidate
+    return 0.1
 
 
 @batch_norm_identity(
-    "output in training mode",
-    tolerance=1e-6,
-    advice="The output is not (x - mean) / sqrt(var + eps), or the statistics are not those of the "
-    "batch.",
+    "In training, the output is that of PyTorch's layer.",
+    advice="The output differs from that of PyTorch's layer.",
+    script=SCRIPT + "assert_close(layer(x), reference(x), rtol=1e-3, atol=1e-3)",
 )
-def same_output_in_training(make: Make) -> Answer:
-    worst, note = 0.0, ""
-    for num_dims, layer, x in each(make):
-        reference = reference_layer(layer, num_dims)
-        batches = [batch(num_dims, seed) for seed in (1, 2)]
-        largest = max(difference(layer(b), reference(b)) for b in batches)
-        y = layer(x)
-        largest = max(largest, difference(y, reference(x)))
-        worst = max(worst, largest)
-        if largest > 1e-6 and not note:
-            note = _other_axes(y, x, eps_of(layer))
-    return worst, note
+def same_output_in_training(norm: Norm) -> Iterator[Comparison]:
+    yield from not_batch_norm(norm)
+    for case, layer, reference in cases(norm, True):
+        for seed in range(3):
+            x = inputs.batch((case.shape[0] + seed, *case.shape[1:]), seed).to(case.dtype)
+            yield Comparison(inputs.difference(layer(x), reference(x)), 10 * case.tolerance)
 
 
-def _other_axes(y: Tensor, x: Tensor, eps: float) -> str:
-    """Return a note that names the axes over which x was normalized, or "" if there are none."""
-    note, num_dims = "", x.dim()
-    for n in range(1, num_dims + 1):
-        for axes in itertools.combinations(range(num_dims), n):
-            if difference(y, normalized(x, axes, eps)) < 1e-6:
-                pair = (axes, all_but_channels(num_dims))
-                own, right = (", ".join(AXES[num_dims][a] for a in chosen) for chosen in pair)
-                note = (
-                    f"The statistics are taken over {own}. "
-                    f"Batch normalization takes them over {right}."
-                )
-    return note
-
-
-@batch_norm_identity("gradients with respect to input and parameters", tolerance=1e-6)
-def same_gradients(make: Make) -> Answer:
-    worst = 0.0
-    for num_dims, layer, x in each(make):
-        own = _gradients(step(layer, x))
-        worst = max(worst, difference(own, _gradients(step(reference_layer(layer, num_dims), x))))
-    return worst, ""
-
-
-def _gradients(results: list[Tensor]) -> list[Tensor]:
-    """Return the gradients with respect to input, gamma and beta, from those of a step."""
-    _, dx, *by_parameters = results
-    if [g.numel() for g in by_parameters] != [FEATURES, FEATURES]:
-        raise NotApplicable(
-            "The layer does not have exactly two parameters with one value per channel."
+@batch_norm_identity(
+    "In evaluation, after the same training, the output is that of PyTorch's layer.",
+    advice="The running statistics, or their use, differ from those of PyTorch's layer.",
+    script=EVALUATION,
+)
+def same_output_in_evaluation(norm: Norm) -> Iterator[Comparison]:
+    yield from not_batch_norm(norm)
+    for case, layer, reference in cases(norm, False):
+        ys = [inputs.evaluate(module, case.x) for module in (layer, reference)]
+        error = inputs.difference(*ys)
+        tolerance = 10 * case.tolerance
+        yield Comparison(error, tolerance, "" if error <= tolerance else _wrong_statistics(case))
+        # A new layer has PyTorch's initial running statistics.
+        new, torchs = case.new_layer(), TORCH[case.kind.num_dims](case.kind.features)
+        expected = torchs.to(case.dtype).eval()(case.x)
+        cause = "Before any training, the output in evaluation differs from that of PyTorch's."
+        yield Comparison(
+            inputs.difference(inputs.evaluate(new, case.x), expected), max(tolerance, 1e-3), cause
         )
-    return [dx, *by_parameters]
 
 
-@batch_norm_identity("running statistics after three steps", tolerance=1e-6)
-def same_running_stats(make: Make) -> Answer:
-    worst, note = 0.0, ""
-    for num_dims, layer, _ in each(make):
-        reference = reference_layer(layer, num_dims)
-        batches = [batch(num_dims, seed) for seed in range(3)]
-        for x in batches:
-            layer(x)
-            reference(x)
-        largest = difference(_running_stats(layer), _running_stats(reference))
-        worst = max(worst, largest)
-        if largest > 1e-6 and not note:
-            note = _wrong_running_stats(layer, batches)
-    return worst, note
+@batch_norm_identity(
+    "In training, the gradients are those of PyTorch's layer.",
+    advice="The gradient of the input differs from that of PyTorch's layer.",
+    script=GRADIENTS.replace("MODE", "True"),
+)
+def same_gradients_in_training(norm: Norm) -> Iterator[Comparison]:
+    yield from _compare_gradients(norm, True)
 
 
-def _running_stats(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the layer's running mean and variance, (C,) each, found by the names of buffers."""
-    buffers = list(layer.named_buffers())
-    found = [[b for name, b in buffers if word in name] for word in ("mean", "var")]
-    if not all(found):
-        raise NotApplicable("The layer has no buffers with mean and var in their names.")
-    return found[0][0].flatten(), found[1][0].flatten()
+@batch_norm_identity(
+    "In evaluation, the gradients are those of PyTorch's layer.",
+    advice="The gradient of the input differs from that of PyTorch's layer.",
+    script=GRADIENTS.replace("MODE", "False"),
+)
+def same_gradients_in_evaluation(norm: Norm) -> Iterator[Comparison]:
+    yield from _compare_gradients(norm, False)
 
 
-def _wrong_running_stats(layer: nn.Module, batches: list[Tensor]) -> str:
-    """Return the mistake that explains the running statistics, or "" if none does."""
-    for mistake, (momentum, correction) in WRONG_RUNNING_STATS.items():
-        mean = torch.zeros(FEATURES, dtype=torch.float64)
-        var = torch.ones(FEATURES, dtype=torch.float64)
-        for x in batches:
-            axes = all_but_channels(x.dim())
-            mean = mean.lerp(x.mean(axes), momentum)
-            var = var.lerp(x.var(axes, correction=correction), momentum)
-        if difference(_running_stats(layer), (mean, var)) < 1e-6:
-            return mistake
+def _compare_gradients(norm: Norm, training: bool) -> Iterator[Comparison]:
+    yield from not_batch_norm(norm)
+    for case, layer, reference in cases(norm, training):
+        found = inputs.step(layer, case.x, case.gradient)
+        expected = inputs.step(reference, case.x, case.gradient)
+        tolerance = 100 * case.tolerance
+        yield Comparison(
+            inputs.difference(found.get("input", torch.zeros(())), expected["input"]), tolerance
+        )
+        for name in found.keys() - {"output", "input"}:
+            g = found[name]
+            errors = [inputs.difference(g.flatten(), expected[role]) for role in ("weight", "bias")]
+            cause = (
+                f"The gradient of {name} is neither that of PyTorch's weight nor of its bias. "
+                f"Its shape is {tuple(g.shape)}."
+            )
+            yield Comparison(inputs.smallest(errors), tolerance, cause)
+
+
+@batch_norm_identity(
+    "The running statistics after each of three steps are those of PyTorch's layer.",
+    advice="The running statistics differ from those of PyTorch's layer.",
+    script=EVALUATION,
+)
+def same_running_statistics(norm: Norm) -> Iterator[Comparison]:
+    yield from not_batch_norm(norm)
+    for case, layer, reference in cases(norm, True):
+        fit = case.kind.fit
+        assert fit is not None
+        for seed in range(3):
+            x = inputs.batch((case.shape[0] + seed, *case.shape[1:]), seed + 40).to(case.dtype)
+            layer.train()(x), reference.train()(x)
+            found = running.running_statistics(layer, x, fit.scale, fit.shift)
+            expected = running.running_statistics(reference, x, fit.scale, fit.shift)
+            error = inputs.difference(list(found), list(expected))
+            tolerance = max(100 * case.tolerance, 1e-6)
+            cause = "" if error <= tolerance else _wrong_statistics(case)
+            yield Comparison(error, tolerance, cause)
+
+
+def _wrong_statistics(case: Case) -> str:
+    """Return the mistake that explains the running statistics after the past batches, or ""."""
+    fit = case.kind.fit
+    assert fit is not None
+    layer = case.layer()
+    found = running.running_statistics(layer, case.x, fit.scale, fit.shift)
+    momentum = _momentum(case) or 0.1
+    mistakes = {
+        "The running variance is biased: it is divided by m instead of m - 1.": (momentum, 0),
+        "The momentum is inverted: the newest batch has weight {0:.3g} instead of {1:.3g}.": (
+            1 - momentum,
+            1,
+        ),
+        "The running variance is biased, and the momentum is inverted.": (1 - momentum, 0),
+        "The running statistics are not updated.": (0.0, 1),
+    }
+    for mistake, (weight, correction) in mistakes.items():
+        mean = torch.zeros(case.kind.features, dtype=torch.float64)
+        var = torch.ones_like(mean)
+        for x in case.past_batches():
+            axes = [d for d in range(x.dim()) if d != 1]
+            batch_var, batch_mean = torch.var_mean(x.double(), axes, correction=correction)
+            mean, var = mean.lerp(batch_mean, weight), var.lerp(batch_var, weight)
+        if inputs.difference(list(found), [mean, var + fit.eps]) < max(1e-5, 10 * case.tolerance):
+            return mistake.format(weight, momentum)
     return ""
 
 
-@batch_norm_identity("output in eval mode, given its own running statistics", tolerance=1e-6)
-def same_output_in_eval(make: Make) -> Answer:
-    worst = 0.0
-    for num_dims, layer, x in each(make):
-        layer(x + 1)
-        mean, var = (t.view(1, -1, *[1] * (num_dims - 2)) for t in _running_stats(layer))
-        expected = (x - mean) / (var + eps_of(layer)).sqrt()
-        worst = max(worst, difference(in_eval(layer, x), expected))
-    return worst, ""
-
-
-@batch_norm_identity("state dicts are interchangeable", tolerance=1e-6)
-def state_dicts_interchange(make: Make) -> Answer:
-    worst = 0.0
-    for num_dims, layer, x in each(make):
-        reference = reference_layer(layer, num_dims)
+@batch_norm_identity(
+    "State dicts are interchangeable with those of PyTorch's layer.",
+    advice="A state dict loaded from PyTorch's layer gives another output.",
+    script="""
+reference = TORCH_CLASS.to(x.dtype)
+reference.load_state_dict(layer.state_dict())
+assert_close(layer.eval()(x), reference.eval()(x))
+""",
+)
+def state_dict_of_pytorch(norm: Norm) -> Iterator[Comparison]:
+    was_examined = False
+    for case, layer, reference in cases(norm, False):
         if layer.state_dict().keys() != reference.state_dict().keys():
-            raise NotApplicable(f"The state dict has other keys: {', '.join(layer.state_dict())}.")
-        layer(x)
+            keys = ", ".join(layer.state_dict())
+            raise NotApplicable(f"The state dict has other keys: {keys}.")
+        was_examined = True
+        new = case.new_layer()
+        new.load_state_dict(reference.state_dict())
+        expected = reference(case.x)
+        yield Comparison(inputs.difference(new(case.x), expected), 10 * case.tolerance)
         reference.load_state_dict(layer.state_dict())
-        back = make(num_dims).double()
-        back.load_state_dict(reference.state_dict())
-        worst = max(worst, difference(in_eval(reference, x), in_eval(layer, x)))
-        worst = max(worst, difference(in_eval(back, x), in_eval(layer, x)))
-    return worst, ""
+        yield Comparison(inputs.difference(reference(case.x), layer(case.x)), 10 * case.tolerance)
+    if not was_examined:
+        raise NotApplicable("The layer is not batch normalization.")

@@ -1,60 +1,80 @@
-"""Measurements: time and memory of a norm, as ratios to PyTorch's BatchNorm.
-
-Each measurement is one function with the decorator `measurement`. The table lists them
-in the order of this file.
-"""
+"""Measurements: time and memory of a norm, as ratios to PyTorch's BatchNorm."""
 
 import statistics
 import time
+from collections.abc import Iterator
+from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bn_lightning.norms import torch_norms
-from bn_lightning.norms.check.findings import Answer, Make, measurement
-from bn_lightning.norms.check.probes import FEATURES
+from bn_lightning.norms.check.findings import Comparison, NotApplicable, measurement
+from bn_lightning.norms.check.subject import Norm
+from bn_lightning.norms.convert import TORCH
+
+SHAPES = {
+    2: (256, 120),
+    3: (64, 48, 128),
+    4: (64, 48, 16, 16),
+    5: (16, 48, 8, 8, 8),
+}
+# Below this share of a core, a time is that of other programs too.
+LEAST_SHARE = 0.85
 
 
-@measurement("time per training step, input 256 x 6 x 24 x 24")
-def time_after_a_convolution(make: Make) -> Answer:
-    return _time_per_step(make, (256, 6, 24, 24))
+@measurement("Time per training step.")
+def time_per_step(norm: Norm) -> Iterator[Comparison]:
+    kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
+    shape = SHAPES[kind.num_dims]
+    layer = norm.build(shape[1], kind.num_dims)
+    layers = [layer, TORCH[kind.num_dims](shape[1])]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        share, own, reference = _times(layers, shape)
+    finally:
+        torch.set_num_threads(threads)
+    if share < LEAST_SHARE:
+        raise NotApplicable(
+            f"The machine is busy: the measurement had {share:.0%} of a core. Repeat it later."
+        )
+    text = f"input {shape}, one thread: {1e3 * own:.2f} ms, compared with {1e3 * reference:.2f} ms"
+    yield Comparison(own / reference, inf, text)
 
 
-@measurement("time per training step, input 256 x 120")
-def time_after_a_linear_layer(make: Make) -> Answer:
-    return _time_per_step(make, (256, 120))
-
-
-def _time_per_step(make: Make, shape: tuple[int, ...]) -> Answer:
-    """Return the ratio of the median times of a forward and backward pass."""
-    num_dims, channels = len(shape), shape[1]
-    layers = [make(num_dims, channels).train(), torch_norms.builtin(channels, num_dims)]
+def _times(layers: list[nn.Module], shape: tuple[int, ...]) -> tuple[float, float, float]:
+    """Return the share of a core that the measurement had, and the median time of each layer."""
     x, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    seconds: list[list[float]] = [[], []]
-    for _ in range(30):
+    seconds: list[list[float]] = [[] for _ in layers]
+    start, start_of_cpu = time.perf_counter(), time.process_time()
+    for _ in range(25):
         for layer, times in zip(layers, seconds, strict=True):
-            start = time.perf_counter()
+            before = time.perf_counter()
             layer(x).backward(gradient)
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - before)
+    share = (time.process_time() - start_of_cpu) / (time.perf_counter() - start)
     # The first steps are slower, until caches and allocator are warm.
     own, reference = (statistics.median(times[5:]) for times in seconds)
-    return own / reference, f"{1e3 * own:.2f} ms, compared with {1e3 * reference:.2f} ms"
+    return share, own, reference
 
 
-@measurement("memory saved for the backward pass")
-def memory_saved_for_the_backward_pass(make: Make) -> Answer:
-    own, reference = (_bytes_saved(layer) for layer in (make(4), torch_norms.builtin(FEATURES, 4)))
-    return own / reference, f"{own:,} bytes, compared with {reference:,}"
+@measurement("Memory saved for the backward pass.")
+def memory(norm: Norm) -> Iterator[Comparison]:
+    kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
+    shape = SHAPES[kind.num_dims]
+    layers = norm.build(shape[1], kind.num_dims), TORCH[kind.num_dims](shape[1])
+    own, reference = (_bytes_saved(layer, shape) for layer in layers)
+    yield Comparison(own / reference, inf, f"{own:,} bytes, compared with {reference:,}")
 
 
-def _bytes_saved(layer: nn.Module) -> int:
+def _bytes_saved(layer: nn.Module, shape: tuple[int, ...]) -> int:
     """Return the total size of the tensors that autograd saves in a forward pass."""
     storages: dict[int, int] = {}  # size by address, because tensors can share memory
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: torch.Tensor) -> torch.Tensor:
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(torch.randn(64, FEATURES, 24, 24, requires_grad=True))
+        layer(torch.randn(shape, requires_grad=True))
     return sum(storages.values())

@@ -1,0 +1,184 @@
+"""Properties of training and evaluation mode."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bn_lightning.norms.check import inputs, kinds
+from bn_lightning.norms.check.findings import Comparison, norm_property
+from bn_lightning.norms.check.subject import Case, Norm
+
+# Running statistics that have not converged after this many seconds count as wrong.
+MOST_SECONDS = 4
+
+
+@norm_property(
+    "modes",
+    "The mode follows module.training, with and without gradients.",
+    advice="The mode follows torch.is_grad_enabled(). Use self.training. Otherwise evaluation with "
+    "gradients and training without gradients use the wrong statistics.",
+    script="""
+other = copy.deepcopy(layer)
+with torch.no_grad():
+    y = other(x)
+assert_close(y, layer(x))
+assert_close(other.eval()(x), layer.eval()(x))
+""",
+)
+def mode(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases():
+        layer, other = case.layer(), case.layer()
+        with torch.no_grad():
+            without = layer(case.x)
+        yield Comparison(inputs.difference(without, other(case.x)), case.tolerance)
+        outputs = [inputs.evaluate(module, case.x) for module in (layer, other)]
+        yield Comparison(
+            inputs.difference(*outputs),
+            case.tolerance,
+            "The running statistics are updated only with or only without gradients. Update them "
+            "if self.training is True.",
+        )
+        if not case.training:
+            with torch.inference_mode():
+                y = case.layer()(case.x)
+            yield Comparison(inputs.difference(y.clone(), without), case.tolerance)
+
+
+@norm_property(
+    "modes",
+    "Evaluation changes no state.",
+    advice="In evaluation, do not write to buffers, parameters or attributes.",
+    script="""
+layer.eval()
+first = layer(x)
+assert_close(layer(x + 1).shape, x.shape)
+assert_close(layer(x), first, rtol=0, atol=0)
+""",
+)
+def evaluation_changes_nothing(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases(training=(False,)):
+        layer, control = case.layer(), case.layer()
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        for x in (case.x, 3 * case.x + 1):
+            inputs.evaluate(layer, x)
+        yield Comparison(inputs.difference(dict(layer.state_dict()), before), 0)
+        x = case.x + 2
+        ys = [inputs.evaluate(module, x) for module in (layer, control)]
+        yield Comparison(inputs.difference(*ys), 0)
+        ys = [module.train()(x) for module in (layer, control)]
+        yield Comparison(inputs.difference(*ys), 0)
+
+
+@norm_property(
+    "modes",
+    "train() and eval() change nothing but the mode.",
+    advice="Do not change parameters, buffers or statistics in train() or eval().",
+    script="""
+other = copy.deepcopy(layer)
+layer.train().eval().train(other.training)
+assert_close(layer(x), other(x), rtol=0, atol=0)
+""",
+)
+def switching_modes(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases(batch_sizes=(9,)):
+        layer, control = case.layer(), case.layer()
+        layer.eval().train().eval().train(case.training)
+        state = dict(control.state_dict())
+        yield Comparison(inputs.difference(dict(layer.state_dict()), state), 0)
+        for training in (case.training, not case.training):
+            x = case.x + training
+            outputs = [module.train(training)(x) for module in (layer, control)]
+            yield Comparison(inputs.difference(*outputs), 0)
+
+
+@norm_property(
+    "modes",
+    "The output of a sample in evaluation does not depend on the other samples.",
+    advice="Evaluation uses the statistics of the batch. Use the running statistics if "
+    "self.training is False.",
+    script="""
+layer.eval()
+assert_close(layer(x[:1]), layer(x)[:1])
+""",
+)
+def samples_in_evaluation(norm: Norm) -> Iterator[Comparison]:
+    cases = norm.cases(
+        training=(False,),
+        only=lambda kind: not kind.normalizes_batch_in_evaluation,
+        otherwise="The layer keeps no running statistics and normalizes each batch by its own.",
+    )
+    for case in cases:
+        y = inputs.evaluate(case.layer(), case.x)
+        for i in range(len(y)):
+            own = inputs.evaluate(case.layer(), case.x[i : i + 1])
+            yield Comparison(inputs.difference(own, y[i : i + 1]), case.tolerance)
+
+
+@norm_property(
+    "modes",
+    "Evaluation gives the output of training, once the running statistics have converged.",
+    advice="The output in evaluation differs from that in training for the same data. Check that "
+    "the running statistics converge to those of the batch, and that gamma, beta and eps are used "
+    "in the same way.",
+    script="""
+for _ in range(5000):
+    layer.train()(x)
+assert_close(layer.eval()(x), layer.train()(x), rtol=0.02, atol=0.05)
+""",
+)
+def evaluation_matches_training(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases(training=(False,), batch_sizes=(9,)):
+        if case.kind.has_running_statistics and not case.kind.state_is_fixed:
+            yield from _after_convergence(norm, case)
+        else:
+            ys = [inputs.evaluate(case.layer(), case.x), case.layer().train()(case.x)]
+            yield Comparison(inputs.difference(*ys), case.tolerance)
+
+
+def _after_convergence(norm: Norm, case: Case) -> Iterator[Comparison]:
+    x = equal_groups(case)
+    layer = case.new_layer()
+    inputs.randomize_parameters(layer, case.seed)
+    _converge(layer, x)
+    y = inputs.evaluate(layer, x).double()
+    # This is the last use of the layer.
+    expected = [layer.train()(x).detach().double()]
+    tolerance, fit = 0.05, case.kind.fit
+    if fit is not None:
+        # The running variance may be the biased or the unbiased one.
+        mean, var, m = kinds.groups_of(case.kind, x).moments(x.double())
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        unbiased = fit.formula(x.double(), mean, var * m / (m - 1).clamp(min=1), m, fit.eps)
+        expected.append(unbiased * fit.scale.view(shape) + fit.shift.view(shape))
+        tolerance = 2e-3
+    differences = [inputs.difference(y, e) for e in expected]
+    yield Comparison(inputs.smallest(differences), tolerance)
+
+
+def equal_groups(case: Case) -> Tensor:
+    """Return a batch in which all groups of samples have the same statistics in each channel.
+
+    Some channels have a variance near usual values of eps.
+    """
+    size = 1 if case.kind.is_per_sample else min(case.kind.samples_of_a_group, 64)
+    x = inputs.batch((size, *case.shape[1:]), 5)
+    scale = torch.ones(case.shape[1], dtype=torch.float64)
+    scale[::3] = 0.01
+    x = x * scale.view(1, -1, *[1] * (x.dim() - 2))
+    copies = 2 if case.kind.is_per_sample or case.kind.samples_of_a_group < 64 else 1
+    return torch.cat([x] * copies).to(case.dtype)
+
+
+def _converge(layer: nn.Module, x: Tensor) -> None:
+    """Train a layer with a batch until its output in evaluation does not change any more."""
+    end = time.monotonic() + MOST_SECONDS
+    steps, before = 50, None
+    while time.monotonic() < end:
+        for _ in range(steps):
+            layer.train()(x)
+        after = inputs.evaluate(layer, x)
+        if before is not None and inputs.difference(after, before) < 1e-4:
+            break
+        steps, before = 2 * steps, after

@@ -1,0 +1,264 @@
+"""Properties of the output: shape, formula, and inputs at the edge."""
+
+from collections.abc import Iterator
+from math import inf
+
+import torch
+from torch import Tensor
+
+from bn_lightning.norms.check import inputs, kinds, reference
+from bn_lightning.norms.check.findings import Comparison, NotApplicable, describe, norm_property
+from bn_lightning.norms.check.kinds import Kind
+from bn_lightning.norms.check.subject import TOLERANCES, Norm
+
+
+@norm_property(
+    "results",
+    "The layer accepts input of 2, 3, 4 or 5 dimensions.",
+    script="""
+layer(x)
+""",
+)
+def accepts_input(norm: Norm) -> Iterator[Comparison]:
+    for num_dims, error in norm.rejected.items():
+        is_failure = num_dims in norm.required or not norm.kinds
+        cause = f"With {num_dims} dimensions, the layer raises {describe(error)}"
+        yield Comparison(inf if is_failure else 0, 0, cause)
+    yield Comparison(0, 0)
+
+
+@norm_property(
+    "results",
+    "Output has the shape and dtype of the input, for several batch sizes in a row.",
+    advice="Return a tensor with the shape and dtype of the input.",
+    script="""
+for part in (x[:2], x, torch.cat([x, x])):
+    y = layer(part)
+    assert (y.shape, y.dtype) == (part.shape, part.dtype), (part.shape, y.shape, y.dtype)
+""",
+)
+def shape_and_dtype(norm: Norm) -> Iterator[Comparison]:
+    for dtype in (torch.float32, None):
+        for case in norm.cases(dtype=dtype, batch_sizes=(9,)):
+            layer = case.layer()
+            for positions in (case.shape[2:], [1] * len(case.shape[2:])):
+                for size in (2, 9, 4):
+                    x = inputs.batch((size, case.shape[1], *positions)).to(case.dtype)
+                    uses_batch = case.training or not case.kind.has_running_statistics
+                    if uses_batch and has_one_value(case.kind, x):
+                        continue
+                    y = layer(x)
+                    is_right = (y.shape, y.dtype) == (x.shape, x.dtype)
+                    cause = (
+                        f"The input is {tuple(x.shape)} with {x.dtype}, but the output is "
+                        f"{tuple(y.shape)} with {y.dtype}."
+                    )
+                    yield Comparison(0 if is_right else inf, 0, "" if is_right else cause)
+
+
+@norm_property(
+    "results",
+    "Each group of elements is normalized by its own statistics, with gamma and beta per channel.",
+    advice="In each group, the output is an affine function of the input, but it is neither "
+    "(x - mean) / sqrt(var + eps) nor x / sqrt(mean of squares + eps), times gamma plus beta. "
+    "Compare mean, variance and their axes with a computation by hand.",
+    script="""
+squares = make()(x).square().mean(STATISTICS)
+assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=1e-3)
+""",
+)
+def normalization(norm: Norm) -> Iterator[Comparison]:
+    for kind in norm.kinds.values():
+        norm.one_case(kind, 9, training=True)
+        if cause := _uneven_positions(kind):
+            yield Comparison(inf, 0, cause)
+        elif kind.formula == "wrong":
+            yield Comparison(inf, 0, kind.cause)
+        elif kind.formula == reference.FIXED and not any(
+            b.is_floating_point() for b in norm.one_case(kind, 9, True).new_layer().buffers()
+        ):
+            yield Comparison(
+                inf, 0, "The layer does not normalize: it only scales and shifts its input."
+            )
+        elif kind.fit is not None:
+            yield Comparison(kind.fit.residual, 10 * TOLERANCES[kind.computes_in] + 1e-4)
+    if all(kind.fit is None for kind in norm.kinds.values()):
+        raise NotApplicable(_no_formula(norm))
+
+
+def _uneven_positions(kind: Kind) -> str:
+    """Return the cause if the statistics are taken over some axes of the positions only."""
+    axes = range(2, kind.num_dims)
+    over = [a for a in axes if len(set(kind.groups.labels[a])) == 1]
+    if not over or len(over) == len(axes) or kind.formula == "other":
+        return ""
+    left = [inputs.axis_name(a, kind.num_dims) for a in axes if a not in over]
+    taken = [inputs.axis_name(a, kind.num_dims) for a in over]
+    return (
+        f"The statistics are taken over {' and '.join(taken)}, but not over {' and '.join(left)}. "
+        "Take them over all axes of the positions."
+    )
+
+
+def _no_formula(norm: Norm) -> str:
+    if any(kind.formula == "renormalizing" for kind in norm.kinds.values()):
+        return "The output in training depends on running statistics (renormalization)."
+    return "The layer mixes elements or is nonlinear, like a convolution or an activation."
+
+
+@norm_property(
+    "results",
+    "A new layer normalizes without scale and shift.",
+    advice="Initialize gamma with 1 and beta with 0, and normalize before they are applied.",
+    script="""
+squares = make()(x).square().mean(STATISTICS)
+assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=1e-3)
+""",
+)
+def new_layer(norm: Norm) -> Iterator[Comparison]:
+    normalizing = [k for k in norm.kinds.values() if k.fit and k.formula != reference.FIXED]
+    if not normalizing:
+        raise NotApplicable("The layer has fixed statistics, or no known formula.")
+    for kind in normalizing:
+        norm.one_case(kind, 9, training=True)
+        assert kind.fit is not None
+        samples = kinds.training_samples(norm.build, kind, is_new=True)
+        formula = {kind.fit.name: kind.fit.formula}
+        fit = reference.fit(samples, formula, [kind.fit.eps], tolerance=inf)
+        error = inputs.largest([(fit.scale - 1).abs().max().item(), fit.shift.abs().max().item()])
+        yield Comparison(
+            error,
+            1e-3,
+            f"A new layer multiplies the normalized input by {fit.scale[0]:.3g} and adds "
+            f"{fit.shift[0]:.3g} in the first channel. Start with gamma = 1 and beta = 0.",
+        )
+
+
+@norm_property(
+    "results",
+    "Equal layers give equal outputs for equal inputs.",
+    advice="The output changes from call to call. Remove random numbers and state outside the "
+    "layer, such as class attributes and globals.",
+    script="""
+other = copy.deepcopy(layer)
+assert_close(other(x), layer(x), rtol=0, atol=0)
+""",
+)
+def repeatable(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases():
+        yield Comparison(inputs.difference(case.layer()(case.x), case.layer()(case.x)), 0)
+
+
+@norm_property(
+    "results",
+    "Output and gradients are finite for constant input, and the output is beta.",
+    advice="A constant channel has variance 0. Add eps to the variance before taking the square "
+    "root.",
+    script="""
+x = torch.full_like(x, 3.3).requires_grad_()
+layer(x).square().sum().backward()
+assert x.grad.isfinite().all() and layer(x).isfinite().all()
+""",
+)
+def constant_input(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases():
+        one_channel = case.x
+        one_channel[:, 0] = 0.7
+        for x in (torch.full_like(case.x, 3.3), torch.zeros_like(case.x), one_channel):
+            results = inputs.step(case.layer(), x, case.gradient)
+            is_finite = inputs.is_finite(results)
+            cause = "" if is_finite else "The output or a gradient is NaN or infinite. "
+            yield Comparison(0 if is_finite else inf, 0, cause and cause + constant_input.advice)
+        fit = case.kind.fit
+        if case.training and fit is not None and fit.name == reference.CENTRING:
+            y = case.layer()(torch.full_like(case.x, 3.3)).detach().double()
+            expected = fit.shift.view(1, -1, *[1] * (y.dim() - 2)).expand_as(y)
+            tolerance = 1e-3 if case.kind.computes_in == torch.float64 else 0.1
+            cause = "The output for constant input is not beta."
+            yield Comparison(inputs.difference(y, expected), tolerance, cause)
+
+
+@norm_property(
+    "results",
+    "A batch of one sample is normalized in the same way.",
+    advice="Do not treat a batch of one sample differently.",
+    script="""
+one = layer(x[:1])
+assert one.isfinite().all() and layer.eval()(x).isfinite().all()
+if not layer.training:
+    assert_close(one, layer(x)[:1])
+""",
+)
+def one_sample(norm: Norm) -> Iterator[Comparison]:
+    was_examined = False
+    reason = "Each channel of one sample has one value, which PyTorch's layer rejects too."
+    for case in norm.cases(batch_sizes=(1,)):
+        if case.training and has_one_value(case.kind, case.x):
+            continue
+        layer = case.layer()
+        try:
+            with torch.set_grad_enabled(case.training):
+                y = layer(case.x).detach()
+        except ValueError as error:
+            if not case.training:
+                raise
+            reason = f"In training, the layer rejects a batch of one sample: {error}"
+            continue
+        was_examined = True
+        is_finite = inputs.is_finite([y, inputs.evaluate(layer, case.x)])
+        yield Comparison(
+            0 if is_finite else inf,
+            0,
+            "After a batch of one sample, an output is NaN or infinite.",
+        )
+        if not case.training and not case.kind.normalizes_batch_in_evaluation:
+            more = inputs.batch((3, *case.shape[1:]), 4).to(case.dtype)
+            more[:1] = case.x
+            yield Comparison(
+                inputs.difference(y, inputs.evaluate(case.layer(), more)[:1]), case.tolerance
+            )
+        elif case.training and case.kind.fit is not None:
+            expected = case.kind.fit.output(case.x.double(), kinds.groups_of(case.kind, case.x))
+            yield Comparison(inputs.difference(y, expected), max(1e-4, 10 * case.tolerance))
+    if not was_examined:
+        raise NotApplicable(reason)
+
+
+def has_one_value(kind: Kind, x: Tensor) -> bool:
+    """Return whether a group has one value only. Its variance is 0, or 0 / 0 if unbiased."""
+    return bool((kinds.groups_of(kind, x).moments(x.double())[2] == 1).any())
+
+
+@norm_property(
+    "results",
+    "An empty batch gives an empty output and leaves the state finite.",
+    script="""
+assert layer(x[:0]).shape == x[:0].shape
+assert layer.eval()(x).isfinite().all()
+""",
+)
+def empty_batch(norm: Norm) -> Iterator[Comparison]:
+    reason = ""
+    was_examined = False
+    for case in norm.cases(batch_sizes=(9,)):
+        shapes = [(0, *case.shape[1:])]
+        if len(case.shape) > 2:
+            shapes.append((*case.shape[:-1], 0))
+        for shape in shapes:
+            layer = case.layer()
+            try:
+                y = layer(torch.zeros(shape, dtype=case.dtype))
+            except Exception as error:
+                reason = f"The layer does not accept input of shape {shape}: {error}"
+                continue
+            was_examined = True
+            is_right = y.shape == shape
+            cause = f"The output for input of shape {shape} has shape {tuple(y.shape)}."
+            yield Comparison(0 if is_right else inf, 0, cause)
+            if not inputs.is_finite([inputs.evaluate(layer, case.x)]):
+                raise NotApplicable(
+                    "The layer does not support empty batches: they make its state NaN. Skip the "
+                    "update of the running statistics."
+                )
+    if not was_examined:
+        raise NotApplicable(reason.partition("\n")[0])
