@@ -101,6 +101,10 @@ class StdOfRunningVar(BatchNorm):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_std", torch.ones(num_features))
 
+    def reset_running_stats(self):
+        self.running_mean.zero_()
+        self.running_std.fill_(1)
+
     def count(self):
         pass
 

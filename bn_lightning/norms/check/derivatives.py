@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from bn_lightning.errors import describe_error
 from bn_lightning.norms.check import gradients, inputs
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, norm_property
-from bn_lightning.norms.check.subject import Norm
+from bn_lightning.norms.check.subject import Case, Norm
 
 GRADIENT_SCRIPT = """
 p = dict(layer.named_parameters())
@@ -123,15 +123,23 @@ def inplace_operation_behind(norm: Norm) -> Iterator[Comparison]:
     ]
     for case in norm.cases():
         for pair in behind:
-            results = []
-            for operation in pair:
-                layer = case.layer()
-                leaf = case.x.requires_grad_()
-                y = operation(layer(leaf * 1), leaf)
-                trained = [p for p in layer.parameters() if p.requires_grad]
-                torch.autograd.backward(y, case.gradient)
-                results.append([leaf.grad, *(p.grad for p in trained if p.grad is not None)])
+            try:
+                results = [_gradients_behind(case, operation) for operation in pair]
+            except RuntimeError as error:
+                if case.kind.is_affine:
+                    raise
+                reason = describe_error(error)
+                raise NotApplicable(f"The layer ends with another operation: {reason}") from error
             yield Comparison(inputs.difference(*results), case.tolerance)
+
+
+def _gradients_behind(case: Case, operation: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """Return the gradients of input and parameters with an operation behind the layer."""
+    layer = case.layer()
+    leaf = case.x.requires_grad_()
+    torch.autograd.backward(operation(layer(leaf * 1), leaf), case.gradient)
+    tensors = [leaf, *layer.parameters()]
+    return [t.grad for t in tensors if t.grad is not None]
 
 
 @norm_property(
@@ -183,6 +191,10 @@ def both_modes_before_backward(norm: Norm) -> Iterator[Comparison]:
         y = layer.eval()(leaf)
         layer.train()(other.requires_grad_()).backward(g)
         y.backward(g)
+        if not case.kind.is_affine:
+            is_finite = inputs.is_finite([leaf.grad])
+            yield Comparison(0 if is_finite else float("inf"), 0)
+            continue
         # The gradient may use the running statistics of before or after the training step.
         before, after = case.layer(), case.layer()
         after.train()(other.detach())

@@ -113,6 +113,8 @@ def prepare(
             kind = kinds.accepted(build, d)
         except Exception as error:
             subject.rejected[d] = error
+            if isinstance(error, kinds.ShapeError):
+                subject.required |= {d}
             continue
         try:
             subject.kinds[d] = kinds.determine(build, kind)

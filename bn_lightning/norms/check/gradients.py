@@ -10,7 +10,7 @@ from bn_lightning.norms.check.findings import Comparison
 from bn_lightning.norms.check.subject import Case
 
 # Half of the distance of the two points of a finite difference. Float32 needs a larger one.
-STEPS = {torch.float64: 1e-5, torch.float32: 3e-2, torch.bfloat16: 3e-1}
+STEPS = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 3e-1}
 GRADIENT_TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-2, torch.bfloat16: 3e-1}
 
 
@@ -46,6 +46,9 @@ def _directional(
             exact = float((found[name] * direction).double().sum())
         error = abs(numeric - exact) / max(1.0, abs(numeric))
         tolerance = GRADIENT_TOLERANCES[case.kind.computes_in]
+        if case.kind.computes_in != torch.float64 and not case.kind.is_affine:
+            # The two points may be on both sides of the bend of an activation.
+            tolerance *= 5
         cause = ""
         if not error <= tolerance:
             cause = _cause(case, found) if name == "input" else f"The gradient of {name} is wrong."
@@ -154,10 +157,8 @@ def second_derivative(case: Case) -> tuple[float, float]:
 
     leaf = case.x.requires_grad_()
     dx = gradient(leaf, create_graph=True)
-    exact = 0.0
-    if dx.requires_grad:
-        (ddx,) = torch.autograd.grad((dx * weights).sum(), leaf, allow_unused=True)
-        exact = 0.0 if ddx is None else float((ddx * direction).sum())
+    (ddx,) = torch.autograd.grad((dx * weights).sum(), leaf)
+    exact = float((ddx * direction).sum())
     h = 1e-5
     moved = [(case.x + sign * h * direction).requires_grad_() for sign in (1, -1)]
     up, down = (float((gradient(x, False) * weights).sum()) for x in moved)

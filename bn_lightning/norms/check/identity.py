@@ -223,9 +223,10 @@ assert_close(layer.eval()(x), reference.eval()(x))
 def state_dict_of_pytorch(norm: Norm) -> Iterator[Comparison]:
     was_examined = False
     for case, layer, reference in cases(norm, False):
-        if layer.state_dict().keys() != reference.state_dict().keys():
-            keys = ", ".join(layer.state_dict())
-            raise NotApplicable(f"The state dict has other keys: {keys}.")
+        shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (layer, reference)]
+        if shapes[0] != shapes[1]:
+            found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes[0].items())
+            raise NotApplicable(f"The state dict has other keys or shapes: {found}.")
         was_examined = True
         new = case.new_layer()
         new.load_state_dict(reference.state_dict())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bn_lightning.errors import describe_error
 from bn_lightning.norms.check import inputs, reference
 from bn_lightning.norms.check.reference import CORRECT, WRONG, Groups, Sample
 from bn_lightning.norms.check.subject import TOLERANCES, Builder, Case
@@ -62,6 +63,13 @@ class Kind:
         return len(set(labels)) == len(labels)
 
     @property
+    def added_eps(self) -> float:
+        """Return the number that is added to the variance."""
+        if self.fit is None:
+            return 1e-5
+        return 0.0 if self.fit.name == reference.LIMITED else self.fit.eps
+
+    @property
     def has_groups(self) -> bool:
         """Return whether elements share statistics at all."""
         return any(len(set(labels)) < len(labels) for labels in self.groups.labels)
@@ -78,7 +86,9 @@ class Kind:
     @property
     def normalizes_batch_in_evaluation(self) -> bool:
         """Return whether the layer keeps no state, and normalizes each batch by its own."""
-        return self.state_is_fixed and not self.is_per_sample and self.formula != reference.FIXED
+        _, channels, *_ = self.groups.labels
+        is_per_channel = len(set(channels)) == len(channels)
+        return self.state_is_fixed and self.has_groups and not self.is_per_sample and is_per_channel
 
     @property
     def is_batch_norm(self) -> bool:
@@ -112,6 +122,7 @@ class Kind:
 
 FORMULAS = {
     reference.ROOT_MEAN_SQUARE: "not centring (root mean square)",
+    reference.LIMITED: "centring, with a variance of at least eps",
     "renormalizing": "corrected by running statistics in training (renormalization)",
     "other": "with other operations, such as a convolution or an activation",
     "wrong": "unknown formula",
@@ -120,6 +131,10 @@ FORMULAS = {
 
 class NotANorm(Exception):
     """The output of a layer is no tensor with the shape of its input."""
+
+
+class ShapeError(Exception):
+    """A layer accepts inputs only if some of their sizes are equal."""
 
 
 def determine(build: Builder, kind: Kind) -> Kind:
@@ -156,25 +171,67 @@ def accepted(build: Builder, num_dims: int) -> Kind:
 
     Raises:
         NotANorm: the output has another shape than the input.
+        ShapeError: the norm accepts only inputs whose positions have certain sizes.
         Exception: that of the layer, if it raises for every input.
     """
     first_error: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         for features in FEATURES:
             kind = Kind(num_dims, features, dtype, state_is_fixed=True)
-            for training in (True, False):
-                case = _case(build, kind, 7, training)
-                try:
-                    y = case.new_layer()(case.x)
-                except Exception as error:
-                    first_error = first_error or error
-                    continue
-                if not isinstance(y, Tensor) or y.shape != case.shape:
-                    found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                    raise NotANorm(f"for input of shape {case.shape}, it returns {found}.")
+            error = _error(build, kind, inputs.POSITIONS[num_dims])
+            if error is None:
                 return kind
+            first_error = first_error or error
     assert first_error is not None
+    if num_dims > 2:
+        _refuse_special_sizes(build, num_dims, first_error)
     raise first_error
+
+
+def _error(build: Builder, kind: Kind, positions: tuple[int, ...]) -> Exception | None:
+    """Return the error of a layer in both modes, or None if one of them accepts the input.
+
+    Raises:
+        NotANorm: the output has another shape than the input.
+    """
+    error: Exception | None = None
+    for training in (True, False):
+        case = Case(build, kind, (7, kind.features, *positions), training, kind.dtype)
+        try:
+            y = case.new_layer()(case.x)
+        except Exception as raised:
+            error = error or raised
+            continue
+        if not isinstance(y, Tensor) or y.shape != case.shape:
+            found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise NotANorm(f"for input of shape {case.shape}, it returns {found}.")
+        return None
+    return error
+
+
+def _refuse_special_sizes(build: Builder, num_dims: int, error: Exception) -> None:
+    """Raise a ShapeError if the norm accepts square inputs, or as many positions as channels.
+
+    A layer for the last dimension, such as a norm of transformers, accepts inputs whose last
+    size is the number of channels. That is no error: it treats dimension 1 as it treats the
+    samples or the other positions.
+    """
+    kind = Kind(num_dims, FEATURES[0], state_is_fixed=True)
+    usual = inputs.POSITIONS[num_dims]
+    special = [(5,) * len(usual), (*usual[:-1], kind.features)]
+    for positions in special:
+        if _error(build, kind, positions) is not None:
+            continue
+        case = Case(build, kind, (7, kind.features, *positions), True, kind.dtype)
+        samples, channels, *others = groups(case).labels
+        pattern = others[0] if num_dims > 3 else samples
+        is_for_last_dimension = (len(set(channels)) > 1) == (len(set(pattern)) > 1)
+        if positions[-1] != kind.features or not is_for_last_dimension:
+            shapes = [(7, kind.features, *sizes) for sizes in (positions, usual)]
+            raise ShapeError(
+                f"{describe_error(error)} for input of shape {shapes[1]}, but accepts {shapes[0]}. "
+                "Check the order of the axes: sizes that happen to be equal hide a wrong one."
+            )
 
 
 def _changes_in_training(build: Builder, kind: Kind) -> bool:
@@ -289,13 +346,13 @@ def _formula(build: Builder, kind: Kind) -> dict[str, Any]:
     candidates = eps_candidates(build, kind)
     names = [reference.FIXED]
     if kind.has_groups:
-        names = [reference.CENTRING, reference.ROOT_MEAN_SQUARE]
+        names = [reference.CENTRING, reference.ROOT_MEAN_SQUARE, reference.LIMITED]
     correct = {name: CORRECT[name] for name in names}
     found = reference.fit(samples, correct, candidates, tolerance)
     # A search for eps finds it less exactly than a setting states it.
     if found.residual <= (tolerance if found.eps in candidates else max(tolerance, 1e-4)):
         return {"formula": found.name, "fit": found}
-    if not reference.is_affine_in_each_cell(samples):
+    if not reference.is_affine_in_each_cell(samples, kind.has_groups):
         return {"formula": "other"}
     wrong = reference.fit(samples, WRONG, candidates, tolerance)
     is_known = wrong.residual <= max(tolerance, 1e-4) or (

@@ -97,7 +97,7 @@ def switching_modes(norm: Norm) -> Iterator[Comparison]:
     "modes",
     "The output of a sample in evaluation does not depend on the other samples.",
     advice="Evaluation uses the statistics of the batch. Use the running statistics if "
-    "self.training is False.",
+    "self.training is False, or take the statistics of each sample.",
     script="""
 layer.eval()
 assert_close(layer(x[:1]), layer(x)[:1])

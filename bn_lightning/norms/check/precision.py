@@ -118,6 +118,13 @@ def mixed_precision(norm: Norm) -> Iterator[Comparison]:
             # Other operations, such as convolutions, need autocast.
             regions: list[Any] = [torch.autocast("cpu", dtype=dtype)]
             regions += [nullcontext()] if case.kind.is_affine else []
+            if case.kind.is_affine:
+                # Autocast computes matrix products in 16 bits, also those of float32 input.
+                x = case.x + 30
+                with regions[0]:
+                    y = case.layer()(x)
+                cause = f"With autocast to {dtype}, float32 input is computed with 16 bits."
+                yield Comparison(inputs.difference(y, case.layer()(x)), 2e-2, cause)
             for region in regions:
                 layer, x = case.layer(), case.x.to(dtype)
                 expected = inputs.step(case.layer(), x.float(), case.gradient)
@@ -174,9 +181,17 @@ def large_mean(norm: Norm) -> Iterator[Comparison]:
 
 
 def _error_of_pytorch(x: Tensor) -> float:
-    """Return the error of PyTorch's batch normalization for this input."""
-    one, exact = (F.batch_norm(t, None, None, training=True) for t in (x, x.double()))
-    return inputs.difference(one, exact)
+    """Return the largest error of PyTorch's normalizations for this input."""
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        by_channel = x.movedim(1, -1)
+        return [
+            F.batch_norm(x, None, None, training=True),
+            F.group_norm(x, 1),
+            F.layer_norm(by_channel, by_channel.shape[-1:]),
+        ]
+
+    return inputs.difference(outputs(x), outputs(x.double()))
 
 
 @norm_property(

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from bn_lightning.norms.check import inputs
-from bn_lightning.norms.check.findings import Comparison, NotApplicable, norm_property
+from bn_lightning.norms.check.findings import Comparison, NotApplicable, describe, norm_property
 from bn_lightning.norms.check.subject import Case, Norm
 from bn_lightning.norms.convert import TORCH
 from bn_lightning.norms.sync import LayerSync
 
 # The numbers of samples in the shards of the two processes, in three steps.
-SHARDS = ((6, 3), (9, 0), (2, 7))
+SHARDS = ((6, 3), (2, 7), (9, 0))
+SECONDS = 20
 
 
 @norm_property(
@@ -35,11 +37,9 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
         raise NotApplicable("This build of PyTorch does not include gloo.")
     kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
     case = norm.one_case(kind, 9, training=True)
-    if not _can_be_synchronized(case.layer()):
-        raise NotApplicable(
-            "The layer has no attribute sync_batchnorm. If it has running statistics, "
-            "fit --trainer.sync_batchnorm true rejects it."
-        )
+    is_told = _can_be_told(case.layer())
+    if not is_told and (kind.is_per_sample or kind.state_is_fixed):
+        raise NotApplicable("The layer normalizes each sample by itself, or has fixed statistics.")
     try:
         pickle.dumps(norm.build)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -47,18 +47,37 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
             "The norm cannot be sent to another process. Define it at the top level of a module."
         ) from error
     expected = _on_one_process(case)
-    found = _on_two_processes(case)
-    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+    found, errors = _on_two_processes(case)
+    if not is_told and not _is_synchronized(case, found):
+        raise NotApplicable(
+            "Each process normalizes its own shard: the layer has no attribute sync_batchnorm. "
+            "If it has running statistics, fit --trainer.sync_batchnorm true rejects it."
+        )
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
         difference = inputs.difference(ours, theirs)
         cause = "" if difference <= 1e-6 else _cause(ours, case, step)
         yield Comparison(difference, max(case.tolerance, 1e-9), cause)
+    if len(found) < len(SHARDS):
+        shards = " and ".join(map(str, SHARDS[len(found)]))
+        cause = f"With shards of {shards} samples, the processes end with an error.\n"
+        yield Comparison(inf, 0, cause + "\n".join(dict.fromkeys(errors)))
 
 
-def _can_be_synchronized(layer: nn.Module) -> bool:
+def _can_be_told(layer: nn.Module) -> bool:
+    """Return whether `LayerSync` can make the layer synchronize its statistics."""
     return any(
         hasattr(module, "sync_batchnorm") or type(module) in TORCH.values()
         for module in layer.modules()
     )
+
+
+def _is_synchronized(case: Case, found: list[dict[str, Tensor]]) -> bool:
+    """Return whether the output of a shard depends on the other one, in the first step."""
+    if not found:
+        return False
+    x, _ = _batches(case)[0]
+    own = [case.layer()(part) for part in torch.split(x, list(SHARDS[0]))]
+    return not inputs.difference(found[0]["output"], torch.cat(own)) <= 1e-6
 
 
 def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
@@ -78,44 +97,51 @@ def _on_one_process(case: Case) -> list[dict[str, Tensor]]:
     return results
 
 
-def _on_two_processes(case: Case) -> list[dict[str, Tensor]]:
-    """Return the results, assembled from the shards of each batch.
+def _on_two_processes(case: Case) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """Return the results of each step, assembled from the shards, and the errors of processes.
 
-    Raises:
-        Exception: one of the processes has failed, or has not answered for a minute.
+    After an error, there are no more steps.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
-        path = Path(folder, "results.pt")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         # A formula cannot be pickled.
         sent = replace(case, kind=replace(case.kind, fit=None))
-        spawn(_run_shards, (sent, port, path), nprocs=2)  # type: ignore[no-untyped-call]
-        results: list[dict[str, Tensor]] = torch.load(path)
-    return results
+        spawn(_run_shards, (sent, port, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        results = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
+        errors = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    return results, errors
 
 
-def _run_shards(rank: int, case: Case, port: int, path: Path) -> None:
-    """Run the steps of one process. Rank 0 writes the assembled results."""
+def _run_shards(rank: int, case: Case, port: int, folder: Path) -> None:
+    """Run the steps of one process. Write the results of rank 0, and the errors."""
     torch.set_num_threads(1)
+    # Its past batches are not split over processes.
+    layer = case.layer()
     dist.init_process_group(
         "gloo",
         f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=SECONDS),
     )
-    layer = LayerSync().synchronize(case.layer(), "cpu")
-    results = []
-    for (x, g), sizes in zip(_batches(case), SHARDS, strict=True):
-        shard = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
-        parts: list[Any] = [None, None]
-        dist.all_gather_object(parts, inputs.step(layer, x[shard], g[shard]))
-        whole = {name: _assembled(name, parts) for name in parts[0]}
-        results.append(whole | {"evaluation": inputs.evaluate(layer, case.x)})
-    if rank == 0:
-        torch.save(results, path)
+    try:
+        if _can_be_told(layer):
+            LayerSync().synchronize(layer, "cpu")
+        for number, ((x, g), sizes) in enumerate(zip(_batches(case), SHARDS, strict=True)):
+            shard = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+            parts: list[Any] = [None, None]
+            dist.all_gather_object(parts, inputs.step(layer, x[shard], g[shard]))
+            whole = {name: _assembled(name, parts) for name in parts[0]}
+            if rank == 0:
+                whole["evaluation"] = inputs.evaluate(layer, case.x)
+                torch.save(whole, folder / f"{number}.pt")
+    except Exception as error:
+        # The other process then fails too, because the connection is closed.
+        (folder / f"{rank}.txt").write_text(describe(error))
+        return
     dist.destroy_process_group()
 
 

@@ -24,6 +24,7 @@ Sample = tuple[Tensor, "Groups", Tensor]
 
 CENTRING = "centring"
 ROOT_MEAN_SQUARE = "not centring"
+LIMITED = "limited"
 FIXED = "fixed"
 
 
@@ -67,6 +68,7 @@ def _with_statistics_in(dtype: torch.dtype) -> Formula:
 CORRECT: dict[str, Formula] = {
     CENTRING: lambda x, mean, var, m, eps: (x - mean) / (var + eps).sqrt(),
     ROOT_MEAN_SQUARE: lambda x, mean, var, m, eps: x / (var + mean.square() + eps).sqrt(),
+    LIMITED: lambda x, mean, var, m, eps: (x - mean) / var.clamp(min=eps).sqrt(),
     FIXED: lambda x, mean, var, m, eps: x,
 }
 # Common mistakes, by their description.
@@ -190,15 +192,20 @@ def _fit(
     return Fit(name, formula, eps, scale, shift, float(error / ys.abs().max().clamp(min=1)))
 
 
-def is_affine_in_each_cell(samples: list[Sample]) -> bool:
+def is_affine_in_each_cell(samples: list[Sample], has_groups: bool) -> bool:
     """Return whether, in each group and channel, the output is an affine function of the input.
+
+    Without groups, all elements of a channel count as one.
 
     If so, the layer subtracts something and multiplies by something in each group. If
     not, it mixes elements, as a convolution does, or is nonlinear. Cells of fewer than 3
     elements count as affine.
     """
     for x, groups, y in samples:
-        cells = Groups((groups.labels[0], tuple(range(x.shape[1])), *groups.labels[2:]))
+        channels = tuple(range(x.shape[1]))
+        cells = Groups((groups.labels[0], channels, *groups.labels[2:]))
+        if not has_groups:
+            cells = Groups(((0,) * len(x), channels, *((0,) * size for size in x.shape[2:])))
         mean, var, _ = cells.moments(x)
         centred, y_centred = x - mean, y - cells.moments(y)[0]
         slope = cells.moments(centred * y_centred)[0] / var.clamp(min=1e-300)
