@@ -36,13 +36,15 @@ def main(arguments: list[str], experiment: str) -> None:
     args = _parser().parse_args(arguments[1:])
     if args.list:
         for found in examination.properties():
-            print(f"{found.name:28}{found.question}")
+            print(f"{found.name:30}{found.question}")
         return
     if args.norm is None:
         raise UserError(
             "The norm to check is missing. Use a name or an import path, for example "
             "`check custom`, or `check --list` for the names of the properties."
         )
+    # A wrong name is reported before the examination starts.
+    examination.choose([args.reproduce] if args.reproduce else args.property)
     norm = examination.prepare(
         registry.find(args.norm), args.norm, num_dims=args.num_dims, norm_args=args.norm_args
     )
@@ -170,7 +172,7 @@ def _report(name: str, norm: Norm, passed: bool, findings: list[Finding]) -> dic
 
 def _reproduce(norm: Norm, name: str) -> int:
     """Print a script that shows a failure, and return the exit code."""
-    (found,) = examination.Examination(norm, names=[name]).properties()
+    (found,) = examination.choose([name])
     finding = found.examine(norm)
     if finding.verdict not in BAD:
         print(f"{name}: {finding.verdict}. There is no failure to reproduce. {finding.note}")

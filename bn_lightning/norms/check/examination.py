@@ -1,5 +1,6 @@
 """The examination of a norm: its kinds, then each property."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,6 +37,15 @@ def properties() -> list[Property]:
     return [v for module in modules for v in vars(module).values() if isinstance(v, Property)]
 
 
+def choose(names: Collection[str] | None) -> list[Property]:
+    """Return the properties with these names, or all, in the order of the table.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    return properties() if names is None else findings.choose(properties(), names)
+
+
 @dataclass
 class Examination:
     """A norm whose kinds are known.
@@ -53,9 +63,9 @@ class Examination:
 
     def properties(self) -> list[Property]:
         """Return the properties to examine."""
-        known = properties()
+        known = choose(self.names)
         if self.names is not None:
-            return findings.choose(known, self.names)
+            return known
         is_batch_norm = any(kind.is_batch_norm for kind in self.norm.kinds.values())
         compares = self.is_identical or is_batch_norm
         return [p for p in known if compares or p.section != "identity"]
@@ -66,9 +76,11 @@ class Examination:
         if not self.norm.kinds:
             chosen = [p for p in properties() if p.name == "accepts_input"]
         for found in chosen:
-            with torch.random.fork_rng(devices=()):
+            with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 torch.manual_seed(0)
-                yield found.examine(self.norm)
+                finding = found.examine(self.norm)
+            yield finding
 
     def passed(self, found: Iterable[Finding]) -> bool:
         """Return whether everything holds, and, if `is_identical`, everything is the same.
@@ -127,20 +139,23 @@ def prepare(
 
 def _refuse_no_norm(norm: Norm) -> None:
     """Raise a UserError if no layer can be built, or if its output has another shape."""
-    errors = list(norm.rejected.values())
-    for error in errors:
+    for error in norm.rejected.values():
         if isinstance(error, kinds.NotANorm):
             raise UserError(f"{norm.build.name!r} is not a normalization layer: {error}")
-    try:
-        norm.build(6, next(iter(norm.rejected)))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{norm.build.name!r} cannot be built: {findings.describe(error)}\n"
-            "A norm is a class or function called as norm(num_features=6, num_dims=4), which "
-            "returns a torch.nn.Module."
-        ) from error
+    errors: list[Exception] = []
+    for num_dims in norm.rejected:
+        try:
+            norm.build(6, num_dims)
+            return
+        except Exception as error:
+            errors.append(error)
+    if isinstance(errors[0], UserError):
+        raise errors[0]
+    raise UserError(
+        f"{norm.build.name!r} cannot be built: {findings.describe(errors[0])}\n"
+        "A norm is a class or function called as norm(num_features=6, num_dims=4), which returns "
+        "a torch.nn.Module."
+    )
 
 
 def examine(

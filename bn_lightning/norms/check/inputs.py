@@ -4,7 +4,7 @@ All values are random, with a fixed seed. A bug can be invisible at special valu
 as gamma = 1 and beta = 0, or at equal sizes of height and width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -143,14 +143,11 @@ def difference(one: Any, other: Any) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1))
 
 
-def largest(values: Any) -> float:
-    """Return the largest value, or 0 if there is none. NaN counts as the largest."""
-    found = 0.0
-    for value in values:
-        # max(0.0, nan) would be 0.0.
-        if not found >= value:
-            found = value
-    return found
+def largest(values: Iterable[float]) -> float:
+    """Return the largest value, or 0 if there is none, or NaN if one is NaN."""
+    # max(0.0, nan) is 0.0.
+    found = list(values)
+    return float("nan") if any(v != v for v in found) else max(found, default=0.0)
 
 
 def smallest(values: Sequence[float]) -> float:

@@ -368,7 +368,7 @@ def training_samples(build: Builder, kind: Kind, is_new: bool = False) -> list[S
     """
     layer = None
     samples = []
-    for size, scale in ((9, 1.0), (4, 0.03), (13, 0.003), (6, 30.0)):
+    for size, scale in ((9, 1.0), (4, 0.03), (13, 0.003), (6, 3e-4), (5, 30.0)):
         case = _case(build, kind, size, training=True)
         if layer is None:
             layer = case.new_layer() if is_new else case.layer()

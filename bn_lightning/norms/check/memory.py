@@ -35,6 +35,11 @@ def input_unchanged(norm: Norm) -> Iterator[Comparison]:
                 yield Comparison(inputs.difference(found, expected), 0, cause)
             cause = "The backward pass modifies the output."
             yield Comparison(inputs.difference(y, before), 0, cause)
+        x = case.x
+        with torch.no_grad():
+            case.layer()(x)
+        cause = f"Without gradients, the layer modifies the input. {input_unchanged.advice}"
+        yield Comparison(inputs.difference(x, case.x), 0, cause)
 
 
 @norm_property(

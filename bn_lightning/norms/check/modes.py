@@ -76,8 +76,10 @@ def evaluation_changes_nothing(norm: Norm) -> Iterator[Comparison]:
     "train() and eval() change nothing but the mode.",
     advice="Do not change parameters, buffers or statistics in train() or eval().",
     script="""
+layer.train()(x + 1)
 other = copy.deepcopy(layer)
-layer.train().eval().train(other.training)
+layer.eval().train()
+assert_close(layer.state_dict(), other.state_dict(), rtol=0, atol=0)
 assert_close(layer(x), other(x), rtol=0, atol=0)
 """,
 )

@@ -23,7 +23,9 @@ LARGE = {2: (), 3: (2048,), 4: (64, 32), 5: (16, 16, 8)}
 NO_FLOAT64 = "The layer does not accept float64, the reference."
 SCRIPT = """
 exact = copy.deepcopy(layer).double()(x.double())
-assert_close(layer(x).double(), exact, rtol=TOLERANCE, atol=TOLERANCE)
+y = layer(x)
+assert y.dtype == x.dtype
+assert_close(y.double(), exact, rtol=TOLERANCE, atol=TOLERANCE)
 """
 
 

@@ -158,7 +158,7 @@ def fit(
                 return found
     for name, formula in formulas.items():
         low, high = -16.0, 0.5  # of log10(eps)
-        for _ in range(4):
+        for _ in range(8):
             exponents = [low + (high - low) * i / 11 for i in range(12)]
             fits = [_fit(name, formula, 10**e, prepared) for e in exponents]
             i = min(range(12), key=lambda i: fits[i].residual)

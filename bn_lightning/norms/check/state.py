@@ -67,11 +67,11 @@ def layers_share_nothing(norm: Norm) -> Iterator[Comparison]:
     advice="The state dict lacks values that the layer uses, or loading changes them. Register "
     "statistics and counters with self.register_buffer.",
     script="""
-other = make()
+other, _ = make(), layer.train()(x + 1)
 other.load_state_dict(layer.state_dict())
 for _ in range(2):
-    assert_close(other.train()(x), layer.train()(x))
     assert_close(other.eval()(x), layer.eval()(x))
+    assert_close(other.train()(x), layer.train()(x))
 """,
 )
 def restored_layer_continues(norm: Norm) -> Iterator[Comparison]:

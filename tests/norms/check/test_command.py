@@ -1,11 +1,13 @@
-"""The command `check`: the order of the table, exit codes, and the JSON report."""
+"""The command `check`: its output, exit codes, and the JSON report."""
 
 import json
+import re
 
 import pytest
 
-from bn_lightning import UserError, terminal
-from bn_lightning.norms.check import command, identity, measurements, processes, properties
+from bn_lightning import terminal
+from bn_lightning.norms import registry
+from bn_lightning.norms.check import command, examination, processes
 from bn_lightning.norms.check.findings import SECTIONS, Finding
 from tests.conftest import command as start_command
 from tests.conftest import run_here
@@ -13,27 +15,17 @@ from tests.support.processes import start as start_processes
 
 # `check` does not import the experiment.
 EXPERIMENT = "nowhere:EXPERIMENT"
-BIASED = "tests.support.faulty_norms.RunningVarianceIsBiased"
+BIASED = "tests.support.planted_state.BiasedRunningVar"
+SOME = ("--property", "mode", "same_running_statistics", "memory", "--num_dims", "4")
 
 
-def test_each_check_is_in_the_table_once_and_sections_are_contiguous():
-    checks = command.all_checks()
-    sections = [check.section for check in checks]
-    assert list(dict.fromkeys(sections)) == list(SECTIONS)
-    assert sections == sorted(sections, key=list(SECTIONS).index)
-    assert len({check.question for check in checks}) == len(checks) == 25
-    assert checks[0] is properties.keeps_shape_and_dtype
-    assert checks[16] is processes.two_processes_equal_one
-    assert checks[17] is identity.same_output_in_training
-    assert checks[-1] is measurements.memory_saved_for_the_backward_pass
-
-
-def three_checks():
-    return [
-        properties.follows_module_training,
-        identity.same_running_stats,
-        measurements.memory_saved_for_the_backward_pass,
-    ]
+def check(*arguments):
+    """Run the command in this process, and return its exit code."""
+    try:
+        command.main(["check", *arguments], EXPERIMENT)
+    except SystemExit as exit:
+        return exit.code
+    return 0
 
 
 @pytest.mark.parametrize(
@@ -44,64 +36,100 @@ def three_checks():
         (("article",), 1),
         ((BIASED,), 0),
         ((BIASED, "--identical"), 1),
+        (("group", "--identical"), 1),
     ],
 )
-def test_exit_code_is_1_if_a_property_fails_or_an_identity_differs(
-    monkeypatch, capsys, arguments, code
+def test_exit_code_is_1_if_a_property_fails_or_the_norm_should_be_identical(
+    capsys, arguments, code
 ):
-    monkeypatch.setattr(command, "all_checks", three_checks)
-    with pytest.raises(SystemExit) as exit:
-        command.main(["check", *arguments], EXPERIMENT)
-    assert exit.value.code == code
+    assert check(*arguments, *SOME) == code
     printed = capsys.readouterr().out
-    for title in SECTIONS.values():
-        assert f"\n{title}\n" in printed
-    assert printed.splitlines()[-1].startswith(f"{arguments[0]}: 1 ")
+    for section in ("modes", "identity", "measured"):
+        assert f"\n{SECTIONS[section]}\n" in printed
+    assert f"\n{arguments[0]}: " in printed
 
 
-def test_json_report_has_the_findings_for_the_norm_with_its_arguments(monkeypatch, capsys):
-    monkeypatch.setattr(command, "all_checks", three_checks)
-    with pytest.raises(SystemExit) as exit:
-        command.main(["check", "group", "--norm_args.num_groups", "1", "--json"], EXPERIMENT)
-    assert exit.value.code == 0
+def test_the_kind_is_printed_for_each_number_of_dimensions(capsys):
+    assert check("instance", "--property", "counter") == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("2 dimensions: not accepted (UserError: The norm 'instance' cannot")
+    text = " ".join(" ".join(others).split())
+    assert "4 dimensions: statistics over height, width for each sample and channel;" in text
+
+
+def test_identity_is_examined_for_batch_norms_only():
+    for name, expected in (("builtin", True), ("layer", False)):
+        norm = examination.prepare(registry.find(name), name, num_dims=[4])
+        chosen = examination.Examination(norm).properties()
+        assert any(p.section == "identity" for p in chosen) == expected
+
+
+def test_json_report(capsys):
+    arguments = ("--norm_args.num_groups", "3", "--num_dims", "2", "4", "--json")
+    assert check("group", *arguments, "--property", "eps", "momentum", "second_derivative") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["norm"], report["passed"]) == ("group", True)
-    assert [set(finding) for finding in report["findings"]] == [
-        {"section", "question", "verdict", "difference", "note"}
-    ] * 3
+    assert list(report["kinds"]) == ["2", "4"]
+    assert "3 groups of channels" in report["kinds"]["4"]
+    assert [(f["name"], f["verdict"]) for f in report["findings"]] == [
+        ("momentum", "n/a"),
+        ("eps", "pass"),
+        ("second_derivative", "pass"),
+    ]
+
+
+def test_list_prints_each_property_without_a_norm(capsys):
+    assert check("--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [p.name for p in examination.properties()]
 
 
 def test_help_starts_with_the_name_of_the_program(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "program", lambda: "python -m shoes")
-    with pytest.raises(SystemExit) as exit:
-        command.main(["check", "--help"], EXPERIMENT)
-    assert exit.value.code == 0
+    assert check("--help") == 0
     assert capsys.readouterr().out.startswith("usage: python -m shoes check ")
 
 
-def test_a_note_is_printed_below_its_line():
-    finding = Finding("property", "a question", "FAIL", 0.123, "a cause")
-    first, second = command.line(finding).splitlines()
-    assert first == f"  {'a question':66}     FAIL      0.12"
-    assert second == "      a cause"
+def test_a_note_and_the_input_are_printed_below_the_line():
+    finding = Finding("results", "mode", "FAIL", 0.123, "a cause\na second line")
+    assert command.line(finding).splitlines() == [
+        f"  {'mode':32}     FAIL      0.12",
+        "      a cause",
+        "      a second line",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("name", "norm_args", "message"),
+    ("arguments", "message"),
     [
-        ("custm", {}, "Unknown norm 'custm'"),
-        ("custom", {"epsilon": 1}, "does not accept norm_args"),
+        (("custm",), "Unknown norm 'custm'"),
+        ((), "The norm to check is missing"),
+        (("custom", "--norm_args.epsilon", "1"), "does not accept norm_args"),
+        (("custom", "--num_dims", "1"), "num_dims is 1; it must be one of 2, 3, 4 and 5."),
+        (("custom", "--property", "mod"), "Unknown property 'mod'. Did you mean mode?"),
+        (("custom", "--reproduce", "mod"), "Unknown property 'mod'. Did you mean mode?"),
+        (("torchvision.models.resnet18",), "'torchvision.models.resnet18' cannot be built: "),
+        (("torch.nn.functional.relu",), "cannot be called as norm(num_features=..."),
+        (("tests.norms.check.test_command.halves",), "is not a normalization layer: for input"),
+        (("tests.norms.check.test_command.raises",), "line 3: raise KeyError"),
     ],
 )
-def test_a_wrong_name_or_argument_is_an_error_and_not_a_finding(name, norm_args, message):
-    with pytest.raises(UserError, match=message):
-        next(command.examine(name, norm_args))
+def test_what_is_no_norm_exits_with_2_on_one_screen(main, arguments, message):
+    code, output, error = main("check", *arguments)
+    assert (code, output) == (2, "")
+    assert re.sub(r"line \d+", "line 3", message) in re.sub(r"line \d+", "line 3", error)
+    assert "Traceback" not in error
+    assert len(error.splitlines()) < 20
 
 
-def test_an_unknown_norm_exits_with_2(main):
-    code, _, error = main("check", "custm")
-    assert code == 2
-    assert "Unknown norm 'custm'" in error
+def halves(num_features, num_dims):
+    from torch import nn
+
+    return nn.AvgPool2d(2) if num_dims == 4 else nn.AvgPool1d(2)
+
+
+def raises(num_features, num_dims):
+    raise KeyError(num_features)
 
 
 @pytest.mark.slow
@@ -111,16 +139,31 @@ def test_an_unknown_norm_exits_with_2(main):
         (start_command, ("custom", "--identical"), 0),
         (run_here, ("builtin", "--identical"), 0),
         (run_here, ("article",), 1),
+        (run_here, ("renorm", "--norm_args.warmup", "0"), 0),
+        (run_here, ("ghost", "--norm_args.virtual_batch_size", "4"), 0),
+        (run_here, ("layer",), 0),
+        (run_here, ("instance",), 0),
+        (run_here, ("rms",), 0),
+        (run_here, ("frozen",), 0),
         (run_here, ("group", "--norm_args.num_groups", "1"), 0),
     ],
 )
-def test_command_runs_all_checks(run, arguments, code, tmp_path, monkeypatch):
+def test_command_examines_all_properties(run, arguments, code, tmp_path, monkeypatch):
     # This speeds up the checks in this process. A new process spawns, as for a user.
     monkeypatch.setattr(processes, "spawn", start_processes)
     done = run("check", *arguments, "--json", cwd=tmp_path, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] == (code == 0)
-    assert len(report["findings"]) == len(command.all_checks())
+    verdicts = {f["name"]: f["verdict"] for f in report["findings"]}
     if arguments[0] in ("custom", "builtin"):
-        assert {f["verdict"] for f in report["findings"]} == {"pass", "same", "measured"}
+        assert len(verdicts) == len(examination.properties())
+        # The time is not measured while other programs run.
+        verdicts.pop("time_per_step")
+        expected = {"pass", "same", "measured"} | ({"n/a"} if arguments[0] == "builtin" else set())
+        assert set(verdicts.values()) <= expected
+    if arguments[0] == "article":
+        failed = [name for name, verdict in verdicts.items() if verdict == "FAIL"]
+        differs = [name for name, verdict in verdicts.items() if verdict == "DIFFERS"]
+        assert failed == ["mode"]
+        assert "same_running_statistics" in differs
