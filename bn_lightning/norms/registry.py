@@ -137,10 +137,15 @@ def find(name: str) -> Callable[..., nn.Module]:
             `norm(num_features=..., num_dims=...)`.
     """
     norm = lookup.find(name, "norm", NORMS)
-    if not callable(norm) or not _accepts(norm, {"num_features": 6, "num_dims": 4}):
-        raise UserError(_wrapper_advice(name, norm))
+    refuse_other_calls(norm, name)
     # An import path may point to any callable. `make` checks the type of its result.
     return norm  # type: ignore[no-any-return]
+
+
+def refuse_other_calls(norm: Any, name: str) -> None:
+    """Raise a UserError if `norm` cannot be called as `norm(num_features=..., num_dims=...)`."""
+    if not callable(norm) or not _accepts(norm, {"num_features": 6, "num_dims": 4}):
+        raise UserError(_wrapper_advice(name, norm))
 
 
 def note_on_momentum(name: str, norm_args: dict[str, Any] | None) -> str | None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bn_lightning.errors import UserError
-from bn_lightning.norms.check import findings, inputs, kinds
+from bn_lightning.norms import registry
+from bn_lightning.norms.check import acceptance, determination, findings, inputs
 from bn_lightning.norms.check.findings import Finding, Property
 from bn_lightning.norms.check.subject import Builder, Norm
 
@@ -21,6 +22,7 @@ def properties() -> list[Property]:
     from bn_lightning.norms.check import (
         deployment,
         derivatives,
+        edges,
         identity,
         measurements,
         memory,
@@ -32,8 +34,8 @@ def properties() -> list[Property]:
         state,
     )
 
-    modules: list[ModuleType] = [results, modes, running, derivatives, memory, precision, state]
-    modules += [deployment, processes, identity, measurements]
+    modules: list[ModuleType] = [results, edges, modes, running, derivatives, memory, precision]
+    modules += [state, deployment, processes, identity, measurements]
     return [v for module in modules for v in vars(module).values() if isinstance(v, Property)]
 
 
@@ -111,9 +113,10 @@ def prepare(
         name: the name of the norm for messages.
 
     Raises:
-        UserError: the norm cannot be built, is not a normalization layer, or `num_dims` has
-            a number other than 2 to 5.
+        UserError: the norm cannot be called or built, is not a normalization layer, or
+            `num_dims` has a number other than 2 to 5.
     """
+    registry.refuse_other_calls(norm, name)
     wrong = [d for d in num_dims or () if d not in inputs.POSITIONS]
     if wrong:
         raise UserError(f"num_dims is {wrong[0]}; it must be one of 2, 3, 4 and 5.")
@@ -122,14 +125,14 @@ def prepare(
     subject = Norm(build, {}, {}, frozenset(required))
     for d in required or inputs.POSITIONS:
         try:
-            kind = kinds.accepted(build, d)
+            kind = acceptance.accepted(build, d)
         except Exception as error:
             subject.rejected[d] = error
-            if isinstance(error, kinds.ShapeError):
+            if isinstance(error, acceptance.ShapeError):
                 subject.required |= {d}
             continue
         try:
-            subject.kinds[d] = kinds.determine(build, kind)
+            subject.kinds[d] = determination.determine(build, kind)
         except Exception as error:
             subject.rejected[d], subject.required = error, subject.required | {d}
     if not subject.kinds:
@@ -140,7 +143,7 @@ def prepare(
 def _refuse_no_norm(norm: Norm) -> None:
     """Raise a UserError if no layer can be built, or if its output has another shape."""
     for error in norm.rejected.values():
-        if isinstance(error, kinds.NotANorm):
+        if isinstance(error, acceptance.NotANorm):
             raise UserError(f"{norm.build.name!r} is not a normalization layer: {error}")
     errors: list[Exception] = []
     for num_dims in norm.rejected:

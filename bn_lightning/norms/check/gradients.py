@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.norms.check import inputs, kinds, reference
+from bn_lightning.norms.check import determination, inputs, reference
 from bn_lightning.norms.check.findings import Comparison
 from bn_lightning.norms.check.subject import Case
 
@@ -84,7 +84,7 @@ def _compare_renormalized(case: Case, found: dict[str, Tensor]) -> Iterator[Comp
     errors = []
     for name in names:
         leaf = case.x.double().requires_grad_()
-        output = _fit(case, name).output(leaf, kinds.groups_of(case.kind, leaf))
+        output = _fit(case, name).output(leaf, case.kind.groups_of(leaf))
         (expected,) = torch.autograd.grad(output, leaf, case.gradient.double())
         errors.append(inputs.difference(of_input, expected))
     if not centres and not inputs.smallest(errors) <= 10 * case.tolerance:
@@ -101,8 +101,8 @@ def _compare_renormalized(case: Case, found: dict[str, Tensor]) -> Iterator[Comp
 def _fit(case: Case, name: str, past: int | None = None) -> reference.Fit:
     """Return the fit of a formula to the output for one input."""
     y = case.layer(past)(case.x).detach().double()
-    sample = case.x.double(), kinds.groups_of(case.kind, case.x), y
-    eps = kinds.eps_candidates(case.build, case.kind)[0]
+    sample = case.x.double(), case.kind.groups_of(case.x), y
+    eps = determination.eps_candidates(case.build, case.kind)[0]
     return reference.fit([sample], {name: reference.CORRECT[name]}, [eps], tolerance=float("inf"))
 
 
@@ -115,7 +115,7 @@ def reference_gradient(case: Case, detached: tuple[str, ...]) -> Tensor:
     fit = case.kind.fit
     assert fit is not None
     x = case.x.double().requires_grad_()
-    mean, var, m = kinds.groups_of(case.kind, x).moments(x)
+    mean, var, m = case.kind.groups_of(x).moments(x)
     mean = mean.detach() if "mean" in detached else mean
     var = var.detach() if "variance" in detached else var
     shape = (1, -1, *[1] * (x.dim() - 2))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bn_lightning.norms.check import inputs, running
+from bn_lightning.norms.check import inputs, weights
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, batch_norm_identity
 from bn_lightning.norms.check.subject import Case, Norm
 from bn_lightning.norms.convert import TORCH
@@ -84,7 +84,7 @@ def _momentum(case: Case) -> float | None:
         return None
     if not isinstance(declared, int | float) or not case.kind.has_running_statistics:
         return 0.1
-    weight = running.weights(case).get("mean", 0.1)
+    weight = weights.weights(case).get("mean", 0.1)
     for candidate in (float(declared), 1 - float(declared)):
         if candidate <= 0.5 and abs(candidate - weight) < 1e-3:
             return candidate
@@ -175,8 +175,8 @@ def same_running_statistics(norm: Norm) -> Iterator[Comparison]:
         for seed in range(3):
             x = inputs.batch((case.shape[0] + seed, *case.shape[1:]), seed + 40).to(case.dtype)
             layer.train()(x), reference.train()(x)
-            found = running.running_statistics(layer, x, fit.scale, fit.shift)
-            expected = running.running_statistics(reference, x, fit.scale, fit.shift)
+            found = weights.running_statistics(layer, x, fit.scale, fit.shift)
+            expected = weights.running_statistics(reference, x, fit.scale, fit.shift)
             error = inputs.difference(list(found), list(expected))
             tolerance = max(100 * case.tolerance, 1e-6)
             cause = "" if error <= tolerance else _wrong_statistics(case)
@@ -188,7 +188,7 @@ def _wrong_statistics(case: Case) -> str:
     fit = case.kind.fit
     assert fit is not None
     layer = case.layer()
-    found = running.running_statistics(layer, case.x, fit.scale, fit.shift)
+    found = weights.running_statistics(layer, case.x, fit.scale, fit.shift)
     momentum = _momentum(case) or 0.1
     mistakes = {
         "The running variance is biased: it is divided by m instead of m - 1.": (momentum, 0),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.norms.check import inputs, kinds
+from bn_lightning.norms.check import inputs
 from bn_lightning.norms.check.findings import Comparison, norm_property
 from bn_lightning.norms.check.subject import Case, Norm
 
@@ -150,7 +150,7 @@ def _after_convergence(norm: Norm, case: Case) -> Iterator[Comparison]:
     tolerance, fit = 0.05, case.kind.fit
     if fit is not None:
         # The running variance may be the biased or the unbiased one.
-        mean, var, m = kinds.groups_of(case.kind, x).moments(x.double())
+        mean, var, m = case.kind.groups_of(x).moments(x.double())
         shape = (1, -1, *[1] * (x.dim() - 2))
         unbiased = fit.formula(x.double(), mean, var * m / (m - 1).clamp(min=1), m, fit.eps)
         expected.append(unbiased * fit.scale.view(shape) + fit.shift.view(shape))

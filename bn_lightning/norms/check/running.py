@@ -1,105 +1,28 @@
-"""Properties of the running statistics, and of the arguments momentum and eps.
-
-The running statistics are read from the output in evaluation, so that no name of a buffer
-has to be known: for a new layer, it is (x - running_mean) / sqrt(running_var + eps).
-"""
+"""Properties of the running statistics, and of the arguments momentum and eps."""
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from bn_lightning.errors import describe_error
-from bn_lightning.norms.check import inputs, kinds, modes, reference
+from bn_lightning.norms.check import determination, inputs, reference
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, norm_property
 from bn_lightning.norms.check.kinds import Kind
 from bn_lightning.norms.check.subject import Case, Norm
+from bn_lightning.norms.check.weights import (
+    moments_of_channels,
+    one_group,
+    running_statistics,
+    weights,
+)
 
 NO_RUNNING_STATISTICS = "The layer has no running statistics."
 
 
-class Running(NamedTuple):
-    """Running statistics by their effect, (C,) each. `var` includes eps."""
-
-    mean: Tensor
-    var: Tensor
-
-
-def running_statistics(
-    layer: nn.Module, x: Tensor, scale: Tensor | float = 1.0, shift: Tensor | float = 0.0
-) -> Running:
-    """Return the running statistics that explain the layer's output in evaluation.
-
-    Args:
-        scale, shift: the layer's gamma and beta, (C,).
-    """
-    y = inputs.evaluate(layer, x).double().transpose(0, 1).flatten(1)
-    values = x.double().transpose(0, 1).flatten(1)
-    centred = values - values.mean(1, keepdim=True)
-    slope = (centred * y).mean(1) / centred.square().mean(1)
-    offset = y.mean(1) - slope * values.mean(1)
-    return Running((shift - offset) / slope, (scale / slope).square())
-
-
 def _has_running_statistics(kind: Kind) -> bool:
     return kind.has_running_statistics and kind.formula != "other"
-
-
-def weights(case: Case, **arguments: Any) -> dict[str, float]:
-    """Return the weight of the newest batch in the running "mean" and "variance".
-
-    A weight that differs between channels is NaN. A layer that does not centre has no
-    weight of the mean. The layer may average deviations instead of variances, and these
-    may be biased or not.
-    """
-    layer = case.new_layer(**arguments).train()
-    x = one_group(case)
-    for seed in range(5):
-        layer(3 * x + seed)
-    before = running_statistics(layer, x)
-    layer(x)
-    after = running_statistics(layer, x)
-    mean, var, m = _moments(case.kind, x)
-    found = {}
-    if before.mean.abs().max() > 1e-3:
-        found["mean"] = _weight([(before.mean, after.mean, mean)])
-    else:
-        var = var + mean.square()
-    eps = case.kind.added_eps
-    ways = [
-        (before.var**power, after.var**power, (v + eps) ** power)
-        for power in (1.0, 0.5)
-        for v in (var * m / (m - 1), var)
-    ]
-    found["variance"] = _weight(ways)
-    return found
-
-
-def _weight(ways: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Return the fraction of the way from "before" to "goal", or NaN if channels differ.
-
-    Args:
-        ways: before, after, goal. The one with the most equal fractions counts.
-    """
-    fractions = [(after - before) / (goal - before) for before, after, goal in ways]
-    best = min(fractions, key=lambda f: float((f.max() - f.min()).nan_to_num(torch.inf)))
-    spread = best.max() - best.min()
-    return best.mean().item() if spread < 1e-3 * (1 + best.abs().max()) else float("nan")
-
-
-def one_group(case: Case) -> Tensor:
-    """Return a batch of one group of samples: a layer updates its running statistics once."""
-    x = modes.equal_groups(case)
-    return x[: min(len(x), case.kind.samples_of_a_group)]
-
-
-def _moments(kind: Kind, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, biased variance and number of values of each channel, (C,)."""
-    moments = kinds.groups_of(kind, x).moments(x.double())
-    mean, var, m = (t.transpose(0, 1).flatten(1)[:, 0] for t in moments)
-    return mean, var, m
 
 
 def _weighted_cases(norm: Norm) -> Iterator[Case]:
@@ -197,7 +120,7 @@ def momentum_none(norm: Norm) -> Iterator[Comparison]:
         for scale in scales[1:]:
             layer(scale * x)
         found = running_statistics(layer, x)
-        mean, var, m = _moments(case.kind, x)
+        mean, var, m = moments_of_channels(case.kind, x)
         factor = sum(s * s for s in scales) / 3
         eps = case.kind.added_eps
         yield Comparison(inputs.difference(found.mean, mean * sum(scales) / 3), 1e-4)
@@ -305,7 +228,7 @@ def eps(norm: Norm) -> Iterator[Comparison]:
         layers = [case.layer(eps=e) for e in (given, case.kind.fit.eps)]
         if case.kind.formula != reference.FIXED:
             y = layers[0](case.x).double()
-            moments = kinds.groups(case).moments(case.x.double())
+            moments = determination.groups(case).moments(case.x.double())
             shape = (1, -1, *[1] * (y.dim() - 2))
             expected = case.kind.fit.formula(case.x.double(), *moments, given)
             scale, shift = (t.view(shape) for t in (case.kind.fit.scale, case.kind.fit.shift))

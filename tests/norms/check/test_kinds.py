@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 from torch.nn import functional as F
 
-from bn_lightning.norms.check import kinds
+from bn_lightning.norms.check import acceptance, determination
 from bn_lightning.norms.check.examination import prepare
 from bn_lightning.norms.check.subject import Builder
 from tests.support.correct_norms import LAYERS
@@ -21,7 +21,7 @@ def wrap(build):
 
 def description(norm, num_dims):
     build = Builder(norm, "norm", {})
-    return str(kinds.determine(build, kinds.accepted(build, num_dims)))
+    return str(determination.determine(build, acceptance.accepted(build, num_dims)))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_an_eps_that_no_attribute_states_is_found():
             return F.layer_norm(x, x.shape[1:], eps=0.0123)
 
     build = Builder(wrap(lambda c: Hidden()), "norm", {})
-    kind = kinds.determine(build, kinds.accepted(build, 4))
+    kind = determination.determine(build, acceptance.accepted(build, 4))
     assert kind.fit.eps == pytest.approx(0.0123, rel=1e-2)
 
 
