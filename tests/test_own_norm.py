@@ -199,6 +199,7 @@ def test_all_tests_of_the_guide_pass(run_tests):
 @pytest.mark.slow
 def test_the_norm_is_trained_and_compared(check):
     short = ("--data.source", "sample", "--trainer.max_epochs", "1")
+    short += ("--trainer.limit_train_batches", "4")
     for arguments in (*commands("fit"), *commands("compare")):
         arguments = [{"5": "2"}.get(argument, argument) for argument in arguments]
         code, out = check(REPAIRED, *arguments, *short)
