@@ -79,7 +79,7 @@ def folder(main, trained, tmp_path, monkeypatch):
     """The current folder, with the files that the commands name."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(trained[0], tmp_path / "runs" / "lenet" / "0")
-    (tmp_path / "my_norms.py").write_text(example())
+    (tmp_path / "my_norms.py").write_text(example() + example("class OnePass"))
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -310,8 +310,8 @@ def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
         *("class TwoLayers", "replace_norms", "def stripes", "class Photos", "mgrid"),
-        # tests/test_own_project.py and tests/test_own_task.py have these.
-        "class Block",
+        # tests/test_own_project.py, test_own_task.py and test_own_norm.py have these.
+        *("class Block", "class OnePass", "norm_checks"),
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),
     )
     tested = [example(word) for word in words]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bn_lightning.testing import norm_checks
 from torch.nn import functional as F
 
 from my_project import data, norms
@@ -33,6 +34,11 @@ def test_the_network_returns_a_logit_per_class_and_trains_every_parameter():
     F.cross_entropy(logits, torch.tensor([0, 1, 2, 6])).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@norm_checks(norms.RMSNorm)
+def test_the_norm_has_the_properties_of_norms(check):
+    check()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 3, 4)])
