@@ -83,10 +83,10 @@ def main() -> None:
 
     bases = correct_bases(args.base)
     selected = [m for m in mutants() if m.base in bases and args.only in m.name]
+    if args.sample is not None:
+        selected = random.Random(args.seed).sample(selected, min(args.sample, len(selected)))
     equivalent = {m.name: EQUIVALENT[m.name] for m in selected if m.name in EQUIVALENT}
     chosen = [m for m in selected if m.name not in EQUIVALENT]
-    if args.sample is not None:
-        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
 
     outcomes = examine_with_progress([(m.name, m.base, m.norm()) for m in chosen])
     print_survivors(chosen, outcomes)

@@ -20,9 +20,6 @@ DTYPE = "All buffers of a layer have the same dtype and device, and `to` uses no
 FLOAT_QUOTIENT = (
     "PyTorch divides by an integer tensor in float32. The quotient differs by rounding, about 1e-8."
 )
-OTHER_EPS = (
-    "The formula with eps is correct for every eps. This is the same layer with twice the eps."
-)
 OVER_CHANNELS = (
     "Layer normalization over the channels of each position, as in ConvNeXt, is correct too."
 )
@@ -79,13 +76,6 @@ REASONS = {
         "batch_norm.call.63:self.num_batches_tracked.item() -> self.num_batches_tracked",
         "manual_batch_norm.call.75:self.num_batches_tracked.item() -> self.num_batches_tracked",
         "batch_renorm.call.41:self.num_batches_tracked.item() -> self.num_batches_tracked",
-    ],
-    OTHER_EPS: [
-        "layer_norm.epsilon.21:var + self.eps -> var + 2 * self.eps",
-        "group_norm.epsilon.23:var + self.eps -> var + 2 * self.eps",
-        "instance_norm.epsilon.38:var + self.eps -> var + 2 * self.eps",
-        "rms_norm.epsilon.18:mean_square + self.eps -> mean_square + 2 * self.eps",
-        "batch_renorm.epsilon.37:var + self.eps -> var + 2 * self.eps",
     ],
     OVER_CHANNELS: [
         "layer_norm.axes.11:[1, *range(2, num_dims)] without *range(2, num_dims)",

@@ -18,9 +18,11 @@ import torch
 from bn_lightning.errors import UserError, describe_error
 
 IDENTICAL = ("batch_norm", "manual_batch_norm")
+# All bases accept these numbers of dimensions.
+ALL = {"num_dims": (2, 3, 4, 5)}
 # Arguments of `examine`, one check each. The warmup of batch renormalization is off by default.
 CHECKS: dict[str, list[dict[str, Any]]] = {
-    "batch_renorm": [{}, {"norm_args": {"warmup": 4}}],
+    "batch_renorm": [ALL, {"norm_args": {"warmup": 4}}],
     "instance_norm": [{"num_dims": (3, 4)}],
 }
 
@@ -37,7 +39,7 @@ def first_failure(norm: type, base: str) -> Outcome:
     """Check a layer until the first failure."""
     from bn_lightning.norms.check.examination import examine
 
-    for arguments in CHECKS.get(base, [{}]):
+    for arguments in CHECKS.get(base, [ALL]):
         try:
             for finding in examine(norm, identical=base in IDENTICAL, **arguments):
                 if finding.verdict in ("FAIL", "DIFFERS"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import textwrap
 from collections import Counter
@@ -70,9 +71,9 @@ def main(arguments: list[str], experiment: str) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{terminal.program()} check",
-        description="Check a normalization layer at random points: results, modes, running "
-        "statistics, derivatives, precision, state, compilation, several processes. The exit code "
-        "is 1 if a property fails.",
+        description="Examine a normalization layer: find what it normalizes, then check about 50 "
+        "properties (see --list) at random points. Exit codes: 0 if all hold, 1 if one fails, 2 "
+        "for wrong usage.",
     )
     names = ", ".join(registry.NORMS)
     parser.add_argument(
@@ -90,25 +91,28 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--identical",
         action="store_true",
-        help="Also fail if the norm differs from torch.nn.BatchNorm.",
+        help="For batch normalization: also fail if the results differ from those of "
+        "torch.nn.BatchNorm1d, 2d or 3d.",
     )
     parser.add_argument(
         "--num_dims",
         type=int,
         nargs="+",
-        help="Numbers of dimensions, 2 to 5, that the norm must accept (default: examine those "
-        "that it accepts).",
+        help="Numbers of dimensions of the input, such as 2 after a linear layer or 4 for images. "
+        "The norm must accept each. Default: those from 2 to 5 that it accepts.",
     )
     parser.add_argument(
         "--property", type=str, nargs="+", help="Examine these properties only; see --list."
     )
-    parser.add_argument("--list", action="store_true", help="Print the names of all properties.")
+    parser.add_argument(
+        "--list", action="store_true", help="Print each property and what it requires."
+    )
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON.")
     parser.add_argument(
         "--reproduce",
         type=str,
         metavar="PROPERTY",
-        help="If this property fails, print a short script that shows it.",
+        help="Print a short script that raises an error if this property fails.",
     )
     return parser
 
@@ -139,13 +143,14 @@ def _kinds(norm: Norm) -> list[str]:
 
 def line(finding: Finding) -> str:
     """Return a finding as a line of the table, followed by its note and its input."""
-    number = "" if finding.difference is None else f"{finding.difference:.2g}"
+    is_number = finding.difference is not None and finding.difference != math.inf
+    number = f"{finding.difference:.2g}" if is_number else ""
     notes = finding.note.splitlines()
     if finding.case is not None:
         notes.append(f"Seen with: {finding.case}.")
     parts = [part for note in notes for part in textwrap.wrap(note, WIDTH - 6)]
     note = "".join(f"\n      {part}" for part in parts)
-    return f"  {finding.name:32}{finding.verdict:>9}{number:>10}{note}"
+    return f"  {finding.name:32}{finding.verdict:>9}{number:>10}".rstrip() + note
 
 
 def _report(name: str, norm: Norm, passed: bool, findings: list[Finding]) -> dict[str, Any]:
@@ -161,7 +166,8 @@ def _report(name: str, norm: Norm, passed: bool, findings: list[Finding]) -> dic
                 "section": f.section,
                 "name": f.name,
                 "verdict": f.verdict,
-                "difference": f.difference,
+                # JSON has no infinity and no NaN.
+                "difference": f.difference if math.isfinite(f.difference or 0) else None,
                 "note": f.note,
                 "input": None if f.case is None else str(f.case),
             }

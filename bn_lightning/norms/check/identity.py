@@ -16,6 +16,7 @@ from bn_lightning.norms.check.findings import Comparison, NotApplicable, batch_n
 from bn_lightning.norms.check.subject import Case, Norm
 from bn_lightning.norms.convert import TORCH
 
+ROLES = ("weight", "bias")
 # PyTorch's layer gets the scale and shift that explain the output in training.
 SCRIPT = """
 reference = TORCH_CLASS.to(x.dtype)
@@ -54,7 +55,7 @@ def not_batch_norm(norm: Norm) -> Iterator[Comparison]:
     for kind in norm.kinds.values():
         norm.one_case(kind, 2, training=True)
         if not kind.is_batch_norm:
-            cause = f"With {kind.num_dims} dimensions, the layer is not batch normalization."
+            cause = f"With {kind.num_dims} dimensions, the layer is another norm: {kind}."
             yield Comparison(inf, 0, cause)
 
 
@@ -149,17 +150,25 @@ def _compare_gradients(norm: Norm, training: bool) -> Iterator[Comparison]:
         found = inputs.step(layer, case.x, case.gradient)
         expected = inputs.step(reference, case.x, case.gradient)
         tolerance = 100 * case.tolerance
-        yield Comparison(
-            inputs.difference(found.get("input", torch.zeros(())), expected["input"]), tolerance
-        )
+        error = inputs.difference(found.get("input", torch.zeros(())), expected["input"])
+        plain = inputs.evaluate(case.layer(), case.x)
+        follows_gradient_mode = not training and inputs.difference(found["output"], plain) > 1e-3
+        cause = "With gradients, the layer is not in evaluation: see the property mode."
+        yield Comparison(error, tolerance, cause if follows_gradient_mode else "")
+        roles = set()
         for name in found.keys() - {"output", "input"}:
             g = found[name]
-            errors = [inputs.difference(g.flatten(), expected[role]) for role in ("weight", "bias")]
+            errors = [inputs.difference(g.flatten(), expected[role]) for role in ROLES]
+            roles.add(ROLES[errors[0] > errors[1]])
             cause = (
                 f"The gradient of {name} is neither that of PyTorch's weight nor of its bias. "
                 f"Its shape is {tuple(g.shape)}."
             )
             yield Comparison(inputs.smallest(errors), tolerance, cause)
+        if len(roles) == 1:
+            missing = next(role for role in ROLES if role not in roles)
+            cause = f"No parameter has the gradient of PyTorch's {missing}: it is not trained."
+            yield Comparison(inf, 0, cause)
 
 
 @batch_norm_identity(

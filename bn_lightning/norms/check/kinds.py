@@ -111,6 +111,9 @@ class Kind:
                 over.append(f"virtual batches of {labels.count(labels[0])} samples")
             else:
                 over.append(f"{number} groups of {name}")
+        positions = [inputs.axis_name(a, self.num_dims) for a in range(2, self.num_dims)]
+        if len(positions) > 1 and each[-len(positions) :] == positions:
+            each[-len(positions) :] = ["position"]
         past = "with" if self.has_running_statistics else "without"
         text = f"statistics over {', '.join(over) or 'nothing'}"
         text += f" for each {' and '.join(each)}" if each else ""

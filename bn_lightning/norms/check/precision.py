@@ -178,7 +178,8 @@ def large_mean(norm: Norm) -> Iterator[Comparison]:
         layer, g = case.layer(), case.gradient
         x = (inputs.random(case.shape, 3) + 1e4).float()
         found, expected = inputs.step(copy.deepcopy(layer), x, g), _exact(layer, x, g)
-        tolerance = 20 * max(_error_of_pytorch(x), 1e-4)
+        # The distance of two float32 numbers near 10,000 is 0.001.
+        tolerance = 20 * max(_error_of_pytorch(x), 1e-3)
         yield Comparison(inputs.difference(found, expected), tolerance)
 
 

@@ -21,8 +21,9 @@ from bn_lightning.norms.check.subject import Case, Norm
 from bn_lightning.norms.convert import TORCH
 from bn_lightning.norms.sync import LayerSync
 
-# The numbers of samples in the shards of the two processes, in three steps.
-SHARDS = ((6, 3), (2, 7), (9, 0))
+# The numbers of samples in the shards of the two processes. Before the first step, the layer is
+# not told to synchronize.
+SHARDS = ((5, 4), (6, 3), (2, 7), (9, 0))
 SECONDS = 20
 
 
@@ -47,18 +48,27 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
             "The norm cannot be sent to another process. Define it at the top level of a module."
         ) from error
     expected = _on_one_process(case)
-    found, errors = _on_two_processes(case)
-    if not is_told and not _is_synchronized(case, found):
+    results, errors = _on_two_processes(case)
+    if not results:
+        cause = "The two processes end with an error.\n" + "\n".join(dict.fromkeys(errors))
+        yield Comparison(inf, 0, cause)
+        return
+    alone, *found = results
+    is_synchronized = not inputs.difference(alone, _own_shards(case)) <= 1e-6
+    if is_told:
+        cause = "The layer synchronizes processes although sync_batchnorm is False."
+        yield Comparison(float(is_synchronized), 0, cause)
+    elif not is_synchronized:
         raise NotApplicable(
             "Each process normalizes its own shard: the layer has no attribute sync_batchnorm. "
             "If it has running statistics, fit --trainer.sync_batchnorm true rejects it."
         )
-    for step, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=False), start=1):
         difference = inputs.difference(ours, theirs)
         cause = "" if difference <= 1e-6 else _cause(ours, case, step)
         yield Comparison(difference, max(case.tolerance, 1e-9), cause)
-    if len(found) < len(SHARDS):
-        shards = " and ".join(map(str, SHARDS[len(found)]))
+    if len(found) < len(expected):
+        shards = " and ".join(map(str, SHARDS[1 + len(found)]))
         cause = f"With shards of {shards} samples, the processes end with an error.\n"
         yield Comparison(inf, 0, cause + "\n".join(dict.fromkeys(errors)))
 
@@ -71,13 +81,10 @@ def _can_be_told(layer: nn.Module) -> bool:
     )
 
 
-def _is_synchronized(case: Case, found: list[dict[str, Tensor]]) -> bool:
-    """Return whether the output of a shard depends on the other one, in the first step."""
-    if not found:
-        return False
+def _own_shards(case: Case) -> Tensor:
+    """Return the output of the first step if each process normalizes its own shard."""
     x, _ = _batches(case)[0]
-    own = [case.layer()(part) for part in torch.split(x, list(SHARDS[0]))]
-    return not inputs.difference(found[0]["output"], torch.cat(own)) <= 1e-6
+    return torch.cat([case.layer()(part) for part in torch.split(x, list(SHARDS[0]))])
 
 
 def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
@@ -89,18 +96,18 @@ def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
 
 
 def _on_one_process(case: Case) -> list[dict[str, Tensor]]:
-    """Return the results of each step, and the output in evaluation after it."""
+    """Return the results of each step but the first, and the output in evaluation after it."""
     layer, results = case.layer(), []
-    for x, g in _batches(case):
+    for x, g in _batches(case)[1:]:
         step = inputs.step(layer, x, g)
         results.append(step | {"evaluation": inputs.evaluate(layer, case.x)})
     return results
 
 
-def _on_two_processes(case: Case) -> tuple[list[dict[str, Tensor]], list[str]]:
+def _on_two_processes(case: Case) -> tuple[list[Any], list[str]]:
     """Return the results of each step, assembled from the shards, and the errors of processes.
 
-    After an error, there are no more steps.
+    The first result is an output only. After an error, there are no more steps.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,8 +125,10 @@ def _on_two_processes(case: Case) -> tuple[list[dict[str, Tensor]], list[str]]:
 def _run_shards(rank: int, case: Case, port: int, folder: Path) -> None:
     """Run the steps of one process. Write the results of rank 0, and the errors."""
     torch.set_num_threads(1)
-    # Its past batches are not split over processes.
-    layer = case.layer()
+    # Their past batches are not split over processes.
+    layer, told = case.layer(), case.layer()
+    if _can_be_told(told):
+        LayerSync().synchronize(told, "cpu")
     dist.init_process_group(
         "gloo",
         f"tcp://127.0.0.1:{port}",
@@ -128,16 +137,19 @@ def _run_shards(rank: int, case: Case, port: int, folder: Path) -> None:
         timeout=timedelta(seconds=SECONDS),
     )
     try:
-        if _can_be_told(layer):
-            LayerSync().synchronize(layer, "cpu")
         for number, ((x, g), sizes) in enumerate(zip(_batches(case), SHARDS, strict=True)):
             shard = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
             parts: list[Any] = [None, None]
-            dist.all_gather_object(parts, inputs.step(layer, x[shard], g[shard]))
-            whole = {name: _assembled(name, parts) for name in parts[0]}
+            if number == 0:
+                dist.all_gather_object(parts, layer(x[shard]).detach())
+                results: Any = torch.cat(parts)
+                layer = told
+            else:
+                dist.all_gather_object(parts, inputs.step(layer, x[shard], g[shard]))
+                results = {name: _assembled(name, parts) for name in parts[0]}
+                results["evaluation"] = inputs.evaluate(layer, case.x)
             if rank == 0:
-                whole["evaluation"] = inputs.evaluate(layer, case.x)
-                torch.save(whole, folder / f"{number}.pt")
+                torch.save(results, folder / f"{number}.pt")
     except Exception as error:
         # The other process then fails too, because the connection is closed.
         (folder / f"{rank}.txt").write_text(describe(error))

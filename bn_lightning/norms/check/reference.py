@@ -73,7 +73,7 @@ CORRECT: dict[str, Formula] = {
 }
 # Common mistakes, by their description.
 WRONG: dict[str, Formula] = {
-    "The variance is divided by m - 1 instead of m, the number of values (biased variance).": (
+    "The variance is divided by m - 1. Divide it by m, the number of values.": (
         lambda x, mean, var, m, eps: (x - mean) / (var * m / (m - 1).clamp(min=1) + eps).sqrt()
     ),
     "eps is added to the standard deviation. Add it to the variance.": (

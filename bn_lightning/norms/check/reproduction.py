@@ -61,7 +61,8 @@ def _with_pytorch(
     body = "\n".join(line for line in found.script.splitlines() if line)
     for token, value in values.items():
         body = body.replace(token, str(value))
-    return "\n".join([*lines, body])
+    text = "\n".join([*lines, body])
+    return f"# {found.question}\n{text}" if text.count("\n") < 14 else text
 
 
 def _raises(text: str) -> bool:

@@ -120,7 +120,10 @@ assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=1e-3)
 def new_layer(norm: Norm) -> Iterator[Comparison]:
     normalizing = [k for k in norm.kinds.values() if k.fit and k.formula != reference.FIXED]
     if not normalizing:
-        raise NotApplicable("The layer has fixed statistics, or no known formula.")
+        fixed = all(kind.formula == reference.FIXED for kind in norm.kinds.values())
+        raise NotApplicable(
+            "The statistics of the layer are fixed." if fixed else _no_formula(norm)
+        )
     for kind in normalizing:
         norm.one_case(kind, 9, training=True)
         assert kind.fit is not None

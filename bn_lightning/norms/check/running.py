@@ -83,7 +83,7 @@ def momentum(norm: Norm) -> Iterator[Comparison]:
 
 @norm_property(
     "running",
-    "Running mean and running variance converge with one weight.",
+    "The running mean and the running variance use the same momentum.",
     advice="The running variance is not an average of variances: after a batch, it has moved by "
     "another fraction of the way in each channel, or by another one than the running mean.",
 )

@@ -30,6 +30,26 @@ def _continues_alike(layer: nn.Module, other: nn.Module, case: Case) -> Iterator
 
 @norm_property(
     "state",
+    "The layer does not change its parameters: only the optimizer does.",
+    advice="A forward pass changes a parameter. Register running statistics as buffers, with "
+    "self.register_buffer. An optimizer would train them.",
+    script="""
+before = copy.deepcopy(dict(layer.named_parameters()))
+layer(x)
+assert_close(dict(layer.named_parameters()), before, rtol=0, atol=0)
+""",
+)
+def parameters_unchanged(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases(batch_sizes=(9,)):
+        layer = case.layer()
+        before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        inputs.step(layer, case.x, case.gradient)
+        after = dict(layer.named_parameters())
+        yield Comparison(inputs.difference(after, before), 0)
+
+
+@norm_property(
+    "state",
     "Two layers share no parameters and no statistics.",
     advice="Training one layer changes another one. Create tensors in __init__, not in the class, "
     "in the module, or as default values of arguments.",
@@ -130,7 +150,7 @@ def copies(norm: Norm) -> Iterator[Comparison]:
 
 @norm_property(
     "state",
-    "Conversion to another dtype converts the whole layer.",
+    "layer.to(dtype) converts the whole layer.",
     advice="A tensor of the layer stays in its dtype. Register it as a parameter or buffer.",
     script="""
 other = copy.deepcopy(layer).float().double()
@@ -154,7 +174,7 @@ def dtype_conversion(norm: Norm) -> Iterator[Comparison]:
 
 @norm_property(
     "state",
-    "A move to another device moves the whole layer.",
+    "layer.to(device) moves the whole layer.",
     advice="A tensor stays on its device. Register it as a parameter or buffer, and create new "
     "tensors on the device of the input.",
     script="""
