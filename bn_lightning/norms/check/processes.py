@@ -24,6 +24,7 @@ from bn_lightning.norms.sync import LayerSync
 # The numbers of samples in the shards of the two processes. Before the first step, the layer is
 # not told to synchronize.
 SHARDS = ((5, 4), (6, 3), (2, 7), (9, 0))
+# How long a process waits for the other one.
 SECONDS = 20
 
 
@@ -116,13 +117,13 @@ def _on_two_processes(case: Case) -> tuple[list[Any], list[str]]:
         folder = Path(name)
         # A formula cannot be pickled.
         sent = replace(case, kind=replace(case.kind, fit=None))
-        spawn(_run_shards, (sent, port, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        spawn(_run_shards, (sent, port, folder, SECONDS), nprocs=2)  # type: ignore[no-untyped-call]
         results = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
         errors = [path.read_text() for path in sorted(folder.glob("*.txt"))]
     return results, errors
 
 
-def _run_shards(rank: int, case: Case, port: int, folder: Path) -> None:
+def _run_shards(rank: int, case: Case, port: int, folder: Path, seconds: int) -> None:
     """Run the steps of one process. Write the results of rank 0, and the errors."""
     torch.set_num_threads(1)
     # Their past batches are not split over processes.
@@ -134,7 +135,7 @@ def _run_shards(rank: int, case: Case, port: int, folder: Path) -> None:
         f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=seconds),
     )
     try:
         for number, ((x, g), sizes) in enumerate(zip(_batches(case), SHARDS, strict=True)):

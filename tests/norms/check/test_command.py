@@ -141,11 +141,7 @@ def raises(num_features, num_dims):
         (run_here, ("article",), 1),
         (run_here, ("renorm", "--norm_args.warmup", "0"), 0),
         (run_here, ("ghost", "--norm_args.virtual_batch_size", "4"), 0),
-        (run_here, ("layer",), 0),
         (run_here, ("instance",), 0),
-        (run_here, ("rms",), 0),
-        (run_here, ("frozen",), 0),
-        (run_here, ("group", "--norm_args.num_groups", "1"), 0),
     ],
 )
 def test_command_examines_all_properties(run, arguments, code, tmp_path, monkeypatch):

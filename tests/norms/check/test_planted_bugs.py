@@ -6,6 +6,7 @@ import pytest
 
 from bn_lightning.norms.check import processes
 from bn_lightning.norms.check.examination import examine
+from tests.support.planted_bases import InstanceNorm
 from tests.support.planted_bugs import BUGS, NO_BUGS
 from tests.support.processes import start
 
@@ -15,11 +16,11 @@ CAUSES = {
     "eval_uses_batch": "Evaluation uses the statistics of the batch.",
     "eval_uses_last_batch": "The newest batch has weight 1 in the running statistics",
     "biased_running_var": "The running variance is biased: it is divided by m instead of m - 1.",
-    "unbiased_normalization": "The variance is divided by m - 1 instead of m",
+    "unbiased_normalization": "The variance is divided by m - 1. Divide it by m",
     "inverted_momentum": "The momentum may be inverted",
     "updated_twice": "With momentum 0.05, the newest batch has weight 0.0975",
     "never_counts": "num_batches_tracked is 0 after two training steps",
-    "graph_kept": "running_mean, running_var refers to its graph. Detach it.",
+    "graph_kept": "the layer keeps its graph: running_mean, running_var.",
     "beta_before_gamma": "is neither that of PyTorch's weight nor of its bias",
     "eps_outside_root": "eps is added to the standard deviation. Add it to the variance.",
     "width_missing": "The statistics are taken over height, but not over width.",
@@ -33,16 +34,24 @@ CAUSES = {
 }
 
 
+# Instance normalization, which needs positions.
+ONLY_POSITIONS = [bug for bug, (norm, _) in BUGS.items() if issubclass(norm, InstanceNorm)]
+
+
 @pytest.fixture(autouse=True)
 def forked_processes(monkeypatch):
     """Fork the two processes, which is faster than spawning them as the command does."""
     monkeypatch.setattr(processes, "spawn", start)
+    monkeypatch.setattr(processes, "SECONDS", 5)
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_found_by_its_property_and_its_cause_is_named(bug):
     norm, name = BUGS[bug]
-    [finding] = examine(norm, names=[name])
+    num_dims = None if name == "accepts_input" else [2, 4]
+    if bug in ONLY_POSITIONS:
+        num_dims = [4]
+    [finding] = examine(norm, names=[name], num_dims=num_dims)
     assert (finding.name, finding.verdict) in ((name, "FAIL"), (name, "DIFFERS")), finding
     assert CAUSES.get(bug, "") in finding.note
 
