@@ -63,7 +63,7 @@ VALUES = {
     "batch_axis_only": (values.BatchAxisOnly, "evaluation_matches_training"),
     "width_missing": (values.WidthMissing, "normalization"),
     "samples_mixed": (values.SamplesMixed, "samples_in_evaluation"),
-    "batch_size_of_first_call": (values.BatchSizeOfFirstCall, "accepts_input"),
+    "batch_size_of_first_call": (values.BatchSizeOfFirstCall, "several_batch_sizes"),
     "squeezed_batch_of_one": (values.SqueezedBatchOfOne, "one_sample"),
     "running_for_batch_of_one": (values.RunningForBatchOfOne, "one_sample"),
     "squares_minus_square": (values.SquaresMinusSquare, "large_mean"),

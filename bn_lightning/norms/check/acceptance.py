@@ -50,7 +50,7 @@ def _error(build: Builder, kind: Kind, positions: tuple[int, ...]) -> Exception 
     """
     error: Exception | None = None
     for training in (True, False):
-        case = Case(build, kind, (7, kind.features, *positions), training, kind.dtype)
+        case = Case(build, kind, (10, kind.features, *positions), training, kind.dtype)
         try:
             y = case.new_layer()(case.x)
         except Exception as raised:
@@ -76,12 +76,12 @@ def _refuse_special_sizes(build: Builder, num_dims: int, error: Exception) -> No
     for positions in special:
         if _error(build, kind, positions) is not None:
             continue
-        case = Case(build, kind, (7, kind.features, *positions), True, kind.dtype)
+        case = Case(build, kind, (10, kind.features, *positions), True, kind.dtype)
         samples, channels, *others = determination.groups(case).labels
         pattern = others[0] if num_dims > 3 else samples
         is_for_last_dimension = (len(set(channels)) > 1) == (len(set(pattern)) > 1)
         if positions[-1] != kind.features or not is_for_last_dimension:
-            shapes = [(7, kind.features, *sizes) for sizes in (positions, usual)]
+            shapes = [(10, kind.features, *sizes) for sizes in (positions, usual)]
             raise ShapeError(
                 f"{describe_error(error)} for input of shape {shapes[1]}, but accepts {shapes[0]}. "
                 "Check the order of the axes: sizes that happen to be equal hide a wrong one."

@@ -49,12 +49,12 @@ assert_close(compiled.eval()(x), layer.eval()(x))
 )
 def compiled(norm: Norm) -> Iterator[Comparison]:
     last = list(norm.kinds)[-1]
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         # Each compilation takes a second.
         is_last = case.kind.num_dims == last
         if case.training or is_last:
             with _quiet():
-                yield from _compare_compiled(case, "aot_eager", (9, 4) if is_last else (9,))
+                yield from _compare_compiled(case, "aot_eager", (12, 4) if is_last else (12,))
 
 
 @norm_property(
@@ -68,10 +68,10 @@ assert_close(torch.compile(copy.deepcopy(layer))(x), layer(x))
 def compiled_by_inductor(norm: Norm) -> Iterator[Comparison]:
     # One kind is enough, because the compilation takes seconds.
     kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
-    case = norm.one_case(kind, 9, training=True, dtype=torch.float32)
+    case = norm.one_case(kind, 12, training=True, dtype=torch.float32)
     with _quiet():
         try:
-            yield from _compare_compiled(case, "inductor", (9,))
+            yield from _compare_compiled(case, "inductor", (12,))
         except Exception as error:
             if "InvalidCxxCompiler" in str(error):
                 raise NotApplicable("torch.compile found no C++ compiler.") from error
@@ -112,7 +112,7 @@ assert_close(program(x), layer(x))
 """,
 )
 def exported(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(training=(False,), batch_sizes=(9,)):
+    for case in norm.cases(training=(False,), batch_sizes=(12,)):
         layer, x = case.layer(), case.x
         with _quiet():
             try:
@@ -144,7 +144,7 @@ def onnx(norm: Norm) -> Iterator[Comparison]:
                 'ONNX is not installed: pip install "bn_lightning[onnx]"'
             ) from error
     kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
-    case = norm.one_case(kind, 9, training=False, dtype=torch.float32)
+    case = norm.one_case(kind, 12, training=False, dtype=torch.float32)
     with _quiet():
         try:
             y = _run_onnx(case.layer(), case.x)

@@ -85,7 +85,7 @@ assert_close(found, torch.autograd.grad(loss(x.requires_grad_()), x)[0])
 )
 def functional_gradient(norm: Norm) -> Iterator[Comparison]:
     was_examined, reason = False, ""
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         try:
             found = gradients.by_torch_func(case)
         except Exception as error:
@@ -159,7 +159,7 @@ assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 """,
 )
 def activation_checkpointing(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
 
         def checkpointed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
             return lambda x: checkpoint(layer, x, use_reentrant=False)
@@ -188,7 +188,7 @@ y.backward()
 """,
 )
 def both_modes_before_backward(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(training=(False,), batch_sizes=(9,)):
+    for case in norm.cases(training=(False,), batch_sizes=(12,)):
         g, other = case.gradient, case.x + 1
         layer = case.layer()
         leaf = case.x.requires_grad_()
@@ -228,7 +228,7 @@ assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 """,
 )
 def frozen_parameters(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         expected = inputs.step(case.layer(), case.x, case.gradient)
         names = [n for n, p in case.layer().named_parameters() if p.requires_grad]
         for frozen in [[name] for name in names] + [names]:
@@ -259,7 +259,7 @@ assert not any(b.requires_grad for b in layer.buffers())
 """,
 )
 def no_graph_between_steps(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(training=(True,), batch_sizes=(9,)):
+    for case in norm.cases(training=(True,), batch_sizes=(12,)):
         layer = case.layer()
         for _ in range(2):
             inputs.step(layer, case.x, case.gradient)

@@ -33,10 +33,10 @@ def determine(build: Builder, kind: Kind) -> Kind:
     if not kind.state_is_fixed:
         kind = replace(
             kind,
-            has_running_statistics=_depends_on_past(_case(build, kind, 7, training=False)),
-            reads_past=_depends_on_past(_case(build, kind, 7, training=True)),
+            has_running_statistics=_depends_on_past(_case(build, kind, 10, training=False)),
+            reads_past=_depends_on_past(_case(build, kind, 10, training=True)),
         )
-    kind = replace(kind, computes_in=_precision(_case(build, kind, 7, training=True)))
+    kind = replace(kind, computes_in=_precision(_case(build, kind, 10, training=True)))
     case = _case(build, kind, LARGE_BATCH, training=True)
     kind = replace(kind, groups=groups(case))
     if kind.reads_past and not kind.has_groups:
@@ -49,7 +49,7 @@ def determine(build: Builder, kind: Kind) -> Kind:
 
 def _changes_in_training(build: Builder, kind: Kind) -> bool:
     """Return whether training changes the state, or the output of evaluation."""
-    case = _case(build, kind, 7, training=True)
+    case = _case(build, kind, 10, training=True)
     layer = case.new_layer()
     outputs, states = [], []
     for _ in range(2):
@@ -165,7 +165,7 @@ def training_samples(build: Builder, kind: Kind, is_new: bool = False) -> list[S
     """
     layer = None
     samples = []
-    for size, scale in ((9, 1.0), (4, 0.03), (13, 0.003), (6, 3e-4), (5, 30.0)):
+    for size, scale in ((12, 1.0), (4, 0.03), (14, 0.003), (6, 3e-4), (10, 30.0)):
         case = _case(build, kind, size, training=True)
         if layer is None:
             layer = case.new_layer() if is_new else case.layer()

@@ -101,7 +101,7 @@ assert layer.eval()(x).isfinite().all()
 def empty_batch(norm: Norm) -> Iterator[Comparison]:
     reason = ""
     was_examined = False
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         shapes = [(0, *case.shape[1:])]
         if len(case.shape) > 2:
             shapes.append((*case.shape[:-1], 0))

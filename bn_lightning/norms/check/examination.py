@@ -123,21 +123,27 @@ def prepare(
     build = Builder(norm, name, norm_args or {})
     required = num_dims or ()
     subject = Norm(build, {}, {}, frozenset(required))
-    for d in required or inputs.POSITIONS:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _find_kinds(subject, required or inputs.POSITIONS)
+    if not subject.kinds:
+        _refuse_no_norm(subject)
+    return subject
+
+
+def _find_kinds(subject: Norm, num_dims: Iterable[int]) -> None:
+    for d in num_dims:
         try:
-            kind = acceptance.accepted(build, d)
+            kind = acceptance.accepted(subject.build, d)
         except Exception as error:
             subject.rejected[d] = error
             if isinstance(error, acceptance.ShapeError):
                 subject.required |= {d}
             continue
         try:
-            subject.kinds[d] = determination.determine(build, kind)
+            subject.kinds[d] = determination.determine(subject.build, kind)
         except Exception as error:
             subject.rejected[d], subject.required = error, subject.required | {d}
-    if not subject.kinds:
-        _refuse_no_norm(subject)
-    return subject
 
 
 def _refuse_no_norm(norm: Norm) -> None:

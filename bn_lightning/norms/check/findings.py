@@ -104,6 +104,9 @@ class Property:
             for comparison in self.compare(norm):
                 if not comparison.is_good:
                     cause = comparison.cause or self.advice
+                    if comparison.difference != comparison.difference:
+                        # The advice is for numbers that differ.
+                        cause = "The result is NaN."
                     return self._finding(bad, comparison.difference, cause, norm.case)
                 worst = max(worst, comparison, key=lambda c: c.difference)
         except NotApplicable as reason:

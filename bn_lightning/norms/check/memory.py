@@ -57,7 +57,7 @@ assert_close(dx, torch.autograd.grad(y, x, g.contiguous())[0])
 """,
 )
 def memory_layout(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         x, g = case.x, case.gradient
         constant = g[:1, :1].mean().view([1] * g.dim()).expand_as(g)
         repeated = x[:1].expand_as(x)

@@ -84,7 +84,7 @@ assert_close(layer(x), other(x), rtol=0, atol=0)
 """,
 )
 def switching_modes(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         layer, control = case.layer(), case.layer()
         layer.eval().train().eval().train(case.training)
         state = dict(control.state_dict())
@@ -131,7 +131,7 @@ assert_close(layer.eval()(x), layer.train()(x), rtol=0.02, atol=0.05)
 """,
 )
 def evaluation_matches_training(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(training=(False,), batch_sizes=(9,)):
+    for case in norm.cases(training=(False,), batch_sizes=(12,)):
         if case.kind.has_running_statistics and not case.kind.state_is_fixed:
             yield from _after_convergence(norm, case)
         else:

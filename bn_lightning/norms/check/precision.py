@@ -81,19 +81,19 @@ def float16(norm: Norm) -> Iterator[Comparison]:
     for kind in norm.kinds.values():
         if not _has_float64(kind):
             continue
-        case = norm.one_case(kind, 9, training=True, dtype=torch.float16)
+        case = norm.one_case(kind, 12, training=True, dtype=torch.float16)
         layer = case.layer()
         x = inputs.batch((8192 if kind.num_dims == 2 else 4, kind.features, *LARGE[kind.num_dims]))
         x = (4 * x + 12).half()
         expected = copy.deepcopy(layer).double()(x.double())
         yield Comparison(inputs.difference(layer(x), expected), 2 * case.tolerance)
         # The running statistics of the layers are compared too.
-        ys = [layer.eval()(x[:9]), copy.deepcopy(layer).double().eval()(x[:9].double())]
+        ys = [layer.eval()(x[:12]), copy.deepcopy(layer).double().eval()(x[:12].double())]
         yield Comparison(inputs.difference(*ys), 2 * case.tolerance)
 
 
 def _sixteen_bits(norm: Norm, dtype: torch.dtype) -> Iterator[Comparison]:
-    cases = norm.cases(dtype=dtype, batch_sizes=(9,), only=_has_float64, otherwise=NO_FLOAT64)
+    cases = norm.cases(dtype=dtype, batch_sizes=(12,), only=_has_float64, otherwise=NO_FLOAT64)
     for case in cases:
         layer, x, g = case.layer(), case.x, case.gradient
         expected = _exact(layer, x, g)
@@ -117,7 +117,7 @@ assert_close(y.float(), layer(x.bfloat16().float()), rtol=0.1, atol=0.1)
 )
 def mixed_precision(norm: Norm) -> Iterator[Comparison]:
     for dtype in (torch.bfloat16, torch.float16):
-        for case in norm.cases(dtype=torch.float32, batch_sizes=(9,)):
+        for case in norm.cases(dtype=torch.float32, batch_sizes=(12,)):
             # Other operations, such as convolutions, need autocast.
             regions: list[Any] = [torch.autocast("cpu", dtype=dtype)]
             regions += [nullcontext()] if case.kind.is_affine else []
@@ -171,7 +171,7 @@ def large_mean(norm: Norm) -> Iterator[Comparison]:
     cases = norm.cases(
         training=(True,),
         dtype=torch.float32,
-        batch_sizes=(9,),
+        batch_sizes=(12,),
         only=_normalizes_batch,
         otherwise="The layer does not normalize a batch by its own statistics in float64.",
     )
@@ -214,7 +214,7 @@ def large_values(norm: Norm) -> Iterator[Comparison]:
         cases = norm.cases(
             training=(True,),
             dtype=dtype,
-            batch_sizes=(9,),
+            batch_sizes=(12,),
             only=_normalizes_batch,
             otherwise="The layer does not normalize a batch by its own statistics in float64.",
         )

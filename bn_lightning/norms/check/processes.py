@@ -3,6 +3,7 @@
 import pickle
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +24,7 @@ from bn_lightning.norms.sync import LayerSync
 
 # The numbers of samples in the shards of the two processes. Before the first step, the layer is
 # not told to synchronize.
-SHARDS = ((5, 4), (6, 3), (2, 7), (9, 0))
+SHARDS = ((7, 5), (8, 4), (2, 10), (12, 0))
 # How long a process waits for the other one.
 SECONDS = 20
 
@@ -38,7 +39,7 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
     if not dist.is_available() or not dist.is_gloo_available():
         raise NotApplicable("This build of PyTorch does not include gloo.")
     kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
-    case = norm.one_case(kind, 9, training=True)
+    case = norm.one_case(kind, 12, training=True)
     is_told = _can_be_told(case.layer())
     if not is_told and (kind.is_per_sample or kind.state_is_fixed):
         raise NotApplicable("The layer normalizes each sample by itself, or has fixed statistics.")
@@ -126,6 +127,7 @@ def _on_two_processes(case: Case) -> tuple[list[Any], list[str]]:
 def _run_shards(rank: int, case: Case, port: int, folder: Path, seconds: int) -> None:
     """Run the steps of one process. Write the results of rank 0, and the errors."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     # Their past batches are not split over processes.
     layer, told = case.layer(), case.layer()
     if _can_be_told(told):

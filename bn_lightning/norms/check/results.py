@@ -38,10 +38,10 @@ for part in (x[:2], x, torch.cat([x, x])):
 )
 def shape_and_dtype(norm: Norm) -> Iterator[Comparison]:
     for dtype in (torch.float32, None):
-        for case in norm.cases(dtype=dtype, batch_sizes=(9,)):
+        for case in norm.cases(dtype=dtype, batch_sizes=(12,)):
             layer = case.layer()
             for positions in (case.shape[2:], [1] * len(case.shape[2:])):
-                for size in (2, 9, 4):
+                for size in (2, 12, 4):
                     x = inputs.batch((size, case.shape[1], *positions)).to(case.dtype)
                     uses_batch = case.training or not case.kind.has_running_statistics
                     if uses_batch and case.kind.has_one_value(x):
@@ -57,6 +57,34 @@ def shape_and_dtype(norm: Norm) -> Iterator[Comparison]:
 
 @norm_property(
     "results",
+    "The output does not depend on the sizes of earlier batches.",
+    advice="The layer keeps a size of an earlier batch, such as the number of values per channel. "
+    "Take it from the input of each call.",
+    script="""
+other = copy.deepcopy(layer)
+layer(torch.cat([x, x, x]))
+assert_close(layer(x), other(x))
+""",
+)
+def several_batch_sizes(norm: Norm) -> Iterator[Comparison]:
+    for case in norm.cases(batch_sizes=(12,)):
+        if case.training and case.kind.reads_past:
+            continue
+        layers = [case.layer(), case.layer()]
+        if case.training:
+            # The past batches of the other layers have a size, too.
+            layers = [case.new_layer(), case.new_layer()]
+            for layer in layers:
+                inputs.randomize_parameters(layer, case.seed)
+        with torch.set_grad_enabled(case.training):
+            for size in (2, 4, 14):
+                layers[0](inputs.batch((size, *case.shape[1:]), size).to(case.dtype))
+            ys = [layer(case.x) for layer in layers]
+        yield Comparison(inputs.difference(*ys), case.tolerance)
+
+
+@norm_property(
+    "results",
     "Each group of elements is normalized by its own statistics, with gamma and beta per channel.",
     advice="In each group, the output is an affine function of the input, but it is neither "
     "(x - mean) / sqrt(var + eps) nor x / sqrt(mean of squares + eps), times gamma plus beta. "
@@ -68,7 +96,7 @@ assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=1e-3)
 )
 def normalization(norm: Norm) -> Iterator[Comparison]:
     for kind in norm.kinds.values():
-        norm.one_case(kind, 9, training=True)
+        norm.one_case(kind, 12, training=True)
         if cause := _uneven_positions(kind):
             yield Comparison(inf, 0, cause)
         elif kind.formula == "wrong":
@@ -125,7 +153,7 @@ def new_layer(norm: Norm) -> Iterator[Comparison]:
             "The statistics of the layer are fixed." if fixed else _no_formula(norm)
         )
     for kind in normalizing:
-        norm.one_case(kind, 9, training=True)
+        norm.one_case(kind, 12, training=True)
         assert kind.fit is not None
         samples = determination.training_samples(norm.build, kind, is_new=True)
         formula = {kind.fit.name: kind.fit.formula}
@@ -152,7 +180,7 @@ assert_close(y[2] - y[1], y[1] - y[0])
 def linear_parameters(norm: Norm) -> Iterator[Comparison]:
     cases = norm.cases(
         training=(True,),
-        batch_sizes=(9,),
+        batch_sizes=(12,),
         only=lambda kind: kind.fit is not None,
         otherwise="The formula of the layer is unknown.",
     )

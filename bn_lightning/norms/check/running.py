@@ -28,7 +28,7 @@ def _has_running_statistics(kind: Kind) -> bool:
 def _weighted_cases(norm: Norm) -> Iterator[Case]:
     return norm.cases(
         training=(True,),
-        batch_sizes=(9,),
+        batch_sizes=(12,),
         only=_has_running_statistics,
         otherwise=NO_RUNNING_STATISTICS,
     )
@@ -93,7 +93,12 @@ def one_weight(norm: Norm) -> Iterator[Comparison]:
         found = weights(case)
         if "mean" in found and case.kind.fit is not None:
             was_examined = True
-            yield Comparison(abs(found["mean"] - found["variance"]), 1e-3)
+            cause = (
+                f"The newest batch has weight {found['mean']:.3g} in the running mean, and "
+                f"{found['variance']:.3g} in the running variance. (NaN: the weight is not the "
+                "same in all channels.)"
+            )
+            yield Comparison(abs(found["mean"] - found["variance"]), 1e-3, cause)
     if not was_examined:
         raise NotApplicable("The layer does not track both a mean and a variance.")
 
@@ -145,7 +150,7 @@ def counter(norm: Norm) -> Iterator[Comparison]:
     was_examined, no_counter = False, "The layer has no counter."
     for case in norm.cases(
         training=(True,),
-        batch_sizes=(9,),
+        batch_sizes=(12,),
         only=lambda k: not k.state_is_fixed,
         otherwise=no_counter,
     ):
@@ -188,7 +193,7 @@ assert_close(layer.eval()(x), fresh.eval()(x))
 )
 def reset_running_stats(norm: Norm) -> Iterator[Comparison]:
     cases = norm.cases(
-        batch_sizes=(9,),
+        batch_sizes=(12,),
         only=lambda k: k.has_running_statistics and not k.state_is_fixed,
         otherwise=NO_RUNNING_STATISTICS,
     )
@@ -221,7 +226,7 @@ def eps(norm: Norm) -> Iterator[Comparison]:
     if not norm.build.accepts("eps"):
         raise NotApplicable("The layer has no argument eps.")
     given, was_examined = 0.3, False
-    for case in norm.cases(training=(True,), batch_sizes=(9,)):
+    for case in norm.cases(training=(True,), batch_sizes=(12,)):
         if case.kind.fit is None:
             continue
         was_examined = True

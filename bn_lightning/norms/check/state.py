@@ -40,7 +40,7 @@ assert_close(dict(layer.named_parameters()), before, rtol=0, atol=0)
 """,
 )
 def parameters_unchanged(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         layer = case.layer()
         before = {name: p.detach().clone() for name, p in layer.named_parameters()}
         inputs.step(layer, case.x, case.gradient)
@@ -62,7 +62,7 @@ assert_close(other.eval()(x), y)
 )
 def layers_share_nothing(norm: Norm) -> Iterator[Comparison]:
     # A conversion to float64 would copy shared tensors.
-    for case in norm.cases(dtype=torch.float32, batch_sizes=(9,)):
+    for case in norm.cases(dtype=torch.float32, batch_sizes=(12,)):
         one, other = case.new_layer(), case.new_layer()
         inputs.randomize_parameters(other, 1)
         other.train()(case.x - 1)
@@ -98,7 +98,7 @@ def restored_layer_continues(norm: Norm) -> Iterator[Comparison]:
     arguments: list[dict[str, None]] = [{}]
     if norm.build.accepts("momentum"):
         arguments.append({"momentum": None})
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         for further in arguments:
             try:
                 layer = case.layer(**further)
@@ -129,7 +129,7 @@ for other in (copy.deepcopy(layer), __import__("pickle").loads(__import__("pickl
 """,
 )
 def copies(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         layer = case.layer()
         inputs.step(layer.train(), case.x, case.gradient)
         layer.zero_grad()
@@ -183,7 +183,7 @@ assert (y.device.type, y.shape) == ("meta", x.shape)
 """,
 )
 def device_move(norm: Norm) -> Iterator[Comparison]:
-    for case in norm.cases(batch_sizes=(9,)):
+    for case in norm.cases(batch_sizes=(12,)):
         if torch.cuda.is_available():
             y = case.layer().cuda()(case.x.cuda()).cpu()
             yield Comparison(inputs.difference(y, case.layer()(case.x)), 1e-4)

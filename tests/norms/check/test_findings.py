@@ -32,7 +32,8 @@ def test_verdict_depends_on_the_tolerance(section, good, bad):
     for difference, verdict in ((0.5, good), (0.6, bad), (float("nan"), bad), (torch.inf, bad)):
         finding = finding_for(section, [Comparison(0.1, 0.5), Comparison(difference, 0.5)])
         assert (finding.section, finding.name) == (section, "some_property")
-        assert (finding.verdict, finding.note) == (verdict, "" if verdict == good else "An advice.")
+        note = "The result is NaN." if difference != difference else "An advice."
+        assert (finding.verdict, finding.note) == (verdict, "" if verdict == good else note)
 
 
 def test_the_largest_good_difference_or_the_first_bad_one_is_reported():
@@ -64,7 +65,7 @@ def test_an_exception_shows_the_lines_of_the_user_and_nothing_else():
         r"KeyError: 'gamma\nand more'",
         rf'In {__file__}, line {line}: raise KeyError("gamma\nand more")',
     ]
-    assert str(finding.case) == "input (9, 6), float64, training"
+    assert str(finding.case) == "input (12, 6), float64, training"
 
 
 def test_each_property_has_a_name_of_its_own_and_sections_are_in_order():
