@@ -49,7 +49,7 @@ STATE = {
     "lazy_gamma": (state.LazyGamma, "restored_layer_continues"),
     "cached_in_eval": (state.CachedInEval, "evaluation_matches_training"),
     "global_eps": (state.GlobalEps, "eps"),
-    "statistics_by_id": (state.StatisticsById, "repeatable"),
+    "statistics_by_id": (state.StatisticsById, "copies"),
     "not_converted": (state.NotConverted, "accepts_input"),
 }
 

@@ -97,7 +97,10 @@ def _compare_renormalized(case: Case, found: dict[str, Tensor]) -> Iterator[Comp
     for detached in (("mean",), ("variance",), ("mean", "variance")):
         wrong = _renormalized_gradient(case, reference.CENTRING, detached)
         if inputs.difference(of_input, wrong) < 100 * case.tolerance:
-            cause = f"No gradient flows through the batch's {' and '.join(detached)}."
+            cause = (
+                f"No gradient flows through the batch's {' and '.join(detached)}: it is detached, "
+                "or r and d are not."
+            )
     yield Comparison(inputs.smallest(errors), 10 * case.tolerance, cause)
 
 

@@ -65,8 +65,9 @@ def memory_layout(norm: Norm) -> Iterator[Comparison]:
         plain["constant"] = inputs.step(case.layer(), x, constant.contiguous())
         plain["repeated"] = inputs.step(case.layer(), repeated.contiguous(), g)
         for name, layout in layouts(x).items():
-            cause = f"The result differs for input that is {name}. {memory_layout.advice}"
             found = inputs.step(case.layer(), layout, g)
+            what = _different(found, plain["x"], case.tolerance)
+            cause = f"For input that is {name}, {what} differs. {memory_layout.advice}"
             yield Comparison(inputs.difference(found, plain["x"]), case.tolerance, cause)
         for name, layout in layouts(g).items():
             cause = (
@@ -82,6 +83,16 @@ def memory_layout(norm: Norm) -> Iterator[Comparison]:
         found = inputs.step(case.layer(), expanded, g)
         cause = "The result differs for input that is expanded."
         yield Comparison(inputs.difference(found, plain["repeated"]), case.tolerance, cause)
+
+
+def _different(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> str:
+    """Return which results differ: the output, or gradients."""
+    names = [
+        n
+        for n in found
+        if not inputs.difference(found[n], expected.get(n, torch.zeros(0))) <= tolerance
+    ]
+    return "the output" if "output" in names else f"the gradient of {', '.join(names)}"
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
