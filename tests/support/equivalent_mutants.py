@@ -1,4 +1,6 @@
-"""Mutants that no check can catch, each with the reason why it is correct.
+"""Mutants that are correct layers, each with the reason.
+
+Those of the second part were found among the survivors of `tests/benchmarks/mutants.py`.
 
 A name contains the line in the file of the base. After a change of a base, the names change.
 """
@@ -23,6 +25,25 @@ FLOAT_QUOTIENT = (
 OVER_CHANNELS = (
     "Layer normalization over the channels of each position, as in ConvNeXt, is correct too."
 )
+# Layers that are correct, but not those of the base.
+FROZEN = "The parameter is not trained. Layers with frozen parameters are correct."
+UNUSED = "The parameter is not used. Layers with unused parameters, or without gamma, are correct."
+OWN_DTYPE = (
+    "The layer computes in another precision than the base: in the dtype of its input, as "
+    "layers of plain operations do, or always in float32."
+)
+EMPTY_BATCH = (
+    "Only an empty batch, or one value per channel, shows it. A layer need not accept them."
+)
+BIASED = (
+    "The running variance is biased, or so for two values. Without PyTorch's layer as the "
+    "definition, both are correct."
+)
+ONE_VALUE = "Only one value per channel shows it, which PyTorch's layer rejects."
+NO_MOMENTUM_NONE = "The layer raises for momentum=None. It need not accept it."
+FROZEN_STATISTICS = "The statistics are never updated: this is frozen batch normalization."
+SIGN_OF_BETA = "Beta is subtracted. Such a layer learns the same functions."
+INITIAL_MEAN = "The initial running mean is forgotten by the training."
 
 REASONS = {
     BUFFERS: [
@@ -79,6 +100,88 @@ REASONS = {
     ],
     OVER_CHANNELS: [
         "layer_norm.axes.11:[1, *range(2, num_dims)] without *range(2, num_dims)",
+    ],
+    FROZEN: [
+        "instance_norm.state.17:bias: buffer",
+        "layer_norm.state.14:bias: buffer",
+        "layer_norm.state.13:weight: buffer",
+        "group_norm.state.16:bias: buffer",
+        "instance_norm.state.16:nn.Parameter(torch.ones(shape)) -> nn.Parameter(torch.one"
+        "s(shape), requires_grad=False)",
+        "group_norm.state.15:weight: buffer",
+        "group_norm.state.15:nn.Parameter(torch.ones(num_features)) -> nn.Parameter(torch"
+        ".ones(num_features), [...]",
+        "instance_norm.state.16:weight: buffer",
+        "rms_norm.state.11:weight: buffer",
+        "instance_norm.state.17:nn.Parameter(torch.zeros(shape)) -> nn.Parameter(torch.ze"
+        "ros(shape), requires_grad=False)",
+    ],
+    UNUSED: [
+        "group_norm.arithmetic.24:x_hat * self.weight.view(self.shape) -> x_hat",
+        "ghost_batch_norm.arithmetic.28:self.weight * x_hat -> x_hat",
+        "rms_norm.arithmetic.18:self.weight * x -> x",
+        "batch_renorm.arithmetic.32:self.weight * x_hat -> x_hat",
+    ],
+    OWN_DTYPE: [
+        "rms_norm.condition.15:if dtype in (torch.float16, torch.bfloat16) -> if False",
+        "ghost_batch_norm.call.22:x.to(torch.promote_types(dtype, torch.float32)) -> x",
+        "group_norm.call.19:torch.promote_types(x.dtype, torch.float32) -> x.dtype",
+        "rms_norm.call.16:x.float() -> x",
+        "rms_norm.condition.15:if dtype in (torch.float16, torch.bfloat16) -> if True",
+        "rms_norm.swap.13:swap if dtype in (torch.float16, torch.bfloat16): | mean_square"
+        " = x.square().mean(1, keepdim=True)",
+        "instance_norm.call.27:torch.promote_types(dtype, torch.float32) -> dtype",
+        "ghost_batch_norm.delete.22:delete x = x.to(torch.promote_types(dtype, torch.float32))",
+        "instance_norm.call.27:torch.promote_types(dtype, torch.float32) -> torch.float32",
+        "instance_norm.delete.27:delete x = x.to(torch.promote_types(dtype, torch.float32))",
+        "group_norm.call.19:torch.promote_types(x.dtype, torch.float32) -> torch.float32",
+        "group_norm.call.19:x.to(torch.promote_types(x.dtype, torch.float32)) -> x",
+        "layer_norm.dtype.18:torch.float32 -> torch.float16",
+        "batch_renorm.call.27:torch.promote_types(dtype, torch.float32) -> torch.float32",
+        "batch_renorm.swap.25:swap x = x.to(torch.promote_types(dtype, torch.float32)) | "
+        "if self.training and len(x) > 0:",
+        "instance_norm.call.27:x.to(torch.promote_types(dtype, torch.float32)) -> x",
+        "layer_norm.call.18:torch.promote_types(dtype, torch.float32) -> dtype",
+        "layer_norm.delete.18:delete x = x.to(torch.promote_types(dtype, torch.float32))",
+    ],
+    EMPTY_BATCH: [
+        "batch_norm.constant.59:0 -> -1",
+        "ghost_batch_norm.condition.23:len(x) > 0 -> len(x) >= 0",
+        "batch_norm.condition.46:m == 1 -> m <= 1",
+        "ghost_batch_norm.constant.23:0 -> -1",
+        "batch_norm.constant.59:0 -> 1",
+        "batch_norm.constant.46:1 -> 0",
+        "instance_norm.condition.31:len(x) > 0 -> len(x) >= 0",
+        "instance_norm.constant.31:0 -> -1",
+        "batch_renorm.swap.25:swap x = x.to(torch.promote_types(dtype, torch.float32)) | "
+        "if self.training and len(x) > 0:",
+        "manual_batch_norm.condition.71:if m == 0 -> if False",
+    ],
+    BIASED: [
+        "instance_norm.constant.33:1 -> 2'",
+        "instance_norm.constant.33:1 -> 0",
+        "ghost_batch_norm.constant.35:1 -> 2'",
+        "ghost_batch_norm.arithmetic.35:m - 1 -> m",
+    ],
+    ONE_VALUE: [
+        "instance_norm.call.33:max(m - 1, 1) -> m - 1",
+    ],
+    NO_MOMENTUM_NONE: [
+        "batch_norm.complement.62:factor -> 1 - factor",
+        "batch_norm.swap.56:swap if factor is None: | self.running_mean += factor * (mean"
+        ".flatten() - self.running_mean)",
+        "batch_norm.condition.62:if factor is None -> if False",
+        "manual_batch_norm.complement.74:factor -> 1 - factor",
+    ],
+    FROZEN_STATISTICS: [
+        "instance_norm.condition.29:if self.training -> if False",
+    ],
+    SIGN_OF_BETA: [
+        "layer_norm.arithmetic.22:self.weight * x_hat + self.bias -> self.weight * x_hat "
+        "- self.bias",
+    ],
+    INITIAL_MEAN: [
+        "ghost_batch_norm.state.17:torch.zeros(shape) -> torch.ones(shape)",
     ],
 }
 

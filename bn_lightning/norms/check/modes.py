@@ -139,6 +139,35 @@ def evaluation_matches_training(norm: Norm) -> Iterator[Comparison]:
             yield Comparison(inputs.difference(*ys), case.tolerance)
 
 
+@norm_property(
+    "modes",
+    "If training uses running statistics, its output is that of evaluation (renormalization).",
+    advice="If r and d are not limited, the output in training is (x - running_mean) / "
+    "running_std, as in evaluation: r is std / running_std, and d is (mean - running_mean) / "
+    "running_std (Ioffe 2017, algorithm 1).",
+)
+def renormalization(norm: Norm) -> Iterator[Comparison]:
+    cases = norm.cases(
+        training=(True,),
+        batch_sizes=(12,),
+        only=lambda kind: kind.reads_past and kind.formula != "other",
+        otherwise="The output in training does not depend on running statistics.",
+    )
+    for case in cases:
+        layer, x = case.new_layer(), equal_groups(case)
+        inputs.randomize_parameters(layer, case.seed)
+        _converge(layer, x)
+        inputs.end_warm_up(layer)
+        # This batch is so near to the others that usual limits have no effect.
+        near = 1.05 * x
+        before = inputs.evaluate(layer, near)
+        y = layer.train()(near)
+        # A layer may use the running statistics of before or after the step.
+        after = inputs.evaluate(layer, near)
+        errors = [inputs.difference(y, expected) for expected in (before, after)]
+        yield Comparison(inputs.smallest(errors), 2e-3)
+
+
 def _after_convergence(norm: Norm, case: Case) -> Iterator[Comparison]:
     x = equal_groups(case)
     layer = case.new_layer()

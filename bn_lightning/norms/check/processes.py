@@ -24,7 +24,7 @@ from bn_lightning.norms.sync import LayerSync
 
 # The numbers of samples in the shards of the two processes. Before the first step, the layer is
 # not told to synchronize.
-SHARDS = ((7, 5), (8, 4), (2, 10), (12, 0))
+SHARDS = ((7, 5), (8, 4), (2, 8), (14, 0))
 # How long a process waits for the other one.
 SECONDS = 20
 
@@ -91,9 +91,10 @@ def _own_shards(case: Case) -> Tensor:
 
 def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
     """Return inputs and gradients of the outputs, one pair for each step."""
+    shapes = [(sum(sizes), *case.shape[1:]) for sizes in SHARDS]
     return [
-        (inputs.batch(case.shape, seed).to(case.dtype), inputs.random(case.shape, seed + 20))
-        for seed in range(len(SHARDS))
+        (inputs.batch(shape, seed).to(case.dtype), inputs.random(shape, seed + 20))
+        for seed, shape in enumerate(shapes)
     ]
 
 

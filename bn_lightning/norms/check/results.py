@@ -97,7 +97,7 @@ assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=1e-3)
 def normalization(norm: Norm) -> Iterator[Comparison]:
     for kind in norm.kinds.values():
         norm.one_case(kind, 12, training=True)
-        if cause := _uneven_positions(kind):
+        if cause := _mixed_channels(kind) or _uneven_positions(kind):
             yield Comparison(inf, 0, cause)
         elif kind.formula == "wrong":
             yield Comparison(inf, 0, kind.cause)
@@ -114,6 +114,18 @@ def normalization(norm: Norm) -> Iterator[Comparison]:
 def _has_statistics(norm: Norm, kind: Kind) -> bool:
     layer = norm.build(kind.features, kind.num_dims)
     return any(buffer.is_floating_point() for buffer in layer.buffers())
+
+
+def _mixed_channels(kind: Kind) -> str:
+    """Return the cause if the statistics are taken over samples and all channels."""
+    samples, channels, *_ = kind.groups.labels
+    is_mixed = len(set(samples)) == len(set(channels)) == 1 and kind.formula != "other"
+    return (
+        "The statistics are taken over samples and channels. Take them over the samples for each "
+        "channel, or over the channels for each sample."
+        if is_mixed
+        else ""
+    )
 
 
 def _uneven_positions(kind: Kind) -> str:

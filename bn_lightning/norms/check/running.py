@@ -156,9 +156,12 @@ def counter(norm: Norm) -> Iterator[Comparison]:
     ):
         layer = case.new_layer()
         for name, start in inputs.counters(layer).items():
-            if start.item() != 0:
+            is_of_batches = name.endswith("num_batches_tracked")
+            if start.item() != 0 and not is_of_batches:
                 continue
             was_examined = True
+            cause = f"{name} of a new layer is {start.item()}. Start with 0."
+            yield Comparison(float(start.item() != 0), 0, cause)
             layer(case.x)
             with torch.no_grad():
                 layer(case.x)
@@ -167,7 +170,7 @@ def counter(norm: Norm) -> Iterator[Comparison]:
             counted.append(inputs.counters(layer)[name].item())
             # The counter of PyTorch's instance normalization stays 0.
             is_right = counted[0] == counted[1] and (counted[0] > 0 or case.kind.is_per_sample)
-            if name.endswith("num_batches_tracked") and case.kind.is_batch_norm:
+            if is_of_batches and len(set(case.kind.groups.labels[0])) == 1:
                 is_right = counted == [2, 2]
             cause = (
                 f"{name} is {counted[0]} after two training steps, and {counted[1]} after a "
