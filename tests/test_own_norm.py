@@ -9,11 +9,14 @@ import torch
 
 from bn_lightning import UserError, replace_norms
 from bn_lightning.norms import registry
+from bn_lightning.norms.check import examination
 from bn_lightning.testing import norm_checks
 from tests.conftest import REPOSITORY
 from tests.test_readme import CHINESE, README, blocks, example
 
 pytest_plugins = ["pytester"]
+# pytester forgets modules that are imported while it runs tests, but their package keeps them.
+examination.properties()
 
 GUIDE = REPOSITORY / ".github/guides/own-norm.md"
 PROGRAM = "python -m bn_lightning "

@@ -146,7 +146,7 @@ def evaluation_matches_training(norm: Norm) -> Iterator[Comparison]:
     "running_std, as in evaluation: r is std / running_std, and d is (mean - running_mean) / "
     "running_std (Ioffe 2017, algorithm 1).",
 )
-def renormalization(norm: Norm) -> Iterator[Comparison]:
+def training_by_running_statistics(norm: Norm) -> Iterator[Comparison]:
     cases = norm.cases(
         training=(True,),
         batch_sizes=(12,),
