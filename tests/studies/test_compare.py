@@ -236,7 +236,7 @@ def test_a_stopped_comparison_is_resumed(tmp_path, number):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--norm", "layer"), "Unknown norm 'layer'"),
+        (("--norm", "layers"), "Unknown norm 'layers'"),
         (("--vary.model.lrr", "1"), "Did you mean"),
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
         (("--seeds", "many"), "argument --seeds: invalid int value: 'many'"),

@@ -91,8 +91,8 @@ def test_a_finished_sweep_trains_nothing_and_prints_the_same_report(swept):
         ({"data.val_images": [0, 5000]}, "No validation samples are held out"),
         ({"model.lrr": [1]}, "Did you mean"),
         (
-            {"model.norm": ["custom", "layer"]},
-            "norm layer, momentum 0.5 cannot be trained:\nUnknown norm 'layer'",
+            {"model.norm": ["custom", "layers"]},
+            "norm layers, momentum 0.5 cannot be trained:\nUnknown norm 'layers'",
         ),
         ({}, "No search space is given"),
     ],

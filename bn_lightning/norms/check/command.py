@@ -37,7 +37,7 @@ def main(arguments: list[str], experiment: str) -> None:
     args = _parser().parse_args(arguments[1:])
     if args.list:
         for found in examination.properties():
-            print(f"{found.name:30}{found.question}")
+            print(f"{found.name:32}{found.question}")
         return
     if args.norm is None:
         raise UserError(

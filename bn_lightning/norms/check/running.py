@@ -48,8 +48,10 @@ def newest_batch_weight(norm: Norm) -> Iterator[Comparison]:
     for case in _weighted_cases(norm):
         found = weights(case)
         weight = found.get("mean", found["variance"])
+        if weight != weight:
+            raise NotApplicable("The weight of the newest batch is not the same in all channels.")
         yield Comparison(
-            0 if weight != weight else weight,
+            weight,
             0.5 + 1e-3,
             f"The newest batch has weight {weight:.3g} in the running statistics, and all earlier "
             f"ones have {1 - weight:.3g} together. The momentum may be inverted: PyTorch's "
