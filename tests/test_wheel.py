@@ -81,7 +81,7 @@ def test_a_project_is_started_from_the_wheel(wheel, tmp_path):
     train, test = re.findall(r"^python3 -m venv.*|^\.venv/bin/pip.*", readme, flags=re.M)
     assert f"pip install {wheel} -e . " in train
     assert "Ankle boot" in bash(train, cwd=project)
-    assert "5 passed" in bash(test, cwd=project)
+    assert re.search(r"= \d+ passed, \d+ skipped in", bash(test, cwd=project))
 
     # This package, from the same environment: messages have the name of the console script.
     done = run(python.with_name("bn_lightning"), "fit", "--lr", 1, cwd=tmp_path, check=False)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from bn_lightning.errors import UserError
 from bn_lightning.norms.check import inputs
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, describe, norm_property
 from bn_lightning.norms.check.subject import Case, Norm
@@ -40,7 +41,7 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
         raise NotApplicable("This build of PyTorch does not include gloo.")
     kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
     case = norm.one_case(kind, 12, training=True)
-    is_told = _can_be_told(case.layer())
+    is_told = _synchronized(case) is not None
     if not is_told and (kind.is_per_sample or kind.state_is_fixed):
         raise NotApplicable("The layer normalizes each sample by itself, or has fixed statistics.")
     try:
@@ -75,12 +76,18 @@ def synchronization(norm: Norm) -> Iterator[Comparison]:
         yield Comparison(inf, 0, cause + "\n".join(dict.fromkeys(errors)))
 
 
-def _can_be_told(layer: nn.Module) -> bool:
-    """Return whether `LayerSync` can make the layer synchronize its statistics."""
-    return any(
+def _synchronized(case: Case) -> nn.Module | None:
+    """Return a layer that is told to synchronize its statistics, or None if it cannot be told."""
+    layer = case.layer()
+    if not any(
         hasattr(module, "sync_batchnorm") or type(module) in TORCH.values()
         for module in layer.modules()
-    )
+    ):
+        return None
+    try:
+        return LayerSync().synchronize(layer, "cpu")
+    except UserError:
+        return None
 
 
 def _own_shards(case: Case) -> Tensor:
@@ -130,9 +137,8 @@ def _run_shards(rank: int, case: Case, port: int, folder: Path, seconds: int) ->
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # Their past batches are not split over processes.
-    layer, told = case.layer(), case.layer()
-    if _can_be_told(told):
-        LayerSync().synchronize(told, "cpu")
+    layer = case.layer()
+    told = _synchronized(case) or layer
     dist.init_process_group(
         "gloo",
         f"tcp://127.0.0.1:{port}",
