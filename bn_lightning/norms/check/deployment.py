@@ -67,7 +67,7 @@ assert_close(torch.compile(copy.deepcopy(layer))(x), layer(x))
 )
 def compiled_by_inductor(norm: Norm) -> Iterator[Comparison]:
     # One kind is enough, because the compilation takes seconds.
-    kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
+    kind = norm.one_kind
     case = norm.one_case(kind, 12, training=True, dtype=torch.float32)
     with _quiet():
         try:
@@ -143,7 +143,7 @@ def onnx(norm: Norm) -> Iterator[Comparison]:
             raise NotApplicable(
                 'ONNX is not installed: pip install "bn_lightning[onnx]"'
             ) from error
-    kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
+    kind = norm.one_kind
     case = norm.one_case(kind, 12, training=False, dtype=torch.float32)
     with _quiet():
         try:

@@ -1,9 +1,10 @@
 """Properties of derivatives, compared with finite differences."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -160,13 +161,10 @@ assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 )
 def activation_checkpointing(norm: Norm) -> Iterator[Comparison]:
     for case in norm.cases(batch_sizes=(12,)):
-
-        def checkpointed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: checkpoint(layer, x, use_reentrant=False)
-
         expected = gradients.of_squares(case.layer(), case.x, case.gradient)
         layer = case.layer()
-        found = gradients.of_squares(layer, case.x, case.gradient, checkpointed(layer))
+        call = partial(checkpoint, layer, use_reentrant=False)
+        found = gradients.of_squares(layer, case.x, case.gradient, call)
         error = inputs.difference(found, expected)
         if case.kind.reads_past and case.training and not error <= case.tolerance:
             raise NotApplicable(

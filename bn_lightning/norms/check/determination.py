@@ -41,9 +41,7 @@ def determine(build: Builder, kind: Kind) -> Kind:
     kind = replace(kind, groups=groups(case))
     if kind.reads_past and not kind.has_groups:
         # Elements depend on each other through running statistics only.
-        samples, channels, *positions = ((0,) * size for size in case.shape)
-        channels = tuple(range(len(channels)))
-        kind = replace(kind, groups=Groups((samples, channels, *positions)))
+        kind = replace(kind, groups=Groups.of_channels(case.shape))
     return replace(kind, **_formula(build, kind))
 
 

@@ -9,6 +9,7 @@ import torch
 from bn_lightning.norms.check import inputs, reference
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, norm_property
 from bn_lightning.norms.check.subject import Norm
+from bn_lightning.norms.definition import per_channel
 
 
 @norm_property(
@@ -38,7 +39,7 @@ def constant_input(norm: Norm) -> Iterator[Comparison]:
         is_exact = case.dtype != torch.float16 and case.training
         if is_exact and fit is not None and fit.name == reference.CENTRING:
             y = case.layer()(torch.full_like(case.x, 3.3)).detach().double()
-            expected = fit.shift.view(1, -1, *[1] * (y.dim() - 2)).expand_as(y)
+            expected = per_channel(fit.shift, y).expand_as(y)
             tolerance = 1e-3 if case.kind.computes_in == torch.float64 else 0.1
             cause = "The output for constant input is not beta."
             yield Comparison(inputs.difference(y, expected), tolerance, cause)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bn_lightning.norms.check import determination, inputs, reference
 from bn_lightning.norms.check.findings import Comparison
 from bn_lightning.norms.check.subject import Case
+from bn_lightning.norms.definition import per_channel
 
 # Half of the distance of the two points of a finite difference. Float32 needs a larger one.
 STEPS = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 3e-1}
@@ -132,8 +133,7 @@ def _gradient_of_formula(case: Case, fit: reference.Fit, detached: tuple[str, ..
     mean, var, m = case.kind.groups_of(x).moments(x)
     mean = mean.detach() if "mean" in detached else mean
     var = var.detach() if "variance" in detached else var
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    y = fit.formula(x, mean, var, m, fit.eps) * fit.scale.view(shape)
+    y = fit.formula(x, mean, var, m, fit.eps) * per_channel(fit.scale, x)
     (gradient,) = torch.autograd.grad(y, x, case.gradient.double())
     return gradient
 
@@ -148,12 +148,11 @@ def _cause(case: Case, found: dict[str, Tensor]) -> str:
     # In a batch of 2, the terms of the gradient cannot be told apart.
     case = replace(case, shape=(12, *case.shape[1:]))
     dx = inputs.step(case.layer(), case.x, case.gradient)["input"].double()
-    shape = (1, -1, *[1] * (case.x.dim() - 2))
     tolerance = 100 * case.tolerance
     for detached in (("variance",), ("mean",), ("mean", "variance")):
         if inputs.difference(dx, reference_gradient(case, detached)) < tolerance:
             return f"No gradient flows through the {' and the '.join(detached)}."
-    without_gamma = reference_gradient(case, ()) / fit.scale.view(shape)
+    without_gamma = reference_gradient(case, ()) / per_channel(fit.scale, dx)
     if inputs.difference(dx, without_gamma) < tolerance:
         return "The gradient of the input lacks the factor gamma."
     return _wrong_terms(case, dx) if fit.name == reference.CENTRING else ""
@@ -166,7 +165,7 @@ def _wrong_terms(case: Case, dx: Tensor) -> str:
     mean, var, _ = groups.moments(case.x.double())
     std = (var + fit.eps).sqrt()
     x_hat = (case.x.double() - mean) / std
-    g = case.gradient.double() * fit.scale.view(1, -1, *[1] * (case.x.dim() - 2))
+    g = case.gradient.double() * per_channel(fit.scale, dx)
     terms = [g, groups.moments(g)[0], x_hat * groups.moments(g * x_hat)[0]]
     matrix, target = torch.stack([t.flatten() for t in terms], 1), (dx * std).flatten()
     first, second, third = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0].tolist()

@@ -44,8 +44,7 @@ def batch(shape: Sequence[int], seed: int = 0, scale: float = 1.0) -> Tensor:
         scale: a factor for all values.
     """
     ones = [1] * (len(shape) - 2)
-    of_channels = (1, shape[1], *ones) if len(shape) > 1 else (1,)
-    of_samples = (shape[0], 1, *ones)
+    of_channels, of_samples = (1, shape[1], *ones), (shape[0], 1, *ones)
     deviation = uniform(of_channels, seed + 1, 0.5, 2) * uniform(of_samples, seed + 2, 0.7, 1.5)
     mean = uniform(of_channels, seed + 3, -1.5, 1.5) + uniform(of_samples, seed + 4, -0.5, 0.5)
     return scale * (random(shape, seed) * deviation + mean)

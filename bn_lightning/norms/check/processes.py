@@ -21,6 +21,7 @@ from bn_lightning.norms.check import inputs
 from bn_lightning.norms.check.findings import Comparison, NotApplicable, describe, norm_property
 from bn_lightning.norms.check.subject import Case, Norm
 from bn_lightning.norms.convert import TORCH
+from bn_lightning.norms.definition import per_channel
 from bn_lightning.norms.sync import LayerSync
 
 # The numbers of samples in the shards of the two processes. Before the first step, the layer is
@@ -39,7 +40,7 @@ SECONDS = 20
 def synchronization(norm: Norm) -> Iterator[Comparison]:
     if not dist.is_available() or not dist.is_gloo_available():
         raise NotApplicable("This build of PyTorch does not include gloo.")
-    kind = norm.kinds.get(4) or list(norm.kinds.values())[-1]
+    kind = norm.one_kind
     case = norm.one_case(kind, 12, training=True)
     is_told = _synchronized(case) is not None
     if not is_told and (kind.is_per_sample or kind.state_is_fixed):
@@ -179,8 +180,7 @@ def _cause(found: dict[str, Tensor], case: Case, step: int) -> str:
         return ""
     axes = [d for d in range(x.dim()) if d != 1]
     shards = [part for part in torch.split(x, list(SHARDS[step])) if len(part)]
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    y = (found["output"].double() - fit.shift.view(shape)) / fit.scale.view(shape)
+    y = (found["output"].double() - per_channel(fit.shift, x)) / per_channel(fit.scale, x)
     means = torch.stack([part.mean(axes, keepdim=True) for part in shards])
     variances = torch.stack([part.var(axes, correction=0, keepdim=True) for part in shards])
     own = [

@@ -10,11 +10,13 @@ outputs, so that no name of a parameter has to be known.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bn_lightning.norms.definition import per_channel
 
 # Maps the input, the mean, the biased variance and the size of each element's group, and
 # eps, to the normalized input.
@@ -38,6 +40,12 @@ class Groups:
     """
 
     labels: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of_channels(cls, shape: Sequence[int]) -> "Groups":
+        """Return one group for each channel: all samples and positions."""
+        samples, channels, *positions = shape
+        return cls(((0,) * samples, tuple(range(channels)), *((0,) * size for size in positions)))
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, biased variance and size of the group of each element, like x."""
@@ -129,9 +137,12 @@ class Fit:
 
     def output(self, x: Tensor, groups: Groups) -> Tensor:
         """Return the output of the formula. Gradients flow through the statistics."""
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        normalized = self.formula(x, *groups.moments(x), self.eps)
-        return normalized * self.scale.view(shape) + self.shift.view(shape)
+        return self.scaled(self.formula(x, *groups.moments(x), self.eps))
+
+    def scaled(self, normalized: Tensor) -> Tensor:
+        """Return the output for a normalized input."""
+        scale, shift = (per_channel(t, normalized) for t in (self.scale, self.shift))
+        return normalized * scale + shift
 
 
 def fit(
@@ -205,7 +216,7 @@ def is_affine_in_each_cell(samples: list[Sample], has_groups: bool) -> bool:
         channels = tuple(range(x.shape[1]))
         cells = Groups((groups.labels[0], channels, *groups.labels[2:]))
         if not has_groups:
-            cells = Groups(((0,) * len(x), channels, *((0,) * size for size in x.shape[2:])))
+            cells = Groups.of_channels(x.shape)
         mean, var, _ = cells.moments(x)
         centred, y_centred = x - mean, y - cells.moments(y)[0]
         slope = cells.moments(centred * y_centred)[0] / var.clamp(min=1e-300)

@@ -73,9 +73,7 @@ def several_batch_sizes(norm: Norm) -> Iterator[Comparison]:
         layers = [case.layer(), case.layer()]
         if case.training:
             # The past batches of the other layers have a size, too.
-            layers = [case.new_layer(), case.new_layer()]
-            for layer in layers:
-                inputs.randomize_parameters(layer, case.seed)
+            layers = [case.untrained_layer(), case.untrained_layer()]
         with torch.set_grad_enabled(case.training):
             for size in (2, 4, 14):
                 layers[0](inputs.batch((size, *case.shape[1:]), size).to(case.dtype))

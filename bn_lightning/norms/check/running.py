@@ -199,15 +199,14 @@ assert_close(layer.eval()(x), fresh.eval()(x))
 def reset_running_stats(norm: Norm) -> Iterator[Comparison]:
     cases = norm.cases(
         batch_sizes=(12,),
-        only=lambda k: k.has_running_statistics and not k.state_is_fixed,
+        only=lambda kind: kind.has_running_statistics,
         otherwise=NO_RUNNING_STATISTICS,
     )
     for case in cases:
-        layer, fresh = case.layer(), case.new_layer()
+        layer, fresh = case.layer(), case.untrained_layer()
         reset: Any = getattr(layer, "reset_running_stats", None)
         if not callable(reset):
             raise NotApplicable("The layer has no method reset_running_stats.")
-        inputs.randomize_parameters(fresh, case.seed)
         reset()
         for x in (case.x, case.x + 1, case.x - 1):
             ys = [module.train(case.training)(x) for module in (layer, fresh)]
@@ -239,10 +238,8 @@ def eps(norm: Norm) -> Iterator[Comparison]:
         if case.kind.formula != reference.FIXED:
             y = layers[0](case.x).double()
             moments = determination.groups(case).moments(case.x.double())
-            shape = (1, -1, *[1] * (y.dim() - 2))
             expected = case.kind.fit.formula(case.x.double(), *moments, given)
-            scale, shift = (t.view(shape) for t in (case.kind.fit.scale, case.kind.fit.shift))
-            error = inputs.difference(y, expected * scale + shift)
+            error = inputs.difference(y, case.kind.fit.scaled(expected))
             cause = f"With eps={given}, the output in training is not that of this eps."
             yield Comparison(error, max(1e-4, case.tolerance), cause)
         if case.kind.has_running_statistics or case.kind.state_is_fixed:

@@ -81,14 +81,19 @@ class Case:
         layer = self.build(self.kind.features, self.kind.num_dims, **arguments)
         return layer.to(self.dtype).train(self.training)
 
+    def untrained_layer(self, **arguments: Any) -> nn.Module:
+        """Build a layer with random parameters and its initial state."""
+        layer = self.new_layer(**arguments)
+        inputs.randomize_parameters(layer, self.seed)
+        return layer
+
     def layer(self, past: int | None = None, **arguments: Any) -> nn.Module:
         """Build a layer with random parameters and state. Equal calls give equal layers.
 
         Args:
             past: the seed of the batches with which its running statistics were updated.
         """
-        layer = self.new_layer(**arguments)
-        inputs.randomize_parameters(layer, self.seed)
+        layer = self.untrained_layer(**arguments)
         past = self.seed if past is None else past
         if self.kind.state_is_fixed:
             inputs.randomize_buffers(layer, past + 1)
@@ -140,6 +145,11 @@ class Norm:
     ) -> None:
         self.build, self.kinds, self.rejected, self.required = build, kinds, rejected, required
         self.case: Case | None = None
+
+    @property
+    def one_kind(self) -> "Kind":
+        """Return the kind for images, or for the most dimensions: for what takes seconds."""
+        return self.kinds.get(4) or list(self.kinds.values())[-1]
 
     def cases(
         self,
