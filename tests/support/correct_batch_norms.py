@@ -3,6 +3,8 @@
 `BATCH_NORMS` names those that behave as PyTorch's layer, whatever their state is called.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,31 +20,6 @@ from tests.support.planted_bases import (
     moments,
     per_channel,
 )
-
-
-class Momentum0001(BatchNorm):
-    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.001):
-        super().__init__(num_features, num_dims, eps, momentum)
-
-
-class Momentum001(BatchNorm):
-    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.01):
-        super().__init__(num_features, num_dims, eps, momentum)
-
-
-class Momentum03(BatchNorm):
-    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.3):
-        super().__init__(num_features, num_dims, eps, momentum)
-
-
-class Momentum05(BatchNorm):
-    def __init__(self, num_features, num_dims, eps=1e-5, momentum=0.5):
-        super().__init__(num_features, num_dims, eps, momentum)
-
-
-class CumulativeAverage(BatchNorm):
-    def __init__(self, num_features, num_dims, eps=1e-5, momentum=None):
-        super().__init__(num_features, num_dims, eps, momentum)
 
 
 class Decay(BatchNorm):
@@ -261,11 +238,11 @@ class FunctionalBatchNorm(Affine):
 
 LAYERS = {
     "batch_norm": BatchNorm,
-    "momentum_0.001": Momentum0001,
-    "momentum_0.01": Momentum001,
-    "momentum_0.3": Momentum03,
-    "momentum_0.5": Momentum05,
-    "cumulative_average": CumulativeAverage,
+    "momentum_0.001": partial(BatchNorm, momentum=0.001),
+    "momentum_0.01": partial(BatchNorm, momentum=0.01),
+    "momentum_0.3": partial(BatchNorm, momentum=0.3),
+    "momentum_0.5": partial(BatchNorm, momentum=0.5),
+    "cumulative_average": partial(BatchNorm, momentum=None),
     "decay": Decay,
     "other_names": OtherNames,
     "epsilon": Epsilon,
