@@ -109,6 +109,8 @@ REASONS = {
         "instance_norm.state.16:nn.Parameter(torch.ones(shape)) -> nn.Parameter(torch.one"
         "s(shape), requires_grad=False)",
         "group_norm.state.15:weight: buffer",
+        "ghost_batch_norm.state.16:nn.Parameter(torch.zeros(shape)) -> nn.Parameter(torch.zeros"
+        "(shape), requires_grad=False)",
         "group_norm.state.15:nn.Parameter(torch.ones(num_features)) -> nn.Parameter(torch"
         ".ones(num_features), [...]",
         "instance_norm.state.16:weight: buffer",
@@ -148,6 +150,7 @@ REASONS = {
         "batch_norm.constant.59:0 -> -1",
         "ghost_batch_norm.condition.23:len(x) > 0 -> len(x) >= 0",
         "batch_norm.condition.46:m == 1 -> m <= 1",
+        "manual_batch_norm.condition.68:m == 1 -> m <= 1",
         "ghost_batch_norm.constant.23:0 -> -1",
         "batch_norm.constant.59:0 -> 1",
         "batch_norm.constant.46:1 -> 0",
