@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bn_lightning.networks.lenet import LeNet as LeNet
     from bn_lightning.norms.convert import from_torch as from_torch
     from bn_lightning.norms.convert import to_torch as to_torch
+    from bn_lightning.norms.estimation import estimate_statistics as estimate_statistics
     from bn_lightning.norms.layer import BatchNorm as BatchNorm
     from bn_lightning.norms.layer import batch_norm as batch_norm
     from bn_lightning.norms.replace import replace_norms as replace_norms
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bn_lightning.training.checkpoints import WholeCheckpointIO as WholeCheckpointIO
     from bn_lightning.training.data_module import DataModule as DataModule
     from bn_lightning.training.exact_data_loader import ExactDataLoader as ExactDataLoader
+    from bn_lightning.training.precise_statistics import PreciseStatistics as PreciseStatistics
     from bn_lightning.training.resume import ExactResume as ExactResume
     from bn_lightning.training.task import Step as Step
     from bn_lightning.training.task import Task as Task
@@ -47,11 +49,13 @@ _MODULES = {
     "LayerSync": "norms.sync",
     "LeNet": "networks.lenet",
     "NormMonitor": "monitoring.norm_monitor",
+    "PreciseStatistics": "training.precise_statistics",
     "Step": "training.task",
     "StochasticWeightAveraging": "training.averaging",
     "Task": "training.task",
     "UserError": "errors",
     "WholeCheckpointIO": "training.checkpoints",
+    "estimate_statistics": "norms.estimation",
     "from_torch": "norms.convert",
     "replace_norms": "norms.replace",
     "to_torch": "norms.convert",

@@ -119,7 +119,7 @@ def restore(
     arguments = initial_weights.without(experiment.task.start_only, _section("model", settings))
     task = _build(experiment.task, arguments, ckpt_path)
     try:
-        task.load_state_dict(checkpoint["state_dict"])
+        task.load_state_dict(checkpoints.weights_to_evaluate(checkpoint))
     except RuntimeError as error:
         raise _mismatch_error(ckpt_path, experiment.task, error) from error
     data_arguments = _section("data", settings) | dict(data_settings or {})

@@ -14,7 +14,8 @@ from bn_lightning.networks.lenet import LeNet
 from bn_lightning.networks.mlp import MLP
 from bn_lightning.networks.resnet import ResNet
 from bn_lightning.norms import registry as norms
-from bn_lightning.norms.replace import can_replace, in_eval_mode, replace_norms
+from bn_lightning.norms.modes import in_eval_mode
+from bn_lightning.norms.replace import can_replace, replace_norms
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP, "resnet": ResNet}
 TORCHVISION = "torchvision."

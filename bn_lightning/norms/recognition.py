@@ -84,6 +84,15 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in network.named_modules() if is_norm(module)}
 
 
+def has_fixed_statistics(layer: nn.Module) -> bool:
+    """Return whether a layer never writes its running statistics.
+
+    It declares this, or its scale is a buffer, as in torchvision's FrozenBatchNorm2d.
+    """
+    has_fixed_scale = "weight" in dict(layer.named_buffers(recurse=False))
+    return has_fixed_scale or getattr(layer, "has_fixed_statistics", False)
+
+
 def with_statistics(network: nn.Module) -> dict[str, Any]:
     """Return the layers of a network that have running statistics, by name.
 
@@ -93,7 +102,7 @@ def with_statistics(network: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in network.named_modules()
-        if not getattr(module, "has_fixed_statistics", False)
+        if not has_fixed_statistics(module)
         and any(
             word in buffer
             for buffer, _ in module.named_buffers(recurse=False)

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,31 +31,6 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "instance": torch_norms.instance,
     "rms": rms,
     "none": torch_norms.none,
-}
-
-
-@dataclass(frozen=True)
-class Names:
-    """Where a norm layer keeps its values. The defaults are PyTorch's names.
-
-    Attributes:
-        weight, bias: names of gamma and beta.
-        mean, var: names of the running statistics.
-        var_is_std: whether `var` is sqrt(variance + eps), a standard deviation.
-        momentum_is_of_old: whether momentum is the weight of the old running statistics.
-    """
-
-    weight: str = "weight"
-    bias: str = "bias"
-    mean: str = "running_mean"
-    var: str = "running_var"
-    var_is_std: bool = False
-    momentum_is_of_old: bool = False
-
-
-NAMES: dict[Callable[..., nn.Module], Names] = {
-    article.BatchNorm: Names("gamma", "beta", "moving_mean", "moving_var", momentum_is_of_old=True),
-    BatchRenorm: Names(var="running_std", var_is_std=True),
 }
 
 

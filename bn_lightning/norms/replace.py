@@ -2,8 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from bn_lightning import terminal
 from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition, registry, transfer
+from bn_lightning.norms.modes import in_eval_mode
 
 # BatchNorm1d and InstanceNorm1d accept two numbers of dimensions.
 NUM_DIMS: dict[type[nn.Module], int] = {
@@ -176,18 +176,6 @@ def _input_shapes(
         for handle in handles:
             handle.remove()
     return shapes
-
-
-@contextmanager
-def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Set a network to eval mode, and restore the mode of each of its modules at the end."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def can_replace(network: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.norms import torch_norms
 from bn_lightning.norms.layer import BatchNorm
-from bn_lightning.norms.registry import NAMES, Names
+from bn_lightning.norms.names import NAMES, Names, names_of
 
 ROLES = ("weight", "bias", "mean", "var")
 HOOKS = (
@@ -87,11 +87,6 @@ def hooks(old: nn.Module, new: nn.Module) -> None:
     """Share the hooks of a layer. The handle of a hook still removes it."""
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
-
-
-def names_of(layer: nn.Module) -> Names:
-    """Return where a layer keeps its values."""
-    return next((NAMES[cls] for cls in type(layer).__mro__ if cls in NAMES), Names())
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

@@ -218,7 +218,8 @@ class CLI(SettingsCLI):
             return "the weights in memory"
         # The trainer does not load the checkpoint, because it would also restore the
         # callbacks. Some callbacks replace the weights.
-        self.model.load_state_dict(checkpoints.load(path)[1]["state_dict"])
+        _, checkpoint = checkpoints.load(path)
+        self.model.load_state_dict(checkpoints.weights_to_evaluate(checkpoint))
         # If no step was left to train, the best checkpoint may be in the folder of
         # another run.
         is_own = resume is not None and Path(path).parent == resume.path.parent

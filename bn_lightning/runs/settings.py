@@ -160,6 +160,14 @@ class SettingsCLI(LightningCLI):
             help="Write last.ckpt every N steps, in addition to once per epoch; 0 to disable.",
         )
         self._parser("fit").add_argument(
+            "--precise_statistics",
+            metavar="N",
+            type=NonNegativeInt,
+            default=0,
+            help="Before each validation and at the end, estimate the running statistics from N "
+            "training batches; 0 to disable.",
+        )
+        self._parser("fit").add_argument(
             "--monitor",
             type=bool,
             default=True,

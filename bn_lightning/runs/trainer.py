@@ -31,6 +31,7 @@ from bn_lightning.training import averaging, checkpoints, lightning_internals, m
 from bn_lightning.training.best_checkpoint import BestCheckpoint
 from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.distributed import DistributedTraining
+from bn_lightning.training.precise_statistics import PreciseStatistics
 from bn_lightning.training.resume import ExactResume
 from bn_lightning.training.task import Task
 
@@ -97,6 +98,9 @@ def build_parts(
         _add_checkpoints(parts, config, task, data)
         _limit_finders(parts, own, starts_anew)
         parts.callbacks.append(DistributedTraining())
+        num_batches = config.precise_statistics
+        if num_batches and not _has(own, PreciseStatistics):
+            parts.callbacks.append(PreciseStatistics(num_batches, seed=config.seed_everything))
         if config.monitor:
             monitors = (NormMonitor, ClosingPictures)
             parts.callbacks += [monitor() for monitor in monitors if not _has(own, monitor)]

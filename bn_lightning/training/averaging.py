@@ -15,7 +15,7 @@ from torch import nn
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms import recognition
-from bn_lightning.training import lightning_internals
+from bn_lightning.training import lightning_internals, precise_statistics
 
 # What a layer needs so that its statistics can be recomputed.
 REQUIRED = ("num_batches_tracked", "reset_running_stats", "momentum")
@@ -33,6 +33,9 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
     `reset_running_stats()` and `momentum`. With `momentum = None`, the layer must give
     all batches the same weight, as `bn_lightning.BatchNorm` does.
 
+    With the callback `PreciseStatistics`, there is no such pass: that callback estimates
+    the statistics for the averaged weights.
+
     Raises:
         UserError: in `fit`, if a layer has running statistics but lacks one of these.
     """
@@ -41,6 +44,12 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
     # represent.
     def __init__(self, *args: Any, device: str | None = "cpu", **kwargs: Any) -> None:
         super().__init__(*args, device=device, **kwargs)  # type: ignore[misc]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if precise_statistics.is_used(trainer):
+            # Without a batch norm, there is no pass for the statistics.
+            self.pl_module_contains_batch_norm = lambda pl_module: False  # type: ignore[method-assign]
+        super().on_fit_start(trainer, pl_module)
 
     @staticmethod
     def pl_module_contains_batch_norm(pl_module: pl.LightningModule) -> bool:

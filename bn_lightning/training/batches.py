@@ -1,8 +1,9 @@
 """Batches of tensors in memory, in an order that can be resumed at any batch."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -127,6 +128,20 @@ class ShardedBatches(ExactLoader):
         """Return the batch of the samples at `indices` (B,), without augmentation."""
         raise NotImplementedError
 
+    def fixed(self, indices: Tensor, augment: Augment | None = None) -> Self:
+        """Return a loader of the samples at `indices`, in this order in each pass.
+
+        Args:
+            indices: int64 (M,).
+            augment: augmentation of the samples; None for no augmentation.
+        """
+        loader = copy.copy(self)
+        args = indices, self.batch_size, False, self.rank, self.world_size
+        ShardedBatches.__init__(loader, *args)
+        epoch = Epoch(indices, augment=augment)
+        loader.current_epoch = lambda: epoch  # type: ignore[method-assign]
+        return loader
+
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size) - self._joins_last
 
@@ -142,6 +157,13 @@ class ShardedBatches(ExactLoader):
             batches = (*batches[:-2], torch.cat(batches[-2:]))
         for batch in batches[first:]:
             yield batch.tensor_split(self.world_size)[self.rank]
+
+
+def network_input(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return the input of the network in a batch, on its device and in its precision."""
+    batch = trainer.strategy.batch_to_device(batch)
+    batch = trainer.precision_plugin.convert_input(batch)
+    return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 class TensorBatches(ShardedBatches):

@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ MAX_PICKLE = 4 * 2**20
 # In addition to the size of the file. A byte of a pickle can be an object of 200 bytes or
 # an array of any size.
 MAX_MEMORY = 500 * 2**20
+# The key of the precise statistics in the last.ckpt of a finished run, by their names in
+# the state dict.
+PRECISE_STATISTICS = "precise_statistics"
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -182,6 +185,14 @@ def _refuse_bomb(path: str, local: str, size: int, limited: bool) -> None:
             f"{path!r} was not loaded: its names and settings have {pickled:,} bytes, more than "
             f"{MAX_PICKLE:,}."
         )
+
+
+def weights_to_evaluate(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict in a checkpoint, with its precise statistics if it has them.
+
+    The state dict of `last.ckpt` has the running statistics that training needs.
+    """
+    return {**checkpoint["state_dict"], **checkpoint.get(PRECISE_STATISTICS, {})}
 
 
 def load(path: str, limited: bool = False) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from bn_lightning import generators
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.training import seeds
 from bn_lightning.training.batches import Augment, Epoch, ShardedBatches, training_epoch
@@ -223,7 +224,7 @@ class _Reader(Dataset[Any]):
 
     def read_here(self, request: _Request) -> Any:
         """Read a batch in this process, and leave its random generators unchanged."""
-        with seeds.unchanged():
+        with generators.unchanged():
             return self[request]
 
 

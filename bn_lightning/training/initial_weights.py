@@ -69,11 +69,13 @@ def without(start_only: Iterable[str], settings: Mapping[str, Any]) -> dict[str,
 
 def _state_dict(path: str) -> dict[str, Tensor]:
     _, content = checkpoints.read(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    state = content if isinstance(content, Mapping) else {}
+    if isinstance(state.get("state_dict"), Mapping):
+        state = checkpoints.weights_to_evaluate(state)
     tensors = {
         # In a checkpoint of a task, the network is an attribute.
         str(name).removeprefix("network."): value
-        for name, value in (state.items() if isinstance(state, Mapping) else ())
+        for name, value in state.items()
         if isinstance(value, Tensor)
     }
     if not tensors:

@@ -130,6 +130,17 @@ def call_before_fetches(trainer: pl.Trainer, prepare: Callable[[int], None]) -> 
     epoch_loop._on_before_fetch = before_fetch  # type: ignore[method-assign]
 
 
+def restore_training_modes(trainer: pl.Trainer) -> None:
+    """During a validation within `fit`, give each module the mode that it has in training."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop._module_mode.restore(trainer.lightning_module)
+
+
+def swap_average(averaging: WeightAveraging, pl_module: pl.LightningModule) -> None:
+    """Swap the parameters and buffers of a module with their average."""
+    averaging._swap_models(pl_module)
+
+
 def average_model(averaging: WeightAveraging) -> AveragedModel | None:
     """Return the average of a WeightAveraging callback; None outside of `fit`."""
     return averaging._average_model

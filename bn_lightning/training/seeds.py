@@ -5,6 +5,7 @@ The contract, for the seed of `--seed_everything`:
 * weights: the global generators, seeded once before the network is created;
 * data split: a function of the seed;
 * order of an epoch: a function of (seed, epoch);
+* samples for precise statistics: a function of the seed;
 * augmentation of a sample, also one that draws from torch's global generator, and everything
   else while a sample is read by an `ExactDataLoader`: a function of (seed, epoch, sample);
 * everything else in a training step, such as dropout: a function of (seed, epoch, batch, rank);
@@ -19,8 +20,6 @@ processes.
 
 import random
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import numpy as np
@@ -72,6 +71,14 @@ def of_reads(num_samples: int, seed: int, epoch: int | None) -> Tensor:
     return _numbers(num_samples, (seed, 0, 4) if epoch is None else (seed, epoch, 3))
 
 
+def statistics_order(num_samples: int, seed: int) -> Tensor:
+    """Return the order of the samples for precise statistics, int64 (num_samples,).
+
+    It is the same throughout a run.
+    """
+    return torch.from_numpy(np.random.default_rng((seed, 0, 5)).permutation(num_samples))
+
+
 def _numbers(count: int, key: tuple[int, ...]) -> Tensor:
     # torch's generator on the CPU uses only 32 bits of a seed.
     return torch.from_numpy(np.random.default_rng(key).integers(2**32, size=count))
@@ -95,21 +102,6 @@ def seed_read(number: int) -> None:
     torch.default_generator.manual_seed(number)
     random.seed(number)
     np.random.seed(number)
-
-
-@contextmanager
-def unchanged() -> Iterator[None]:
-    """Restore all global generators on the CPU at the end.
-
-    Lightning's `isolate_rng` does not restore them after an exception.
-    """
-    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
 
 
 def _seed_all(key: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.training import lightning_internals
-from bn_lightning.training.batches import ShardedBatches
+from bn_lightning.training.batches import ShardedBatches, network_input
 from bn_lightning.training.stopping import end_all_ranks
 
 
@@ -75,9 +75,7 @@ def _error_of_forward(
     """Return the error of a forward pass in training mode, which leaves no trace."""
     samples = loader.indices[torch.arange(size) % len(loader.indices)]
     shard = samples.tensor_split(loader.world_size)[loader.rank]
-    batch = trainer.strategy.batch_to_device(loader.take(shard))
-    batch = trainer.precision_plugin.convert_input(batch)
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    inputs = network_input(trainer, loader.take(shard))
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     device = trainer.strategy.root_device
     devices = [device] if device.type == "cuda" else []

@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from bn_lightning.norms import recognition
 from bn_lightning.training import (
     channels_last,
+    checkpoints,
     data_module,
     initial_weights,
     monitors,
@@ -41,12 +43,11 @@ class Step(NamedTuple):
 class Task(pl.LightningModule):
     """Base class for tasks: a network with its loss, metrics, optimizer and scheduler.
 
-    A subclass passes its network and metrics to this constructor, and implements
-    `step`. All of its
-    own arguments must be plain data: they become flags such as `--model.width`, and are
-    saved in checkpoints, which load with `weights_only=True`. `**training` forwards the
-    arguments of this class, so a subclass also accepts arguments that are added to it
-    later:
+    A subclass passes its network and metrics to this constructor, and implements `step`.
+    All of its own arguments must be plain data: they become flags such as
+    `--model.width`, and are saved in checkpoints, which load with `weights_only=True`.
+    `**training` forwards the arguments of this class, so a subclass also accepts
+    arguments that are added to it later:
 
         class Regression(Task):
             selects = ("val_rmse", "min")
@@ -57,8 +58,9 @@ class Task(pl.LightningModule):
                 )
 
             def step(self, batch, stage):
-                inputs, targets = batch outputs = self(inputs) return
-                Step(F.mse_loss(outputs, targets), outputs, targets, len(targets))
+                inputs, targets = batch
+                outputs = self(inputs)
+                return Step(F.mse_loss(outputs, targets), outputs, targets, len(targets))
 
     Args:
         network: the network to train. Its weights have the prefix `network.` in a
@@ -385,6 +387,8 @@ class Task(pl.LightningModule):
             # Lightning loads the weights before it converts the module to its
             # precision. Without this conversion, float64 weights would be rounded.
             self._trainer.precision_plugin.convert_module(self)
+            if self._trainer.state.fn != TrainerFn.FITTING:
+                checkpoint["state_dict"] = checkpoints.weights_to_evaluate(checkpoint)
         # A resumed optimizer has the learning rate of its checkpoint. The current
         # settings take precedence, unless there is a scheduler, which continues
         # unchanged.

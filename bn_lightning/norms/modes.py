@@ -1,0 +1,25 @@
+"""Training and eval mode of the modules of a network."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def restored(network: nn.Module) -> Iterator[None]:
+    """Restore the mode of each module of a network at the end."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and restore the mode of each of its modules at the end."""
+    with restored(network):
+        network.eval()
+        yield

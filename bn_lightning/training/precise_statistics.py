@@ -1,0 +1,235 @@
+"""The callback that validates and saves with running statistics that do not lag."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from bn_lightning.errors import UserError
+from bn_lightning.norms import estimation, modes
+from bn_lightning.training import lightning_internals, seeds
+from bn_lightning.training.batches import Augment, ShardedBatches, network_input
+from bn_lightning.training.checkpoints import PRECISE_STATISTICS
+from bn_lightning.training.data_module import DataModule
+
+Statistics = dict[str, Tensor]
+
+
+class PreciseStatistics(pl.Callback):
+    """Estimates the running statistics anew before each validation and at the end.
+
+    Use it as `Trainer(callbacks=[PreciseStatistics(num_batches=20)])`. See
+    `estimate_statistics`. Training itself is unchanged: after each validation, the
+    network has its running statistics back.
+
+    A checkpoint that is written during a validation, such as `best.ckpt`, has the
+    estimated statistics. `last.ckpt` has those of training. If the run has ended, it has
+    the estimated ones too, under a key of its own, and evaluation uses them. At the end
+    of `fit`, the network has the estimated statistics.
+
+    The batches are the same throughout a run: samples are drawn by the seed, and are not
+    augmented. If the training loader is not a `ShardedBatches`, for example a plain
+    DataLoader, they are its first batches after seeding, as it augments them.
+
+    With weight averaging, the statistics are those of the averaged weights.
+    `bn_lightning.StochasticWeightAveraging` then makes no pass of its own.
+
+    Args:
+        num_batches: the number of training batches, with the batch size of training.
+        augment: augment the samples as in the first epoch; only with a `DataModule`.
+        seed: determines the batches.
+
+    Attributes:
+        running, estimated: during a validation, the statistics of training and the
+            estimated ones, by their names in the state dict.
+
+    Raises:
+        UserError: num_batches is below 1.
+    """
+
+    def __init__(self, num_batches: int = 20, augment: bool = False, seed: int = 0) -> None:
+        if num_batches < 1:
+            raise UserError(
+                f"num_batches is {num_batches}; it must be at least 1, for example "
+                "PreciseStatistics(num_batches=20)."
+            )
+        self.num_batches = num_batches
+        self.augment = augment
+        self.seed = seed
+        self._reset()
+
+    def _reset(self) -> None:
+        self.running: Statistics = {}
+        self.estimated: Statistics = {}
+        self.is_validating = False
+        self._final: Statistics | None = None  # at the end of training
+        self._count, self._seconds = 0, 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            others = [c for c in callbacks if not isinstance(c, _AfterOthers)]
+            callbacks[:] = [*others, _AfterOthers(self)]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        number = f"{self.num_batches} training batches"
+        pl_module.print(f"precise statistics from {number}: {estimation.plan(pl_module)}")
+
+    # During a validation
+
+    def begin_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the network, which may have averaged weights, the estimated statistics."""
+        with modes.restored(pl_module):
+            lightning_internals.restore_training_modes(trainer)
+            self.running = _copied(estimation.statistics(pl_module))
+            self.estimated = self._estimate(trainer, pl_module)
+        _write(self.estimated, pl_module)
+        self.is_validating = True
+
+    def end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the statistics of training back."""
+        if not self.is_validating:
+            return
+        # The averaged weights are back in the average, with the statistics that were
+        # estimated for them.
+        average = _average(trainer)
+        _write(self.running, average.module if average is not None else pl_module)
+        self.is_validating = False
+
+    # At the end
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Estimate the statistics for the weights at the end of training."""
+        self._final = self._estimate(trainer, pl_module)
+
+    def at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
+        """Return the statistics for the weights that a finished run saves."""
+        if self._final is not None:
+            return self._final
+        # The run has ended within an epoch, and the network has no averaged weights yet.
+        averaging = _averaging(trainer)
+        if averaging is None:
+            return self._estimate(trainer, pl_module)
+        lightning_internals.swap_average(averaging, pl_module)
+        try:
+            return self._estimate(trainer, pl_module)
+        finally:
+            lightning_internals.swap_average(averaging, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._final:
+            _write(self._final, pl_module)
+        if self._count:
+            pl_module.print(
+                f"precise statistics: estimated {self._count} time(s), in {self._seconds:.1f} s"
+            )
+
+    # The estimate
+
+    def _estimate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
+        """Return the statistics for the current weights. The network keeps its own."""
+        before = _copied(estimation.statistics(pl_module))
+        if not before:
+            return {}
+        start = time.perf_counter()
+        batches = (network_input(trainer, batch) for batch in self._batches(trainer))
+        with trainer.precision_plugin.val_step_context():
+            estimation.estimate_statistics(pl_module, batches)
+        found = _copied(estimation.statistics(pl_module))
+        _write(before, pl_module)
+        device = trainer.strategy.root_device
+        torch.get_device_module(device).synchronize()
+        self._count += 1
+        self._seconds += time.perf_counter() - start
+        return found
+
+    def _batches(self, trainer: pl.Trainer) -> Iterable[Any]:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, ShardedBatches):
+            return self._first_batches(trainer, loader)
+        order = seeds.statistics_order(len(loader.indices), self.seed)
+        chosen = loader.indices[order[: self.num_batches * loader.batch_size]]
+        return loader.fixed(chosen, self._augmentation(trainer))
+
+    def _augmentation(self, trainer: pl.Trainer) -> Augment | None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return data.augmentation(0) if self.augment and isinstance(data, DataModule) else None
+
+    def _first_batches(self, trainer: pl.Trainer, loader: Any) -> Iterator[Any]:
+        # The copy starts workers of its own. Persistent ones belong to the training.
+        loader = copy.copy(loader)
+        vars(loader).pop("_iterator", None)
+        generator = getattr(loader, "generator", None)
+        state = None if generator is None else generator.get_state()
+        try:
+            device, rank = trainer.strategy.root_device, trainer.global_rank
+            seeds.seed_fetch(self.seed, 0, 0, rank, device)
+            if generator is not None:
+                generator.manual_seed(self.seed)
+            yield from islice(loader, self.num_batches)
+        finally:
+            if generator is not None:
+                generator.set_state(state)
+
+
+class _AfterOthers(pl.Callback):
+    """The hooks that run after those of all other callbacks.
+
+    Before, weight averaging puts the average in place for the validation, and
+    ModelCheckpoint writes its file after it.
+    """
+
+    def __init__(self, precise: PreciseStatistics) -> None:
+        self.precise = precise
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.precise.begin_validation(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.precise.end_validation(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.precise.finish(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.precise.is_validating:
+            # Weight averaging may have entered the same dict under two keys.
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.precise.estimated}
+        elif checkpoint.get("between_steps", {}).get("finished"):
+            checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
+
+
+def is_used(trainer: pl.Trainer) -> bool:
+    """Return whether a trainer has the callback `PreciseStatistics`."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, PreciseStatistics) for callback in callbacks)
+
+
+def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
+
+
+def _average(trainer: pl.Trainer) -> Any:
+    averaging = _averaging(trainer)
+    return None if averaging is None else lightning_internals.average_model(averaging)
+
+
+def _copied(statistics: Statistics) -> Statistics:
+    return {name: value.clone() for name, value in statistics.items()}
+
+
+def _write(statistics: Statistics, module: torch.nn.Module) -> None:
+    for name, value in statistics.items():
+        module.get_buffer(name).copy_(value)
