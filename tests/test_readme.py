@@ -246,6 +246,10 @@ def test_norms_of_a_network_are_replaced(run_script):
     assert re.search(r"^layer1.0.bn1 +BatchNorm2d +BatchNorm$", printed, flags=re.M)
 
 
+def test_the_statistics_of_a_network_are_estimated(run_script):
+    assert "statistics of 20 layer(s)" in run_script(example("estimate_statistics"))
+
+
 @pytest.mark.slow
 def test_the_guide_own_data_runs_as_printed(main, tmp_path):
     guide = REPOSITORY / ".github/guides/own-data.md"
@@ -309,7 +313,7 @@ def test_images_in_files_are_those_of_the_guide_own_data(main, tmp_path, monkeyp
 def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
-        *("class TwoLayers", "replace_norms", "def stripes", "class Photos", "mgrid"),
+        *("class TwoLayers", "replace_norms", "estimate_statistics", "def stripes", "class Photos", "mgrid"),
         # tests/test_own_project.py, test_own_task.py and test_own_norm.py have these.
         *("class Block", "class OnePass", "norm_checks"),
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),

@@ -133,8 +133,7 @@ class Task(pl.LightningModule):
         memory_format: MemoryFormat = "auto",
     ) -> None:
         super().__init__()
-        # This also saves the arguments of the subclass. They are logged with the
-        # results, at the end of the run.
+        # This also saves the arguments of the subclass. They are logged with the results.
         self.save_hyperparameters(ignore=self._objects(), logger=False)
         self.hparams.update(initial_weights.without(self.start_only, self.hparams))
         self.network = network
@@ -205,8 +204,7 @@ class Task(pl.LightningModule):
 
     def _measured_step(self, batch: Any, stage: Stage) -> Step:
         step = self.step(batch, stage)
-        # The loss is repeated for each sample instead of weighted, because torchmetrics
-        # 1.9 ignores weights if nan_strategy is "disable".
+        # The loss is not weighted: torchmetrics 1.9 ignores weights with "disable".
         getattr(self, f"{stage}_loss").update(step.loss.detach().expand(step.num_samples))
         outputs, targets = map(_at_least_float32, (step.outputs.detach(), step.targets))
         for name in self.metric_names[1:]:
@@ -269,8 +267,7 @@ class Task(pl.LightningModule):
         if layout == "channels_last":
             channels_last.use_channels_last(self.network)
         if self.hparams["compile"]:
-            # `Module.compile` works in place. A wrapper would add `_orig_mod` to the
-            # name of each weight.
+            # This works in place. A wrapper would add `_orig_mod` to the name of each weight.
             self.network.compile()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -387,11 +384,10 @@ class Task(pl.LightningModule):
             # Lightning loads the weights before it converts the module to its
             # precision. Without this conversion, float64 weights would be rounded.
             self._trainer.precision_plugin.convert_module(self)
-            if self._trainer.state.fn != TrainerFn.FITTING:
-                checkpoint["state_dict"] = checkpoints.weights_to_evaluate(checkpoint)
-        # A resumed optimizer has the learning rate of its checkpoint. The current
-        # settings take precedence, unless there is a scheduler, which continues
-        # unchanged.
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            checkpoint["state_dict"] = checkpoints.weights_to_evaluate(checkpoint)
+        # A resumed optimizer has the learning rate of its checkpoint. The current settings
+        # take precedence, unless there is a scheduler, which continues unchanged.
         before = checkpoint.get("hyper_parameters", {})
         self._overrides_checkpoint = any(
             before.get(name) != self.hparams[name] for name in ("lr", "optimizer_args")
