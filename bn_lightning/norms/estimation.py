@@ -56,9 +56,9 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
 
     In the one pass over the batches, the layers that are estimated normalize by the
     statistics of each batch, as in training. All other layers are in eval mode, and run
-    without gradients. Except
-    for the estimated statistics, the network is unchanged at the end, and so are the
-    global random generators. After an exception, the statistics are unchanged too.
+    without gradients. Except for the estimated statistics, the network is unchanged at
+    the end, and so are the global random generators. After an exception, the statistics
+    are unchanged too.
 
     A layer is estimated if it has buffers `running_mean` and `running_var` of its C
     channels, in dimension 1 of its input, or is a norm of this project. These are left:
