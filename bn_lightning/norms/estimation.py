@@ -51,12 +51,14 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
     The running mean and the running variance (unbiased) of a layer become the statistics
     of all values that reach it in all batches together, per channel. With several
     processes, these are the batches of all of them, and each process must call this
-    function.
+    function. If layers synchronize their statistics, each process must have the same
+    number of batches, of which some may have no samples.
 
     In the one pass over the batches, the layers that are estimated normalize by the
-    statistics of each batch, as in training. All other layers are in eval mode. Except
-    for the estimated statistics, the network is unchanged at the end, and so are the
-    global random generators. After an exception, the statistics are unchanged too.
+    statistics of each batch, as in training. All other layers are in eval mode, and run
+    without gradients. Except for the estimated statistics, the network is unchanged at
+    the end, and so are the global random generators. After an exception, the statistics
+    are unchanged too.
 
     A layer is estimated if it has buffers `running_mean` and `running_var` of its C
     channels, in dimension 1 of its input, or is a norm of this project. These are left:
@@ -64,6 +66,7 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
     * layers with fixed statistics, such as `FrozenBatchNorm`;
     * if the network is in training mode, layers in eval mode;
     * instance norms, whose running statistics are averages over samples;
+    * layers that TorchScript has compiled;
     * layers with running statistics of other names.
 
     Args:
@@ -74,6 +77,12 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
     Raises:
         UserError: there are no batches.
     """
+    # Tensors that are created in inference mode cannot be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        return _estimate(network, batches)
+
+
+def _estimate(network: nn.Module, batches: Iterable[Any]) -> Report:
     layers, left = _layers(network)
     if not layers:
         return plan(network)
@@ -82,7 +91,11 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
     with generators.unchanged(device), ExitStack() as stack:
         num_batches = _observe(network, batches, layers, moments, device, stack)
     is_distributed = dist.is_available() and dist.is_initialized()
-    if not num_batches and not is_distributed:
+    if is_distributed:
+        total = torch.tensor(num_batches, device=device)
+        dist.all_reduce(total)
+        num_batches = int(total)
+    if not num_batches:
         raise UserError(
             "There are no batches. estimate_statistics needs at least one batch of inputs."
         )
@@ -135,6 +148,8 @@ def _layers(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
             reason = "it is in eval mode, and the network in training mode"
         elif isinstance(layer, _InstanceNorm):
             reason = "its running statistics are averages over samples"
+        elif isinstance(layer, torch.jit.ScriptModule):
+            reason = "it is compiled by TorchScript, which runs no hooks"
         if reason:
             left[name] = f"{type(layer).__name__}, {reason}"
         else:
@@ -198,19 +213,23 @@ def _observe(
     stack.enter_context(modes.in_eval_mode(network))
     # torch.compile would compile the hooks too.
     stack.enter_context(torch.compiler.set_stance("force_eager"))
-    # The mode of some layers follows the gradient mode, for example that of `article`.
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
     stack.enter_context(_restored(layers.values()))
     for name, layer in layers.items():
         layer.training = True
+        # The mode of some layers follows the gradient mode, for example that of `article`.
+        # The other layers run without gradients, which is their eval mode.
+        vars(layer)["forward"] = torch.enable_grad()(layer.forward)
         vars(layer).update(names_of(layer).plain)
         handle = layer.register_forward_pre_hook(moments[name].add, with_kwargs=True)
         stack.callback(handle.remove)
     num_batches = 0
     for batch in batches:
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
-        network(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
+        if isinstance(inputs, Tensor):
+            inputs = inputs.to(device)
+            # Autograd does not accept a tensor that was created in inference mode.
+            inputs = inputs.clone() if inputs.is_inference() else inputs
+        network(inputs)
         num_batches += 1
     return num_batches
 
@@ -227,6 +246,8 @@ def _restored(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for (layer, attributes, buffers), by_name in zip(saved, names, strict=True):
+            for new in vars(layer).keys() - attributes.keys():
+                del vars(layer)[new]
             vars(layer).update(attributes)
             # A layer may have replaced a buffer.
             layer._buffers.update(by_name)
@@ -239,6 +260,5 @@ def _set(layer: Any, mean: Tensor, var: Tensor) -> None:
     running_mean, running_var = getattr(layer, names.mean), getattr(layer, names.var)
     if names.var_is_std:
         var = (var + layer.eps).sqrt()
-    with torch.no_grad():
-        running_mean.copy_(mean.view_as(running_mean))
-        running_var.copy_(var.view_as(running_var))
+    running_mean.copy_(mean.view_as(running_mean))
+    running_var.copy_(var.view_as(running_var))

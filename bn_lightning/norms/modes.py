@@ -19,7 +19,12 @@ def restored(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Set a network to eval mode, and restore the mode of each of its modules at the end."""
+    """Set a network to eval mode, and restore the mode of each of its modules at the end.
+
+    The modes are set as attributes. A module whose `train` or `eval` does more, such as
+    merging low-rank weights, would not be restored.
+    """
     with restored(network):
-        network.eval()
+        for module in network.modules():
+            module.training = False
         yield
