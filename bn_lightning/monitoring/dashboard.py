@@ -42,12 +42,15 @@ def add_histograms(writer: Any, histograms: Mapping[str, Tensor], step: int) -> 
             writer.add_histogram(tag, values, step, bins=BINS)
 
 
-def layout(metric_names: Sequence[str], tags: Iterable[str]) -> Layout:
+def layout(
+    metric_names: Sequence[str], tags: Iterable[str], has_population: bool = False
+) -> Layout:
     """Return the charts under Custom Scalars, as `SummaryWriter.add_custom_scalars` expects them.
 
     Args:
         metric_names: metrics of the task, without stage and without the loss.
         tags: tags of the scalars of a monitored step.
+        has_population: whether the statistics of the population are estimated too.
     """
     parts = [tag.split("/") for tag in tags]
     activations = dict.fromkeys(part[1] for part in parts if part[0] == "activation_input")
@@ -63,7 +66,7 @@ def layout(metric_names: Sequence[str], tags: Iterable[str]) -> Layout:
         "Saturated activations": {"fraction of the inputs, by activation": _lines("saturated/.*")},
         "Gradient norms": _gradient_charts(layers),
     }
-    return charts | _norm_charts(layers) if layers else charts
+    return charts | _norm_charts(layers, has_population) if layers else charts
 
 
 def _gradient_charts(norms: Collection[str]) -> dict[str, list[Any]]:
@@ -74,15 +77,22 @@ def _gradient_charts(norms: Collection[str]) -> dict[str, list[Any]]:
     return charts | {"other layers": _lines(f"gradient_norm/(?!({others})$)")}
 
 
-def _norm_charts(layers: Iterable[str]) -> Layout:
+def _norm_charts(layers: Iterable[str], has_population: bool) -> Layout:
+    lags = {"one batch": "running_lag"}
+    if has_population:
+        lags["the population"] = "population_lag"
     return {
         "gamma and beta, channel 0": {
             "gamma": _lines("channel_0/.*/gamma"),
             "beta": _lines("channel_0/.*/beta"),
         },
-        "Lag of the running statistics behind the batch": {
-            "mean, in running standard deviations": _lines("running_lag/.*/mean"),
-            "variance, in powers of 2": _lines("running_lag/.*/var"),
+        "Lag of the running statistics": {
+            f"{what}: behind {others}, in {unit}": _lines(f"{tag}/.*/{short}")
+            for others, tag in lags.items()
+            for what, unit, short in (
+                ("mean", "running standard deviations", "mean"),
+                ("variance", "powers of 2", "var"),
+            )
         },
         "Batch and running statistics, channel 0": {
             f"{layer}, {what}": _lines(f"channel_0/{layer}/(batch|running)_{short}")

@@ -1,7 +1,7 @@
-"""Measurements of one monitored step: norm layers, activations and gradients."""
+"""Measurements of norm layers, activations and gradients, mostly of one monitored step."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -202,17 +202,58 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def running_lag(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
 ) -> tuple[float, float]:
-    """Return the lag of running mean and running variance behind those of the batch, all (C,).
+    """Return the lag of running mean and running variance behind other statistics, all (C,).
 
     The first is the difference of the means in running standard deviations, the second
-    is log2(batch variance / running variance). Both are root mean squares over the
-    channels.
+    is log2(variance / running variance). Both are root mean squares over the channels.
+
+    Args:
+        mean, var: the statistics of a batch or of the population.
+        running_mean, running_var: the running statistics.
     """
     running_var = running_var + EPS
     return (
         _root_mean_square((mean - running_mean) / running_var.sqrt()),
         _root_mean_square(((var + EPS) / running_var).log2()),
     )
+
+
+def population_lag(
+    running: Mapping[str, Tensor], population: Mapping[str, Tensor], layers: Iterable[str]
+) -> dict[str, float]:
+    """Return the lag of the running statistics behind those of the population, by TensorBoard tag.
+
+    It is defined as in `running_lag`. Layers without running statistics are left out.
+
+    Args:
+        running, population: the running statistics of training, and statistics of the
+            population. Keys are names in the state dict.
+        layers: names of the layers to compare.
+    """
+    scalars: dict[str, float] = {}
+    for layer in layers:
+        last = _statistics_of(layer, running)
+        target = _statistics_of(layer, population)
+        if last and target:
+            lag = running_lag(
+                target["running_mean"],
+                target["running_var"],
+                last["running_mean"],
+                last["running_var"],
+            )
+            scalars[f"population_lag/{short_name(layer)}/mean"] = lag[0]
+            scalars[f"population_lag/{short_name(layer)}/var"] = lag[1]
+    return scalars
+
+
+def _statistics_of(layer: str, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return running_mean and running_var of a layer, each (C,); empty if there are none."""
+    buffers = {
+        name.rpartition(".")[2]: value
+        for name, value in statistics.items()
+        if name.rpartition(".")[0] == layer
+    }
+    return recognition.channel_values(buffers)
 
 
 def _root_mean_square(values: Tensor) -> float:

@@ -17,10 +17,13 @@ from bn_lightning.monitoring.measurements import (
     MAX_LAYERS,
     Measurements,
     is_activation,
+    population_lag,
     selection,
     short_name,
 )
 from bn_lightning.norms import recognition
+from bn_lightning.training import precise_statistics
+from bn_lightning.training.precise_statistics import PreciseStatistics
 from bn_lightning.training.task import Task
 
 # Histograms are written in every second monitored step: a histogram takes as long as
@@ -41,8 +44,8 @@ class NormMonitor(pl.Callback):
     console and TensorBoard (under Text) state which.
 
     LAYER is the name of a layer in the network. Values are those of the first forward
-    pass of a step, before the step changes any parameter or running statistic. The tags
-    are:
+    pass of a step, before the step changes any parameter or running statistic. Only
+    `population_lag` is measured at each validation instead. The tags are:
 
     * `activation_input/1/p15`, `p50`, `p85`: percentiles of the input of the first activation, as
       in figure 1 (b, c) of Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167;
@@ -53,6 +56,10 @@ class NormMonitor(pl.Callback):
     * `running_lag/LAYER/mean`: difference of batch mean and running mean, in running standard
       deviations; `running_lag/LAYER/var`: log2(batch variance / running variance). Both
       are root mean squares over the channels;
+    * `population_lag/LAYER/mean`, `population_lag/LAYER/var`: the same, with the statistics of the
+      population in place of those of one batch. They are those that `PreciseStatistics`
+      estimates from many batches at the current weights, or at the averaged weights with
+      weight averaging. Without this callback, there is no such tag;
     * `gradient_norm/LAYER`, and `gradient_norm/all` of all parameters;
     * `steps_per_second`.
 
@@ -201,7 +208,8 @@ class NormMonitor(pl.Callback):
             dashboard.add_histograms(writer, histograms, self._step)
             if not self._has_layout:
                 metrics = pl_module.metric_names[1:] if isinstance(pl_module, Task) else ()
-                writer.add_custom_scalars(dashboard.layout(metrics, scalars))
+                is_precise = precise_statistics.is_used(trainer)
+                writer.add_custom_scalars(dashboard.layout(metrics, scalars, is_precise))
         self._has_layout = True
         if not self._is_measuring and not self._has_text:
             self._write_selection(trainer, pl_module)
@@ -224,6 +232,21 @@ class NormMonitor(pl.Callback):
             for writer in dashboard.writers(trainer):
                 text = dashboard.selection_table(layers, self.max_layers)
                 writer.add_text("monitored_layers", text, self._step)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PreciseStatistics) and callback.is_validating:
+                self._observe(self._log_population_lag, trainer, pl_module, callback)
+
+    def _log_population_lag(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, precise: PreciseStatistics
+    ) -> None:
+        norms = selection([*recognition.layers(pl_module)], self.max_layers)
+        scalars = population_lag(precise.running, precise.estimated, norms)
+        for logger in trainer.loggers if scalars else ():
+            logger.log_metrics(scalars, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # If a callback has ended the epoch within a step, the hooks are still

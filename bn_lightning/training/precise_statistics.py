@@ -104,6 +104,14 @@ class PreciseStatistics(pl.Callback):
         _write(self.running, average.module if average is not None else pl_module)
         self.is_validating = False
 
+    def abandon_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the statistics of training back after an exception."""
+        # With weight averaging, the exception may have left the averaged weights in the
+        # network. Then it keeps their statistics.
+        if self.is_validating and _averaging(trainer) is None:
+            _write(self.running, pl_module)
+        self.is_validating = False
+
     # At the end
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,6 +204,11 @@ class _AfterOthers(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.precise.end_validation(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.precise.abandon_validation(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.precise.finish(trainer, pl_module)

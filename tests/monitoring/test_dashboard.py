@@ -63,9 +63,12 @@ def test_charts_of_a_network_with_norm_layers():
             "gamma": ["Multiline", ["channel_0/.*/gamma"]],
             "beta": ["Multiline", ["channel_0/.*/beta"]],
         },
-        "Lag of the running statistics behind the batch": {
-            "mean, in running standard deviations": ["Multiline", ["running_lag/.*/mean"]],
-            "variance, in powers of 2": ["Multiline", ["running_lag/.*/var"]],
+        "Lag of the running statistics": {
+            "mean: behind one batch, in running standard deviations": [
+                "Multiline",
+                ["running_lag/.*/mean"],
+            ],
+            "variance: behind one batch, in powers of 2": ["Multiline", ["running_lag/.*/var"]],
         },
         "Batch and running statistics, channel 0": {
             "norm1, mean": ["Multiline", ["channel_0/norm1/(batch|running)_mean"]],
@@ -75,6 +78,31 @@ def test_charts_of_a_network_with_norm_layers():
     charts = dashboard.layout(("acc", "top_5"), TAGS)
     assert charts == expected
     assert list(charts) == list(expected)
+
+
+def test_precise_statistics_add_charts_of_the_lag_behind_the_population():
+    without = dashboard.layout(("acc",), TAGS)
+    charts = dashboard.layout(("acc",), TAGS, has_population=True)
+    assert list(charts) == list(without)
+    section = "Lag of the running statistics"
+    lag, lag_of_batch = charts.pop(section), without.pop(section)
+    assert charts == without
+    assert list(lag.items())[:2] == list(lag_of_batch.items())
+    shown = {
+        title: [
+            tag
+            for tag in ("running_lag/a/mean", "population_lag/a/mean", "population_lag/a/var")
+            # TensorBoard compares from the beginning of the tag.
+            if re.match(pattern, tag)
+        ]
+        for title, (_, [pattern]) in lag.items()
+    }
+    assert shown == {
+        "mean: behind one batch, in running standard deviations": ["running_lag/a/mean"],
+        "variance: behind one batch, in powers of 2": [],
+        "mean: behind the population, in running standard deviations": ["population_lag/a/mean"],
+        "variance: behind the population, in powers of 2": ["population_lag/a/var"],
+    }
 
 
 def test_each_gradient_norm_is_in_one_chart():
