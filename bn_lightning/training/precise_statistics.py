@@ -85,11 +85,19 @@ class PreciseStatistics(pl.Callback):
 
     # During a validation
 
+    def keep_running(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the statistics of training, before the average is in place."""
+        # The average may have a higher precision than the network.
+        source = _averaged(trainer, pl_module)
+        with modes.restored(pl_module):
+            lightning_internals.restore_training_modes(trainer)
+            names = estimation.statistics(pl_module)
+        self.running = {name: source.get_buffer(name).clone() for name in names}
+
     def begin_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the network, which may have averaged weights, the estimated statistics."""
         with modes.restored(pl_module):
             lightning_internals.restore_training_modes(trainer)
-            self.running = _copied(estimation.statistics(pl_module))
             self.estimated = self._estimate(trainer, pl_module)
         _write(self.estimated, pl_module)
         self.is_validating = True
@@ -100,8 +108,7 @@ class PreciseStatistics(pl.Callback):
             return
         # The averaged weights are back in the average, with the statistics that were
         # estimated for them.
-        average = _average(trainer)
-        _write(self.running, average.module if average is not None else pl_module)
+        _write(self.running, _averaged(trainer, pl_module))
         self.is_validating = False
 
     # At the end
@@ -190,8 +197,12 @@ class _AfterOthers(pl.Callback):
     def __init__(self, precise: PreciseStatistics) -> None:
         self.precise = precise
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_validation_of_fit(trainer):
+            self.precise.keep_running(trainer, pl_module)
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if _is_validation_of_fit(trainer):
             self.precise.begin_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,6 +221,10 @@ class _AfterOthers(pl.Callback):
             checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
 
 
+def _is_validation_of_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
 def is_used(trainer: pl.Trainer) -> bool:
     """Return whether a trainer has the callback `PreciseStatistics`."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -221,9 +236,11 @@ def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
     return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
 
 
-def _average(trainer: pl.Trainer) -> Any:
+def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.nn.Module:
+    """Return the average of the network, or the network itself if there is none."""
     averaging = _averaging(trainer)
-    return None if averaging is None else lightning_internals.average_model(averaging)
+    average = None if averaging is None else lightning_internals.average_model(averaging)
+    return pl_module if average is None else average.module
 
 
 def _copied(statistics: Statistics) -> Statistics:
