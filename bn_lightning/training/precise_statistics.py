@@ -4,13 +4,14 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms import estimation, modes
@@ -22,6 +23,18 @@ from bn_lightning.training.data_module import DataModule
 Statistics = dict[str, Tensor]
 
 
+class _Weights(NamedTuple):
+    """Identifies the weights that are validated.
+
+    Attributes:
+        step: the number of optimizer steps.
+        num_averaged: the number of averaged weights; 0 without an average.
+    """
+
+    step: int
+    num_averaged: int
+
+
 class PreciseStatistics(pl.Callback):
     """Estimates the running statistics anew before each validation and at the end.
 
@@ -29,10 +42,11 @@ class PreciseStatistics(pl.Callback):
     `estimate_statistics`. Training itself is unchanged: after each validation, the
     network has its running statistics back.
 
-    A checkpoint that is written during a validation, such as `best.ckpt`, has the
-    estimated statistics. `last.ckpt` has those of training. If the run has ended, it has
-    the estimated ones too, under a key of its own, and evaluation uses them. At the end
-    of `fit`, the network has the estimated statistics.
+    A checkpoint that is written at the end of a validation, or of its epoch, such as
+    `best.ckpt` and those of ModelCheckpoint, has the estimated statistics. `last.ckpt`
+    has those of training. If the run has ended, it has the estimated ones too, under a
+    key of its own, and evaluation uses them. At the end of `fit`, the network has the
+    estimated statistics.
 
     The batches are the same throughout a run: samples are drawn by the seed, and are not
     augmented. If the training loader is not a `ShardedBatches`, for example a plain
@@ -69,6 +83,7 @@ class PreciseStatistics(pl.Callback):
         self.running: Statistics = {}
         self.estimated: Statistics = {}
         self.is_validating = False
+        self._estimated_for = _Weights(-1, 0)
         self._final: Statistics | None = None  # at the end of training
         self._count, self._seconds = 0, 0.0
 
@@ -100,6 +115,7 @@ class PreciseStatistics(pl.Callback):
             lightning_internals.restore_training_modes(trainer)
             self.estimated = self._estimate(trainer, pl_module)
         _write(self.estimated, pl_module)
+        self._estimated_for = _weights(trainer)
         self.is_validating = True
 
     def end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,7 +127,15 @@ class PreciseStatistics(pl.Callback):
         _write(self.running, _averaged(trainer, pl_module))
         self.is_validating = False
 
+    def is_estimated_for_current(self, trainer: pl.Trainer) -> bool:
+        """Return whether the weights are those of the last validation."""
+        return self._estimated_for == _weights(trainer)
+
     # At the end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Other callbacks may change the weights at the end of training.
+        self._estimated_for = _Weights(-1, 0)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimate the statistics for the weights at the end of training."""
@@ -214,11 +238,13 @@ class _AfterOthers(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.precise.is_validating:
+        between_steps = checkpoint.get("between_steps")  # in last.ckpt only
+        if between_steps is not None:
+            if between_steps["finished"]:
+                checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
+        elif self.precise.is_estimated_for_current(trainer):
             # Weight averaging may have entered the same dict under two keys.
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.precise.estimated}
-        elif checkpoint.get("between_steps", {}).get("finished"):
-            checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
 
 
 def _is_validation_of_fit(trainer: pl.Trainer) -> bool:
@@ -236,10 +262,19 @@ def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
     return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
 
 
+def _weights(trainer: pl.Trainer) -> _Weights:
+    average = _average(trainer)
+    return _Weights(trainer.global_step, 0 if average is None else int(average.n_averaged))
+
+
+def _average(trainer: pl.Trainer) -> AveragedModel | None:
+    averaging = _averaging(trainer)
+    return None if averaging is None else lightning_internals.average_model(averaging)
+
+
 def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.nn.Module:
     """Return the average of the network, or the network itself if there is none."""
-    averaging = _averaging(trainer)
-    average = None if averaging is None else lightning_internals.average_model(averaging)
+    average = _average(trainer)
     return pl_module if average is None else average.module
 
 
