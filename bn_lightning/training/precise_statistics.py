@@ -1,15 +1,14 @@
 """The callback that validates and saves with running statistics that do not lag."""
 
-import copy
 import time
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,6 +18,7 @@ from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import Augment, ShardedBatches, network_input
 from bn_lightning.training.checkpoints import PRECISE_STATISTICS
 from bn_lightning.training.data_module import DataModule
+from bn_lightning.training.first_batches import first_batches
 
 Statistics = dict[str, Tensor]
 
@@ -50,7 +50,9 @@ class PreciseStatistics(pl.Callback):
 
     The batches are the same throughout a run: samples are drawn by the seed, and are not
     augmented. If the training loader is not a `ShardedBatches`, for example a plain
-    DataLoader, they are its first batches after seeding, as it augments them.
+    DataLoader, they are its first batches after seeding, as it augments them. Then a
+    dataset or sampler must not have random numbers of its own, other than those of the
+    global generators and of a torch.Generator in the attribute `generator`.
 
     With weight averaging, the statistics are those of the averaged weights.
     `bn_lightning.StochasticWeightAveraging` then makes no pass of its own.
@@ -171,9 +173,8 @@ class PreciseStatistics(pl.Callback):
         if not before:
             return {}
         start = time.perf_counter()
-        batches = (network_input(trainer, batch) for batch in self._batches(trainer))
-        with trainer.precision_plugin.val_step_context():
-            estimation.estimate_statistics(pl_module, batches)
+        with trainer.precision_plugin.val_step_context(), _stage_of(trainer, self.augment):
+            estimation.estimate_statistics(pl_module, self._inputs(trainer))
         found = _copied(estimation.statistics(pl_module))
         _write(before, pl_module)
         device = trainer.strategy.root_device
@@ -182,10 +183,17 @@ class PreciseStatistics(pl.Callback):
         self._seconds += time.perf_counter() - start
         return found
 
+    def _inputs(self, trainer: pl.Trainer) -> Iterator[Any]:
+        # `estimate_statistics` restores the global generators.
+        device, rank = trainer.strategy.root_device, trainer.global_rank
+        seeds.seed_fetch(self.seed, 0, 0, rank, device)
+        for batch in self._batches(trainer):
+            yield network_input(trainer, batch)
+
     def _batches(self, trainer: pl.Trainer) -> Iterable[Any]:
         loader = trainer.train_dataloader
         if not isinstance(loader, ShardedBatches):
-            return self._first_batches(trainer, loader)
+            return first_batches(loader, self.num_batches, self.seed)
         order = seeds.statistics_order(len(loader.indices), self.seed)
         chosen = loader.indices[order[: self.num_batches * loader.batch_size]]
         return loader.fixed(chosen, self._augmentation(trainer))
@@ -193,22 +201,6 @@ class PreciseStatistics(pl.Callback):
     def _augmentation(self, trainer: pl.Trainer) -> Augment | None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         return data.augmentation(0) if self.augment and isinstance(data, DataModule) else None
-
-    def _first_batches(self, trainer: pl.Trainer, loader: Any) -> Iterator[Any]:
-        # The copy starts workers of its own. Persistent ones belong to the training.
-        loader = copy.copy(loader)
-        vars(loader).pop("_iterator", None)
-        generator = getattr(loader, "generator", None)
-        state = None if generator is None else generator.get_state()
-        try:
-            device, rank = trainer.strategy.root_device, trainer.global_rank
-            seeds.seed_fetch(self.seed, 0, 0, rank, device)
-            if generator is not None:
-                generator.manual_seed(self.seed)
-            yield from islice(loader, self.num_batches)
-        finally:
-            if generator is not None:
-                generator.set_state(state)
 
 
 class _AfterOthers(pl.Callback):
@@ -255,6 +247,17 @@ def is_used(trainer: pl.Trainer) -> bool:
     """Return whether a trainer has the callback `PreciseStatistics`."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(callback, PreciseStatistics) for callback in callbacks)
+
+
+@contextmanager
+def _stage_of(trainer: pl.Trainer, training: bool) -> Iterator[None]:
+    """Set the stage that hooks of the user read, such as an augmentation of whole batches."""
+    before = trainer.state.stage
+    trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
