@@ -1,14 +1,15 @@
 """The callback that validates and saves with running statistics that do not lag."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,18 +22,6 @@ from bn_lightning.training.data_module import DataModule
 from bn_lightning.training.first_batches import first_batches
 
 Statistics = dict[str, Tensor]
-
-
-class _Weights(NamedTuple):
-    """Identifies the weights that are validated.
-
-    Attributes:
-        step: the number of optimizer steps.
-        num_averaged: the number of averaged weights; 0 without an average.
-    """
-
-    step: int
-    num_averaged: int
 
 
 class PreciseStatistics(pl.Callback):
@@ -67,7 +56,8 @@ class PreciseStatistics(pl.Callback):
             estimated ones, by their names in the state dict.
 
     Raises:
-        UserError: num_batches is below 1.
+        UserError: num_batches is below 1; in `fit`, if the module has no `forward`, or
+            there are several training loaders.
     """
 
     def __init__(self, num_batches: int = 20, augment: bool = False, seed: int = 0) -> None:
@@ -85,7 +75,8 @@ class PreciseStatistics(pl.Callback):
         self.running: Statistics = {}
         self.estimated: Statistics = {}
         self.is_validating = False
-        self._estimated_for = _Weights(-1, 0)
+        # Steps and averaged weights at the last validation.
+        self._estimated_for: tuple[int, int] | None = None
         self._final: Statistics | None = None  # at the end of training
         self._count, self._seconds = 0, 0.0
 
@@ -93,12 +84,27 @@ class PreciseStatistics(pl.Callback):
         if stage == "fit":
             self._reset()
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            others = [c for c in callbacks if not isinstance(c, _AfterOthers)]
-            callbacks[:] = [*others, _AfterOthers(self)]
+            # In a second fit, it is in its place, before the last one of ExactResume.
+            if not any(isinstance(callback, _AfterOthers) for callback in callbacks):
+                callbacks.append(_AfterOthers(self))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         number = f"{self.num_batches} training batches"
         pl_module.print(f"precise statistics from {number}: {estimation.plan(pl_module)}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_overridden("forward", pl_module):
+            raise UserError(
+                f"PreciseStatistics calls the module with the input of a batch, but "
+                f"{type(pl_module).__name__} has no forward().\n"
+                "Add the method forward(self, inputs), which calls the network."
+            )
+        if isinstance(trainer.train_dataloader, Mapping | list | tuple):
+            raise UserError(
+                "PreciseStatistics needs a single training loader, but train_dataloader() returns "
+                f"{len(trainer.train_dataloader)} in a {type(trainer.train_dataloader).__name__}.\n"
+                "Remove the callback, or return one loader."
+            )
 
     # During a validation
 
@@ -117,7 +123,7 @@ class PreciseStatistics(pl.Callback):
             lightning_internals.restore_training_modes(trainer)
             self.estimated = self._estimate(trainer, pl_module)
         _write(self.estimated, pl_module)
-        self._estimated_for = _weights(trainer)
+        self._estimated_for = _numbers_of_updates(trainer)
         self.is_validating = True
 
     def end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,13 +137,13 @@ class PreciseStatistics(pl.Callback):
 
     def is_estimated_for_current(self, trainer: pl.Trainer) -> bool:
         """Return whether the weights are those of the last validation."""
-        return self._estimated_for == _weights(trainer)
+        return self._estimated_for == _numbers_of_updates(trainer)
 
     # At the end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Other callbacks may change the weights at the end of training.
-        self._estimated_for = _Weights(-1, 0)
+        self._estimated_for = None
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimate the statistics for the weights at the end of training."""
@@ -265,9 +271,10 @@ def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
     return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
 
 
-def _weights(trainer: pl.Trainer) -> _Weights:
+def _numbers_of_updates(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return the number of optimizer steps, and of updates of the average, which may be none."""
     average = _average(trainer)
-    return _Weights(trainer.global_step, 0 if average is None else int(average.n_averaged))
+    return trainer.global_step, 0 if average is None else int(average.n_averaged)
 
 
 def _average(trainer: pl.Trainer) -> AveragedModel | None:
