@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 
 def first_batches(loader: Any, num_batches: int, seed: int) -> Iterator[Any]:
@@ -17,7 +18,8 @@ def first_batches(loader: Any, num_batches: int, seed: int) -> Iterator[Any]:
     """
     # The copy starts workers of its own. Persistent ones belong to the training.
     loader = copy.copy(loader)
-    vars(loader).pop("_iterator", None)
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
     try:
         for generator, _ in states:
