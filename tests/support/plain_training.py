@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from bn_lightning.training import seeds
+from bn_lightning.training.first_batches import first_batches
+
 
 class Rows(Dataset):
     """52 samples (3, 9, 7) whose noise is drawn from the global generators."""
@@ -81,6 +84,10 @@ def best(folder):
     )
 
 
+def shuffled():
+    return DataLoader(Rows(), 8, shuffle=True)
+
+
 def validation_loader():
     torch.manual_seed(5)
     return DataLoader(TensorDataset(torch.randn(20, 3, 9, 7), torch.arange(20) % 4), 8)
@@ -95,3 +102,9 @@ def fit(callbacks, loader, folder, module=None, trainer_settings=None):
     pl.seed_everything(1, verbose=False)
     trainer.fit(module, loader(), validation)
     return module, trainer
+
+
+def inputs_of(precise, loader):
+    """Return the inputs of an estimate by PreciseStatistics, as a trainer would draw them."""
+    seeds.seed_fetch(precise.seed, 0, 0, 0, torch.device("cpu"))
+    return [batch[0] for batch in first_batches(loader(), precise.num_batches, precise.seed)]

@@ -11,9 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from bn_lightning import ExactResume, PreciseStatistics, UserError
-from bn_lightning.training import seeds
-from bn_lightning.training.first_batches import first_batches
-from tests.support.plain_training import QUIET, Residual, Rows, best, fit, validation_loader
+from tests.support.plain_training import (
+    QUIET,
+    Residual,
+    Rows,
+    best,
+    fit,
+    inputs_of,
+    shuffled,
+    validation_loader,
+)
 from tests.support.precise import assert_statistics, expected_statistics
 
 pytestmark = pytest.mark.filterwarnings(
@@ -21,12 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers",
     "ignore:The number of training batches",
     "ignore:Found 2 module\\(s\\) in eval mode",
-    "ignore:There is a wandb",
 )
-
-
-def shuffled():
-    return DataLoader(Rows(), 8, shuffle=True)
 
 
 def assert_same_parameters(one, other):
@@ -69,17 +71,11 @@ def test_a_plain_loader_trains_the_same_and_checkpoints_have_the_statistics(tmp_
     for state in (saved, module.state_dict()):
         reference = Residual()
         reference.load_state_dict(state)
-        batches = [batch[0] for batch in batches_of(precise, loader)]
+        batches = inputs_of(precise, loader)
         assert_statistics(state, reference, batches, rtol=1e-4, atol=1e-5)
         assert state["network.1.num_batches_tracked"] in (7, 14, 21)
     # The best validation may be another one, but the running statistics lag in each.
     assert not torch.allclose(running["network.1.running_var"], saved["network.1.running_var"])
-
-
-def batches_of(precise, loader):
-    """Return the batches of an estimate, as a trainer would draw them."""
-    seeds.seed_fetch(precise.seed, 0, 0, 0, torch.device("cpu"))
-    return list(first_batches(loader(), precise.num_batches, precise.seed))
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -94,7 +90,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path, is_first, at_epoch
     state = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
     reference = Residual()
     reference.load_state_dict(state)
-    assert_statistics(state, reference, [batch[0] for batch in batches_of(precise, shuffled)])
+    assert_statistics(state, reference, inputs_of(precise, shuffled))
 
 
 def test_the_validation_metric_is_that_of_the_saved_network(tmp_path):
