@@ -75,8 +75,7 @@ class PreciseStatistics(pl.Callback):
         self.running: Statistics = {}
         self.estimated: Statistics = {}
         self.is_validating = False
-        # Steps and averaged weights at the last validation.
-        self._estimated_for: tuple[int, int] | None = None
+        self._estimated_for: tuple[int, int] | None = None  # see _numbers_of_updates
         self._final: Statistics | None = None  # at the end of training
         self._count, self._seconds = 0, 0.0
 
@@ -99,10 +98,11 @@ class PreciseStatistics(pl.Callback):
                 f"{type(pl_module).__name__} has no forward().\n"
                 "Add the method forward(self, inputs), which calls the network."
             )
-        if isinstance(trainer.train_dataloader, Mapping | list | tuple):
+        loader = trainer.train_dataloader
+        if isinstance(loader, Mapping | list | tuple):
             raise UserError(
                 "PreciseStatistics needs a single training loader, but train_dataloader() returns "
-                f"{len(trainer.train_dataloader)} in a {type(trainer.train_dataloader).__name__}.\n"
+                f"{len(loader)} in a {type(loader).__name__}.\n"
                 "Remove the callback, or return one loader."
             )
 
@@ -130,8 +130,7 @@ class PreciseStatistics(pl.Callback):
         """Give the statistics of training back."""
         if not self.is_validating:
             return
-        # The averaged weights are back in the average, with the statistics that were
-        # estimated for them.
+        # The averaged weights are back in the average, with their estimated statistics.
         _write(self.running, _averaged(trainer, pl_module))
         self.is_validating = False
 
@@ -201,8 +200,12 @@ class PreciseStatistics(pl.Callback):
         if not isinstance(loader, ShardedBatches):
             return first_batches(loader, self.num_batches, self.seed)
         order = seeds.statistics_order(len(loader.indices), self.seed)
-        chosen = loader.indices[order[: self.num_batches * loader.batch_size]]
-        return loader.fixed(chosen, self._augmentation(trainer))
+        count = min(self.num_batches * loader.batch_size, len(order))
+        rest = count % loader.batch_size
+        # Most batch norms fail on one sample per process. Training need not reach this batch.
+        if count > rest and rest < 2 * loader.world_size:
+            count -= rest
+        return loader.fixed(loader.indices[order[:count]], self._augmentation(trainer))
 
     def _augmentation(self, trainer: pl.Trainer) -> Augment | None:
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -174,6 +174,12 @@ def test_the_average_of_a_16_bit_network_keeps_its_precision(tmp_path):
     assert mean.dtype == torch.float32 and not torch.equal(mean.bfloat16().float(), mean)
 
 
+@pytest.mark.parametrize("settings", [("--trainer.max_steps", 6), ("--trainer.max_epochs", 1)])
+def test_a_run_of_a_16_bit_network_saves_the_same_average(tmp_path, settings):
+    given = ("--trainer.precision", "bf16-true", *EMA, *settings)
+    assert_same_training(*pair(tmp_path, *given))
+
+
 def test_with_any_order_of_callbacks_lightnings_average_has_its_statistics(tmp_path):
     for name, order in (("first", 1), ("last", -1)):
         ema, precise = EMAWeightAveraging(decay=0.7), PreciseStatistics(3)

@@ -5,8 +5,12 @@ import json
 import pytest
 import torch
 
+from bn_lightning.deploy import served
+from bn_lightning.training import checkpoints
+from bn_lightning.training.exact_data_loader import ExactDataLoader
 from tests.benchmarks.photographs import write_photographs
 from tests.conftest import QUICK, command, run_here, weights
+from tests.support.precise import assert_statistics, batches_of
 from tests.support.runs import result_of
 
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
@@ -103,3 +107,22 @@ def test_statistics_of_pictures_do_not_depend_on_the_workers(pictures):
     assert two["precise_statistics"]
     for name, value in two["precise_statistics"].items():
         assert torch.equal(none["precise_statistics"][name], value), name
+
+
+def test_statistics_of_pictures_are_those_of_unaugmented_samples(pictures, monkeypatch):
+    """The run crops its training samples at random places."""
+    monkeypatch.chdir(pictures)
+    folder = pictures / "runs/workers-2/0"
+    restored = served.restore(str(folder / LAST), "bn_lightning.experiment:EXPERIMENT")
+    data = restored.data
+    data.prepare_data()
+    data.setup("fit")
+    assert isinstance(data.train_dataloader(), ExactDataLoader)
+    batches = batches_of(data, 3)
+    assert [len(batch) for batch in batches] == [20, 20, 20]
+    network = restored.task.network.requires_grad_(False)
+    for checkpoint in (LAST, BEST):
+        state = checkpoints.weights_to_evaluate(torch.load(folder / checkpoint, weights_only=True))
+        network.load_state_dict({n.removeprefix("network."): it for n, it in state.items()})
+        state = network.state_dict()
+        assert_statistics(state, network.to(memory_format=torch.contiguous_format), batches)

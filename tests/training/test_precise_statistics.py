@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from bn_lightning import ExactResume, PreciseStatistics, UserError
+from bn_lightning.training.seeds import statistics_order
+from tests.projects.friedman.experiment import Regression, Table
 from tests.support.plain_training import (
     QUIET,
     Residual,
@@ -214,6 +216,22 @@ def test_an_exception_leaves_the_statistics_of_training(tmp_path):
     )  # fmt: skip
     for name, value in truth.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_a_last_batch_of_one_sample_is_left_out(tmp_path):
+    """Training does not reach it. A batch norm after a linear layer fails on it."""
+    trainer = pl.Trainer(
+        **QUIET, max_epochs=1, limit_train_batches=2, enable_checkpointing=False,
+        default_root_dir=tmp_path, callbacks=[PreciseStatistics(10)],
+    )  # fmt: skip
+    module, data = Regression(norm="builtin"), Table(rows=61, batch_size=20)
+    trainer.fit(module, datamodule=data)
+    assert len(data.train_indices) == 61
+    used = data.train_indices[statistics_order(61, 0)][:60]
+    with torch.no_grad():
+        values = module.network[0](data.inputs[used])
+    torch.testing.assert_close(module.network[1].running_mean, values.mean(0))
+    torch.testing.assert_close(module.network[1].running_var, values.var(0))
 
 
 @pytest.mark.parametrize("num_batches", [0, -3])
