@@ -156,11 +156,8 @@ class PreciseStatistics(pl.Callback):
         averaging = _averaging(trainer)
         if averaging is None:
             return self._estimate(trainer, pl_module)
-        lightning_internals.swap_average(averaging, pl_module)
-        try:
+        with lightning_internals.average_in_place(averaging, pl_module):
             return self._estimate(trainer, pl_module)
-        finally:
-            lightning_internals.swap_average(averaging, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._final:
