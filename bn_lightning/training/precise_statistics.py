@@ -149,7 +149,7 @@ class PreciseStatistics(pl.Callback):
         self._final = self._estimate(trainer, pl_module)
 
     def at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        """Return the statistics for the weights that a finished run saves."""
+        """Return the statistics for the weights that a run saves when it ends."""
         if self._final is not None:
             return self._final
         # The run has ended within an epoch, and the network has no averaged weights yet.
@@ -238,7 +238,7 @@ class _AfterOthers(pl.Callback):
     ) -> None:
         between_steps = checkpoint.get("between_steps")  # in last.ckpt only
         if between_steps is not None:
-            if between_steps["finished"]:
+            if between_steps["is_tested"]:
                 checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
         elif self.precise.is_estimated_for_current(trainer):
             # Weight averaging may have entered the same dict under two keys.

@@ -9,7 +9,7 @@ import torch
 
 from bn_lightning import Classifier, FashionMNIST
 from bn_lightning.deploy import served
-from tests.conftest import BRIEF, run_here, weights
+from tests.conftest import BRIEF, QUICK, run_here, weights
 from tests.support import kills
 from tests.support.logs import events_in
 from tests.support.precise import as_builtin, assert_statistics, batches_of
@@ -266,3 +266,16 @@ def test_a_compiled_network_has_the_same_statistics(main, tmp_path):
     assert main("fit", *FAST, *PRECISE, "--model.compile", "true")[0] == 0
     state = of_network(weights(tmp_path / "runs/lenet/0" / BEST))
     assert_statistics(state, as_builtin(state), batches_of(data_of(), 3))
+
+
+def test_a_run_that_reached_its_time_limit_is_tested_with_the_estimated_statistics(main, tmp_path):
+    given = ("--data.val_images", 0, "--data.batch_size", 32, "--monitor", "false")
+    limit = ("--trainer.max_time", str({"milliseconds": 300}))
+    code, out, err = main("fit", *QUICK, *given, *limit, *PRECISE, "--trainer.max_epochs", 50)
+    assert code == 0, err
+    assert "Stopped by --trainer.max_time" in out
+    folder = tmp_path / "runs/lenet/0"
+    assert result_of(folder)["tested"] == "last.ckpt"
+    assert len(saved(folder)["precise_statistics"]) == 8
+    _, out, _ = main("test", "--ckpt_path", folder / LAST)
+    assert f"test_loss  {result_of(folder)['test_loss']:.4f}" in out
