@@ -174,9 +174,8 @@ def test_the_average_of_a_16_bit_network_keeps_its_precision(tmp_path):
     assert mean.dtype == torch.float32 and not torch.equal(mean.bfloat16().float(), mean)
 
 
-@pytest.mark.parametrize("settings", [("--trainer.max_steps", 6), ("--trainer.max_epochs", 1)])
-def test_a_run_of_a_16_bit_network_saves_the_same_average(tmp_path, settings):
-    given = ("--trainer.precision", "bf16-true", *EMA, *settings)
+def test_a_run_of_a_16_bit_network_that_ends_within_an_epoch_saves_the_same_average(tmp_path):
+    given = ("--trainer.precision", "bf16-true", *EMA, "--trainer.max_steps", 6)
     assert_same_training(*pair(tmp_path, *given))
 
 
