@@ -6,7 +6,7 @@ import shutil
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from bn_lightning import Classifier, FashionMNIST, PreciseStatistics
 from bn_lightning.training.averaging import AverageFromStart, StochasticWeightAveraging
@@ -190,6 +190,21 @@ def test_with_any_order_of_callbacks_lightnings_average_has_its_statistics(tmp_p
             assert_statistics(state, reference, inputs_of(precise, shuffled))
 
 
+def test_an_average_that_is_updated_after_its_validation_keeps_its_own_statistics(tmp_path):
+    """The estimated ones are those of the average before."""
+
+    def saved_average(name, *callbacks):
+        # It is updated at the end of each epoch only, before ModelCheckpoint saves.
+        ema = EMAWeightAveraging(decay=0.7, update_every_n_steps=0, update_starting_at_epoch=0)
+        newest = ModelCheckpoint(tmp_path / name, "newest", enable_version_counter=False)
+        fit([ema, *callbacks, newest], shuffled, tmp_path)
+        return saved(tmp_path / name, "newest.ckpt")
+
+    without, precise = saved_average("without"), saved_average("with", PreciseStatistics(3))
+    assert precise["averaging_state"]["n_averaged"] == 3
+    assert list(kills.differences(without["state_dict"], precise["state_dict"])) == []
+
+
 # Stochastic weight averaging
 
 
@@ -228,3 +243,16 @@ def test_the_callback_makes_its_own_pass_in_a_later_fit_without_the_flag(tmp_pat
     module, trainer = fit(callbacks, shuffled, tmp_path, trainer_settings=settings)
     assert (trainer.current_epoch, trainer.global_step) == (3, 21)
     assert averaging.pl_module_contains_batch_norm(module)
+
+
+def test_a_checkpoint_at_the_end_does_not_have_the_statistics_of_earlier_weights(tmp_path):
+    """At the end of training, ModelCheckpoint saves the averaged weights if it has not saved."""
+    averaging = StochasticWeightAveraging(0.1, swa_epoch_start=1)
+    never = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=100)
+    precise = PreciseStatistics(3)
+    fit([averaging, never, precise], shuffled, tmp_path)
+    state = saved(tmp_path, "last.ckpt")["state_dict"]
+    assert torch.equal(state["network.0.weight"], averaging._average_model.network[0].weight)
+    for name, value in precise.running.items():
+        assert torch.equal(state[name], value), name
+        assert not torch.equal(precise.estimated[name], value), name
