@@ -313,7 +313,8 @@ def test_images_in_files_are_those_of_the_guide_own_data(main, tmp_path, monkeyp
 def test_each_python_block_is_tested():
     words = (
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
-        *("class TwoLayers", "replace_norms", "estimate_statistics", "def stripes", "class Photos", "mgrid"),
+        *("class TwoLayers", "replace_norms", "estimate_statistics"),
+        *("def stripes", "class Photos", "mgrid"),
         # tests/test_own_project.py, test_own_task.py and test_own_norm.py have these.
         *("class Block", "class OnePass", "norm_checks"),
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),

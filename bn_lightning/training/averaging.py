@@ -46,10 +46,15 @@ class StochasticWeightAveraging(callbacks.StochasticWeightAveraging):
         super().__init__(*args, device=device, **kwargs)  # type: ignore[misc]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if precise_statistics.is_used(trainer):
-            # Without a batch norm, there is no pass for the statistics.
-            self.pl_module_contains_batch_norm = lambda pl_module: False  # type: ignore[method-assign]
-        super().on_fit_start(trainer, pl_module)
+        if not precise_statistics.is_used(trainer):
+            super().on_fit_start(trainer, pl_module)
+            return
+        # Without a batch norm, there is no pass for the statistics.
+        self.pl_module_contains_batch_norm = lambda pl_module: False  # type: ignore[method-assign]
+        try:
+            super().on_fit_start(trainer, pl_module)
+        finally:
+            del self.pl_module_contains_batch_norm
 
     @staticmethod
     def pl_module_contains_batch_norm(pl_module: pl.LightningModule) -> bool:

@@ -3,7 +3,9 @@
 Verified with lightning 2.6.6. If an upgrade breaks exact resume, start here.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -136,9 +138,19 @@ def restore_training_modes(trainer: pl.Trainer) -> None:
     loop._module_mode.restore(trainer.lightning_module)
 
 
-def swap_average(averaging: WeightAveraging, pl_module: pl.LightningModule) -> None:
-    """Swap the parameters and buffers of a module with their average."""
+@contextmanager
+def average_in_place(averaging: WeightAveraging, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Swap the parameters and buffers of a module with their average, until the end."""
+    average = average_model(averaging)
+    assert average is not None
+    before = copy.deepcopy(average.state_dict())
     averaging._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        averaging._swap_models(pl_module)
+        # A network of 16 bits has rounded it.
+        average.load_state_dict(before)
 
 
 def average_model(averaging: WeightAveraging) -> AveragedModel | None:

@@ -1,23 +1,23 @@
 """The callback that validates and saves with running statistics that do not lag."""
 
-import copy
 import time
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms import estimation, modes
-from bn_lightning.training import lightning_internals, seeds
-from bn_lightning.training.batches import Augment, ShardedBatches, network_input
+from bn_lightning.training import fixed_batches, lightning_internals, seeds
+from bn_lightning.training.batches import network_input
 from bn_lightning.training.checkpoints import PRECISE_STATISTICS
-from bn_lightning.training.data_module import DataModule
 
 Statistics = dict[str, Tensor]
 
@@ -29,14 +29,17 @@ class PreciseStatistics(pl.Callback):
     `estimate_statistics`. Training itself is unchanged: after each validation, the
     network has its running statistics back.
 
-    A checkpoint that is written during a validation, such as `best.ckpt`, has the
-    estimated statistics. `last.ckpt` has those of training. If the run has ended, it has
-    the estimated ones too, under a key of its own, and evaluation uses them. At the end
-    of `fit`, the network has the estimated statistics.
+    A checkpoint that is written at the end of a validation, or of its epoch, such as
+    `best.ckpt` and those of ModelCheckpoint, has the estimated statistics. `last.ckpt`
+    has those of training. If the run has ended, it has the estimated ones too, under a
+    key of its own, and evaluation uses them. At the end of `fit`, the network has the
+    estimated statistics.
 
     The batches are the same throughout a run: samples are drawn by the seed, and are not
     augmented. If the training loader is not a `ShardedBatches`, for example a plain
-    DataLoader, they are its first batches after seeding, as it augments them.
+    DataLoader, they are its first batches after seeding, as it augments them. Then a
+    dataset or sampler must not have random numbers of its own, other than those of the
+    global generators and of a torch.Generator in the attribute `generator`.
 
     With weight averaging, the statistics are those of the averaged weights.
     `bn_lightning.StochasticWeightAveraging` then makes no pass of its own.
@@ -51,7 +54,8 @@ class PreciseStatistics(pl.Callback):
             estimated ones, by their names in the state dict.
 
     Raises:
-        UserError: num_batches is below 1.
+        UserError: num_batches is below 1; in `fit`, if the module has no `forward`, or
+            there are several training loaders.
     """
 
     def __init__(self, num_batches: int = 20, augment: bool = False, seed: int = 0) -> None:
@@ -69,6 +73,7 @@ class PreciseStatistics(pl.Callback):
         self.running: Statistics = {}
         self.estimated: Statistics = {}
         self.is_validating = False
+        self._estimated_for: tuple[int, int] | None = None  # see _numbers_of_updates
         self._final: Statistics | None = None  # at the end of training
         self._count, self._seconds = 0, 0.0
 
@@ -76,32 +81,55 @@ class PreciseStatistics(pl.Callback):
         if stage == "fit":
             self._reset()
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            others = [c for c in callbacks if not isinstance(c, _AfterOthers)]
-            callbacks[:] = [*others, _AfterOthers(self)]
+            # In a second fit, it is in its place, before the last one of ExactResume.
+            if not any(isinstance(callback, _AfterOthers) for callback in callbacks):
+                callbacks.append(_AfterOthers(self))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         number = f"{self.num_batches} training batches"
         pl_module.print(f"precise statistics from {number}: {estimation.plan(pl_module)}")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_overridden("forward", pl_module):
+            raise UserError(
+                f"PreciseStatistics calls the module with the input of a batch, but "
+                f"{type(pl_module).__name__} has no forward().\n"
+                "Add the method forward(self, inputs), which calls the network."
+            )
+        loader = trainer.train_dataloader
+        if isinstance(loader, Mapping | list | tuple):
+            raise UserError(
+                "PreciseStatistics needs a single training loader, but train_dataloader() returns "
+                f"{len(loader)} in a {type(loader).__name__}.\n"
+                "Remove the callback, or return one loader."
+            )
+
     # During a validation
+
+    def keep_running(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the statistics of training, before the average is in place."""
+        # The average may have a higher precision than the network.
+        source = _averaged(trainer, pl_module)
+        with modes.restored(pl_module):
+            lightning_internals.restore_training_modes(trainer)
+            names = estimation.statistics(pl_module)
+        self.running = {name: source.get_buffer(name).clone() for name in names}
 
     def begin_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the network, which may have averaged weights, the estimated statistics."""
         with modes.restored(pl_module):
             lightning_internals.restore_training_modes(trainer)
-            self.running = _copied(estimation.statistics(pl_module))
             self.estimated = self._estimate(trainer, pl_module)
         _write(self.estimated, pl_module)
+        self._estimated_for = _numbers_of_updates(trainer)
         self.is_validating = True
 
     def end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the statistics of training back."""
         if not self.is_validating:
             return
-        # The averaged weights are back in the average, with the statistics that were
-        # estimated for them.
-        average = _average(trainer)
-        _write(self.running, average.module if average is not None else pl_module)
+        # The averaged weights are back in the average, with their estimated statistics.
+        _write(self.running, _averaged(trainer, pl_module))
         self.is_validating = False
 
     def abandon_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,25 +140,30 @@ class PreciseStatistics(pl.Callback):
             _write(self.running, pl_module)
         self.is_validating = False
 
+    def is_estimated_for_current(self, trainer: pl.Trainer) -> bool:
+        """Return whether the weights are those of the last validation."""
+        return self._estimated_for == _numbers_of_updates(trainer)
+
     # At the end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Other callbacks may change the weights at the end of training.
+        self._estimated_for = None
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimate the statistics for the weights at the end of training."""
         self._final = self._estimate(trainer, pl_module)
 
     def at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        """Return the statistics for the weights that a finished run saves."""
+        """Return the statistics for the weights that a run saves when it ends."""
         if self._final is not None:
             return self._final
         # The run has ended within an epoch, and the network has no averaged weights yet.
         averaging = _averaging(trainer)
         if averaging is None:
             return self._estimate(trainer, pl_module)
-        lightning_internals.swap_average(averaging, pl_module)
-        try:
+        with lightning_internals.average_in_place(averaging, pl_module):
             return self._estimate(trainer, pl_module)
-        finally:
-            lightning_internals.swap_average(averaging, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._final:
@@ -148,9 +181,8 @@ class PreciseStatistics(pl.Callback):
         if not before:
             return {}
         start = time.perf_counter()
-        batches = (network_input(trainer, batch) for batch in self._batches(trainer))
-        with trainer.precision_plugin.val_step_context():
-            estimation.estimate_statistics(pl_module, batches)
+        with trainer.precision_plugin.val_step_context(), _stage_of(trainer, self.augment):
+            estimation.estimate_statistics(pl_module, self._inputs(trainer))
         found = _copied(estimation.statistics(pl_module))
         _write(before, pl_module)
         device = trainer.strategy.root_device
@@ -159,33 +191,12 @@ class PreciseStatistics(pl.Callback):
         self._seconds += time.perf_counter() - start
         return found
 
-    def _batches(self, trainer: pl.Trainer) -> Iterable[Any]:
-        loader = trainer.train_dataloader
-        if not isinstance(loader, ShardedBatches):
-            return self._first_batches(trainer, loader)
-        order = seeds.statistics_order(len(loader.indices), self.seed)
-        chosen = loader.indices[order[: self.num_batches * loader.batch_size]]
-        return loader.fixed(chosen, self._augmentation(trainer))
-
-    def _augmentation(self, trainer: pl.Trainer) -> Augment | None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        return data.augmentation(0) if self.augment and isinstance(data, DataModule) else None
-
-    def _first_batches(self, trainer: pl.Trainer, loader: Any) -> Iterator[Any]:
-        # The copy starts workers of its own. Persistent ones belong to the training.
-        loader = copy.copy(loader)
-        vars(loader).pop("_iterator", None)
-        generator = getattr(loader, "generator", None)
-        state = None if generator is None else generator.get_state()
-        try:
-            device, rank = trainer.strategy.root_device, trainer.global_rank
-            seeds.seed_fetch(self.seed, 0, 0, rank, device)
-            if generator is not None:
-                generator.manual_seed(self.seed)
-            yield from islice(loader, self.num_batches)
-        finally:
-            if generator is not None:
-                generator.set_state(state)
+    def _inputs(self, trainer: pl.Trainer) -> Iterator[Any]:
+        # `estimate_statistics` restores the global generators.
+        device, rank = trainer.strategy.root_device, trainer.global_rank
+        seeds.seed_fetch(self.seed, 0, 0, rank, device)
+        for batch in fixed_batches.of_training(trainer, self.num_batches, self.augment, self.seed):
+            yield network_input(trainer, batch)
 
 
 class _AfterOthers(pl.Callback):
@@ -198,8 +209,12 @@ class _AfterOthers(pl.Callback):
     def __init__(self, precise: PreciseStatistics) -> None:
         self.precise = precise
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_validation_of_fit(trainer):
+            self.precise.keep_running(trainer, pl_module)
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if _is_validation_of_fit(trainer):
             self.precise.begin_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,11 +231,17 @@ class _AfterOthers(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.precise.is_validating:
+        between_steps = checkpoint.get("between_steps")  # in last.ckpt only
+        if between_steps is not None:
+            if between_steps["is_tested"]:
+                checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
+        elif self.precise.is_estimated_for_current(trainer):
             # Weight averaging may have entered the same dict under two keys.
             checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.precise.estimated}
-        elif checkpoint.get("between_steps", {}).get("finished"):
-            checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
+
+
+def _is_validation_of_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def is_used(trainer: pl.Trainer) -> bool:
@@ -229,14 +250,37 @@ def is_used(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, PreciseStatistics) for callback in callbacks)
 
 
+@contextmanager
+def _stage_of(trainer: pl.Trainer, training: bool) -> Iterator[None]:
+    """Set the stage that hooks of the user read, such as an augmentation of whole batches."""
+    before = trainer.state.stage
+    trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
+
+
 def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
 
 
-def _average(trainer: pl.Trainer) -> Any:
+def _numbers_of_updates(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return the number of optimizer steps, and of updates of the average, which may be none."""
+    average = _average(trainer)
+    return trainer.global_step, 0 if average is None else int(average.n_averaged)
+
+
+def _average(trainer: pl.Trainer) -> AveragedModel | None:
     averaging = _averaging(trainer)
     return None if averaging is None else lightning_internals.average_model(averaging)
+
+
+def _averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.nn.Module:
+    """Return the average of the network, or the network itself if there is none."""
+    average = _average(trainer)
+    return pl_module if average is None else average.module
 
 
 def _copied(statistics: Statistics) -> Statistics:

@@ -139,6 +139,8 @@ class ExactResume(Checkpoint):
             "callback_metrics": {n: value.cpu() for n, value in trainer.callback_metrics.items()},
             "resumed_at": self.resumed_at,
             "finished": self._limits(trainer) if finished else None,
+            # After a time limit, a run is not finished, but tested.
+            "is_tested": finished or self.stop_requests.is_out_of_time,
             "batch": batch,
             "surroundings": surroundings.of(trainer),
         }

@@ -147,7 +147,7 @@ def outcome(folder):
         result.pop(name, None)
     compared = (
         *("state_dict", "current_model_state", "averaging_state"),
-        *("optimizer_states", "lr_schedulers", "global_step"),
+        *("optimizer_states", "lr_schedulers", "global_step", "precise_statistics"),
     )
     return {
         **{name: checkpoint[name] for name in compared if name in checkpoint},
