@@ -55,8 +55,9 @@ class PreciseStatistics(pl.Callback):
             estimated ones, by their names in the state dict.
 
     Raises:
-        UserError: num_batches is below 1; in `fit`, if the module has no `forward`, or
-            there are several training loaders.
+        UserError: num_batches is below 1; in `fit`, if the module has no `forward`,
+            if there are several training loaders, or if a ModelCheckpoint saves only weights at
+            the end of an epoch, after the statistics of training are back.
     """
 
     def __init__(self, num_batches: int = 20, augment: bool = False, seed: int = 0) -> None:
@@ -90,8 +91,10 @@ class PreciseStatistics(pl.Callback):
             trainer.callbacks = [*others, self, *final]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        when = f"{self.num_batches} training batches, before each validation and at the end"
-        pl_module.print(f"precise statistics ({when}): {estimation.plan(pl_module)}")
+        pl_module.print(
+            "precise statistics, before each validation and at the end, from "
+            f"{self.num_batches} training batches: {estimation.plan(pl_module)}"
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_overridden("forward", pl_module):
@@ -106,6 +109,13 @@ class PreciseStatistics(pl.Callback):
                 "PreciseStatistics needs a single training loader, but train_dataloader() returns "
                 f"{len(loader)} in a {type(loader).__name__}.\n"
                 "Remove the callback, or return one loader."
+            )
+        if lightning_internals.saves_weights_after_epochs(trainer):
+            raise UserError(
+                "ModelCheckpoint(save_weights_only=True) saves at the end of an epoch, when the "
+                "network has the running statistics of training again.\n"
+                "Add save_on_train_epoch_end=False. It then saves at the end of a validation, with "
+                "the precise statistics."
             )
 
     # During a validation
@@ -184,7 +194,8 @@ class PreciseStatistics(pl.Callback):
                 _write(self._final, module)
         if self._count:
             pl_module.print(
-                f"precise statistics: estimated {self._count} time(s), in {self._seconds:.1f} s"
+                f"precise statistics: estimated {self._count} time(s), in {self._seconds:.1f} s "
+                "in total"
             )
 
     # The estimate
