@@ -1,4 +1,4 @@
-"""Training batches that are the same in each pass, and leave no trace in the training."""
+"""Training batches that are the same in each pass. Reading them does not change the training."""
 
 import copy
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The callback that validates and saves with running statistics that do not lag."""
+"""The callback that validates and saves a network with precise running statistics."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -27,20 +27,23 @@ class PreciseStatistics(pl.Callback):
     """Estimates the running statistics anew before each validation and at the end.
 
     Use it as `Trainer(callbacks=[PreciseStatistics(num_batches=20)])`. See
-    `estimate_statistics`. Training itself is unchanged: after each validation, the
-    network has its running statistics back.
+    `estimate_statistics`. Training is unchanged: after each validation, the network has
+    its running statistics back. After `fit`, it has the estimated ones.
 
-    A checkpoint that is written at the end of a validation, or of its epoch, such as
-    `best.ckpt` and those of ModelCheckpoint, has the estimated statistics. `last.ckpt`
-    has those of training. If the run has ended, it has the estimated ones too, under a
-    key of its own, and evaluation uses them. At the end of `fit`, the network has the
-    estimated statistics.
+    These checkpoints have the estimated statistics:
 
-    The batches are the same throughout a run: samples are drawn by the seed, and are not
-    augmented. If the training loader is not a `ShardedBatches`, for example a plain
-    DataLoader, they are its first batches after seeding, as it augments them. Then a
-    dataset or sampler must not have random numbers of its own, other than those of the
-    global generators and of a torch.Generator in the attribute `generator`.
+    * `best.ckpt`, and every checkpoint that is saved at the end of a validation, or at
+      the end of an epoch that ends with a validation;
+    * `last.ckpt` of a run that has ended. They have a key of their own, which evaluation
+      uses. The `state_dict` has the running statistics, which training needs.
+
+    All other checkpoints have the running statistics of training.
+
+    The batches are the same throughout a run. The seed selects the samples, which are
+    not augmented. If the training loader is not a `ShardedBatches`, for example a plain
+    DataLoader, the batches are the first ones of an epoch, and are augmented as the
+    loader does. Such a loader must draw its random numbers from the global generators or
+    from a torch.Generator in the attribute `generator` of the loader or a sampler.
 
     With weight averaging, the statistics are those of the averaged weights.
     `bn_lightning.StochasticWeightAveraging` then makes no pass of its own.
@@ -51,8 +54,9 @@ class PreciseStatistics(pl.Callback):
         seed: determines the batches.
 
     Attributes:
-        running, estimated: during a validation, the statistics of training and the
-            estimated ones, by their names in the state dict.
+        running, estimated: the running statistics of training and the estimated ones at
+            the last validation, by their names in the state dict.
+        is_validating: whether the network has the estimated statistics for a validation.
 
     Raises:
         UserError: num_batches is below 1; in `fit`, if the module has no `forward`,
@@ -236,7 +240,7 @@ def is_used(trainer: pl.Trainer) -> bool:
 
 @contextmanager
 def _stage_of(trainer: pl.Trainer, training: bool) -> Iterator[None]:
-    """Set the stage that hooks of the user read, such as an augmentation of whole batches."""
+    """Set the stage. The hooks of a user may read it, for example to augment whole batches."""
     before = trainer.state.stage
     trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
     try:
