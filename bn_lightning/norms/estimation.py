@@ -2,9 +2,9 @@
 
 Running statistics are moving averages. They lag behind weights that change fast. Wu and
 Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576,
-section 3, estimate the statistics of the population anew at fixed weights, and call
-this PreciseBN. They average over batches. Here, the result is exact: the batches are
-merged as if they were one (Chan, Golub and LeVeque, 1979).
+section 3, estimate the statistics of the population anew at fixed weights. They call
+this PreciseBN, and average the statistics of batches. Here, the sums of all batches are
+merged (Chan, Golub and LeVeque, 1979), so that mean and variance are those of all values.
 """
 
 from collections.abc import Iterable, Iterator
@@ -52,13 +52,12 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
     of all values that reach it in all batches together, per channel. With several
     processes, these are the batches of all of them, and each process must call this
     function. If layers synchronize their statistics, each process must have the same
-    number of batches, of which some may have no samples.
+    number of batches. Some of these may be empty.
 
-    In the one pass over the batches, the layers that are estimated normalize by the
-    statistics of each batch, as in training. All other layers are in eval mode, and run
-    without gradients. Except for the estimated statistics, the network is unchanged at
-    the end, and so are the global random generators. After an exception, the statistics
-    are unchanged too.
+    There is one pass over the batches. In it, the estimated layers normalize by the
+    statistics of each batch, as in training. All other layers are in eval mode and run
+    without gradients. At the end, everything else in the network and the global random
+    generators are as before. After an exception, the statistics are as before too.
 
     A layer is estimated if it has buffers `running_mean` and `running_var` of its C
     channels, in dimension 1 of its input, or is a norm of this project. These are left:
@@ -85,11 +84,11 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
 def _estimate(network: nn.Module, batches: Iterable[Any]) -> Report:
     layers, left = _layers(network)
     if not layers:
-        return plan(network)
+        return Report([], left)
     device = next(chain(network.buffers(), network.parameters())).device
     moments = {name: _Moments(layer, device) for name, layer in layers.items()}
-    with generators.unchanged(device), ExitStack() as stack:
-        num_batches = _observe(network, batches, layers, moments, device, stack)
+    with generators.unchanged(device), _observed(network, layers, moments):
+        num_batches = _run(network, batches, device)
     is_distributed = dist.is_available() and dist.is_initialized()
     if is_distributed:
         total = torch.tensor(num_batches, device=device)
@@ -194,34 +193,34 @@ class _Moments:
         return merge(self.mean, self.squares, self.count, dist.group.WORLD)
 
 
-def _observe(
-    network: nn.Module,
-    batches: Iterable[Any],
-    layers: dict[str, nn.Module],
-    moments: dict[str, _Moments],
-    device: torch.device,
-    stack: ExitStack,
-) -> int:
-    """Call the network on each batch, and add the inputs of the layers to their moments.
+@contextmanager
+def _observed(
+    network: nn.Module, layers: dict[str, nn.Module], moments: dict[str, _Moments]
+) -> Iterator[None]:
+    """Add the inputs of the layers to their moments, until the network is restored at the end.
 
-    Args:
-        stack: restores the network when it is closed.
-
-    Returns:
-        The number of batches.
+    The layers normalize by the statistics of each batch. All others are in eval mode.
     """
-    stack.enter_context(modes.in_eval_mode(network))
-    # torch.compile would compile the hooks too.
-    stack.enter_context(torch.compiler.set_stance("force_eager"))
-    stack.enter_context(_restored(layers.values()))
-    for name, layer in layers.items():
-        layer.training = True
-        # The mode of some layers follows the gradient mode, for example that of `article`.
-        # The other layers run without gradients, which is their eval mode.
-        vars(layer)["forward"] = torch.enable_grad()(layer.forward)
-        vars(layer).update(names_of(layer).plain)
-        handle = layer.register_forward_pre_hook(moments[name].add, with_kwargs=True)
-        stack.callback(handle.remove)
+    with (
+        modes.in_eval_mode(network),
+        # torch.compile would compile the hooks too.
+        torch.compiler.set_stance("force_eager"),
+        _restored(layers.values()),
+        ExitStack() as hooks,
+    ):
+        for name, layer in layers.items():
+            layer.training = True
+            # The mode of some layers follows the gradient mode, for example that of
+            # `article`. The other layers run without gradients, which is their eval mode.
+            vars(layer)["forward"] = torch.enable_grad()(layer.forward)
+            vars(layer).update(names_of(layer).plain)
+            handle = layer.register_forward_pre_hook(moments[name].add, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+def _run(network: nn.Module, batches: Iterable[Any], device: torch.device) -> int:
+    """Call the network on each batch, and return the number of batches."""
     num_batches = 0
     for batch in batches:
         inputs = batch[0] if isinstance(batch, tuple | list) else batch

@@ -19,8 +19,8 @@ class Names:
         mean, var: names of the running statistics.
         var_is_std: whether `var` is sqrt(variance + eps), a standard deviation.
         momentum_is_of_old: whether momentum is the weight of the old running statistics.
-        plain: attributes and the values with which training is batch normalization by the
-            statistics of the batch alone.
+        plain: values of attributes with which the layer, in training mode, normalizes by
+            the statistics of the batch alone.
     """
 
     weight: str = "weight"

@@ -1,15 +1,16 @@
-"""Training batches that are the same in each pass, and leave no trace in the training."""
+"""Training batches that are the same in each pass. Reading them does not change the training."""
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from bn_lightning.training import seeds
+from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import ShardedBatches
 from bn_lightning.training.data_module import DataModule
 
@@ -37,9 +38,9 @@ def of_training(trainer: pl.Trainer, num_batches: int, augment: bool, seed: int)
 
 
 def first_batches(loader: Any, num_batches: int, seed: int) -> Iterator[Any]:
-    """Yield the first batches of an epoch, which are the same in each call.
+    """Yield the first batches of the first epoch, which are the same in each call.
 
-    Seed the global generators before. Generators of the loader and its samplers are
+    Seed the global generators before. The generators of the loader and its samplers are
     seeded here, and restored at the end. Other state of a dataset or sampler is not
     restored.
     """
@@ -47,19 +48,26 @@ def first_batches(loader: Any, num_batches: int, seed: int) -> Iterator[Any]:
     loader = copy.copy(loader)
     if isinstance(loader, DataLoader):
         loader._iterator = None
-    states = [(generator, generator.get_state()) for generator in _generators(loader)]
-    try:
-        for generator, _ in states:
-            generator.manual_seed(seed)
+    with _seeded(loader, seed):
         yield from islice(loader, num_batches)
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Return the generators of a DataLoader and its samplers, each once."""
+@contextmanager
+def _seeded(loader: Any, seed: int) -> Iterator[None]:
+    """Seed the generators of a loader and its samplers, which are restored at the end.
+
+    A DistributedSampler draws by its epoch, which is set to the first one.
+    """
     batch_sampler = getattr(loader, "batch_sampler", None)
-    samplers = getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)
-    found = [getattr(part, "generator", None) for part in (loader, batch_sampler, *samplers)]
-    return list({id(it): it for it in found if isinstance(it, torch.Generator)}.values())
+    samplers = [getattr(part, "sampler", None) for part in (loader, batch_sampler)]
+    wrapped = map(lightning_internals.wrapped_sampler, samplers)
+    with ExitStack() as stack:
+        for part in (loader, batch_sampler, *samplers, *wrapped):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                stack.callback(generator.set_state, generator.get_state())
+                generator.manual_seed(seed)
+            if isinstance(part, DistributedSampler):
+                stack.callback(part.set_epoch, part.epoch)
+                part.set_epoch(0)
+        yield

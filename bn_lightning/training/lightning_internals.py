@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _flatten_dict
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.swa_utils import AveragedModel
 
@@ -136,6 +136,26 @@ def restore_training_modes(trainer: pl.Trainer) -> None:
     """During a validation within `fit`, give each module the mode that it has in training."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop._module_mode.restore(trainer.lightning_module)
+
+
+def wrapped_sampler(sampler: Any) -> Any:
+    """Return the sampler of the user that Lightning wraps for several processes, or None."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def saves_weights_after_epochs(trainer: pl.Trainer) -> bool:
+    """Return whether a ModelCheckpoint saves only weights, at the end of an epoch.
+
+    Lightning then calls no callback, so none can change this checkpoint. Runs without a
+    validation do not count.
+    """
+    return trainer.enable_validation and any(
+        callback.save_weights_only
+        and callback._every_n_epochs >= 1
+        and callback._should_save_on_train_epoch_end(trainer)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+    )
 
 
 @contextmanager

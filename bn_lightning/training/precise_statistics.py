@@ -1,4 +1,4 @@
-"""The callback that validates and saves with running statistics that do not lag."""
+"""The callback that validates and saves a network with precise running statistics."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +18,7 @@ from bn_lightning.norms import estimation, modes
 from bn_lightning.training import fixed_batches, lightning_internals, seeds
 from bn_lightning.training.batches import network_input
 from bn_lightning.training.checkpoints import PRECISE_STATISTICS
+from bn_lightning.training.resume import FinalSave
 
 Statistics = dict[str, Tensor]
 
@@ -26,20 +27,23 @@ class PreciseStatistics(pl.Callback):
     """Estimates the running statistics anew before each validation and at the end.
 
     Use it as `Trainer(callbacks=[PreciseStatistics(num_batches=20)])`. See
-    `estimate_statistics`. Training itself is unchanged: after each validation, the
-    network has its running statistics back.
+    `estimate_statistics`. Training is unchanged: after each validation, the network has
+    its running statistics back. After `fit`, it has the estimated ones.
 
-    A checkpoint that is written at the end of a validation, or of its epoch, such as
-    `best.ckpt` and those of ModelCheckpoint, has the estimated statistics. `last.ckpt`
-    has those of training. If the run has ended, it has the estimated ones too, under a
-    key of its own, and evaluation uses them. At the end of `fit`, the network has the
-    estimated statistics.
+    These checkpoints have the estimated statistics:
 
-    The batches are the same throughout a run: samples are drawn by the seed, and are not
-    augmented. If the training loader is not a `ShardedBatches`, for example a plain
-    DataLoader, they are its first batches after seeding, as it augments them. Then a
-    dataset or sampler must not have random numbers of its own, other than those of the
-    global generators and of a torch.Generator in the attribute `generator`.
+    * `best.ckpt`, and every checkpoint that is saved at the end of a validation, or at
+      the end of an epoch that ends with a validation;
+    * `last.ckpt` of a run that has ended. They have a key of their own, which evaluation
+      uses. The `state_dict` has the running statistics, which training needs.
+
+    All other checkpoints have the running statistics of training.
+
+    The batches are the same throughout a run. The seed selects the samples, which are
+    not augmented. If the training loader is not a `ShardedBatches`, for example a plain
+    DataLoader, the batches are the first ones of an epoch, and are augmented as the
+    loader does. Such a loader must draw its random numbers from the global generators or
+    from a torch.Generator in the attribute `generator` of the loader or a sampler.
 
     With weight averaging, the statistics are those of the averaged weights.
     `bn_lightning.StochasticWeightAveraging` then makes no pass of its own.
@@ -50,12 +54,14 @@ class PreciseStatistics(pl.Callback):
         seed: determines the batches.
 
     Attributes:
-        running, estimated: during a validation, the statistics of training and the
-            estimated ones, by their names in the state dict.
+        running, estimated: the running statistics of training and the estimated ones at
+            the last validation, by their names in the state dict.
+        is_validating: whether the network has the estimated statistics for a validation.
 
     Raises:
-        UserError: num_batches is below 1; in `fit`, if the module has no `forward`, or
-            there are several training loaders.
+        UserError: num_batches is below 1; in `fit`, if the module has no `forward`,
+            if there are several training loaders, or if a ModelCheckpoint saves only weights at
+            the end of an epoch, after the statistics of training are back.
     """
 
     def __init__(self, num_batches: int = 20, augment: bool = False, seed: int = 0) -> None:
@@ -73,21 +79,26 @@ class PreciseStatistics(pl.Callback):
         self.running: Statistics = {}
         self.estimated: Statistics = {}
         self.is_validating = False
-        self._estimated_for: tuple[int, int] | None = None  # see _numbers_of_updates
+        self._estimated_at: tuple[int, int, int] | None = None  # see _position
         self._final: Statistics | None = None  # at the end of training
         self._count, self._seconds = 0, 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._reset()
+            # Weight averaging puts the average in place before the estimate, and
+            # ModelCheckpoint saves after a validation before the statistics of training
+            # are back. Lightning iterates over the list, so it is replaced.
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            # In a second fit, it is in its place, before the last one of ExactResume.
-            if not any(isinstance(callback, _AfterOthers) for callback in callbacks):
-                callbacks.append(_AfterOthers(self))
+            final = [callback for callback in callbacks if isinstance(callback, FinalSave)]
+            others = [callback for callback in callbacks if callback not in (self, *final)]
+            trainer.callbacks = [*others, self, *final]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        number = f"{self.num_batches} training batches"
-        pl_module.print(f"precise statistics from {number}: {estimation.plan(pl_module)}")
+        pl_module.print(
+            "precise statistics, before each validation and at the end, from "
+            f"{self.num_batches} training batches: {estimation.plan(pl_module)}"
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_overridden("forward", pl_module):
@@ -103,58 +114,67 @@ class PreciseStatistics(pl.Callback):
                 f"{len(loader)} in a {type(loader).__name__}.\n"
                 "Remove the callback, or return one loader."
             )
+        if lightning_internals.saves_weights_after_epochs(trainer):
+            raise UserError(
+                "ModelCheckpoint(save_weights_only=True) saves at the end of an epoch, when the "
+                "network has the running statistics of training again.\n"
+                "Add save_on_train_epoch_end=False. It then saves at the end of a validation, with "
+                "the precise statistics."
+            )
 
     # During a validation
 
-    def keep_running(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the statistics of training, before the average is in place."""
-        # The average may have a higher precision than the network.
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _is_validation_of_fit(trainer):
+            return
+        # The average may have a higher precision than the network, with which it is
+        # swapped later.
         source = _averaged(trainer, pl_module)
         with modes.restored(pl_module):
             lightning_internals.restore_training_modes(trainer)
             names = estimation.statistics(pl_module)
         self.running = {name: source.get_buffer(name).clone() for name in names}
 
-    def begin_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the network, which may have averaged weights, the estimated statistics."""
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _is_validation_of_fit(trainer):
+            return
+        # Now the network has the averaged weights.
         with modes.restored(pl_module):
             lightning_internals.restore_training_modes(trainer)
             self.estimated = self._estimate(trainer, pl_module)
         _write(self.estimated, pl_module)
-        self._estimated_for = _numbers_of_updates(trainer)
+        self._estimated_at = _position(trainer)
         self.is_validating = True
 
-    def end_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the statistics of training back."""
-        if not self.is_validating:
-            return
-        # The averaged weights are back in the average, with their estimated statistics.
-        _write(self.running, _averaged(trainer, pl_module))
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_validating:
+            # The averaged weights are back in the average, with their estimated statistics.
+            _write(self.running, _averaged(trainer, pl_module))
         self.is_validating = False
 
-    def abandon_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the statistics of training back after an exception."""
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         # With weight averaging, the exception may have left the averaged weights in the
         # network. Then it keeps their statistics.
         if self.is_validating and _averaging(trainer) is None:
             _write(self.running, pl_module)
         self.is_validating = False
 
-    def is_estimated_for_current(self, trainer: pl.Trainer) -> bool:
-        """Return whether the weights are those of the last validation."""
-        return self._estimated_for == _numbers_of_updates(trainer)
+    # Checkpoints
 
-    # At the end
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        between_steps = checkpoint.get("between_steps")  # in last.ckpt only
+        if between_steps is not None:
+            if between_steps["is_tested"]:
+                checkpoint[PRECISE_STATISTICS] = self._at_end(trainer, pl_module)
+        elif self._estimated_at == _position(trainer):
+            # Weight averaging may have entered the same dict under two keys.
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.estimated}
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Other callbacks may change the weights at the end of training.
-        self._estimated_for = None
-
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Estimate the statistics for the weights at the end of training."""
-        self._final = self._estimate(trainer, pl_module)
-
-    def at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
+    def _at_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
         """Return the statistics for the weights that a run saves when it ends."""
         if self._final is not None:
             return self._final
@@ -165,12 +185,21 @@ class PreciseStatistics(pl.Callback):
         with lightning_internals.average_in_place(averaging, pl_module):
             return self._estimate(trainer, pl_module)
 
+    # At the end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Other callbacks may have changed the weights.
+        self._final = self._estimate(trainer, pl_module)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._final:
-            _write(self._final, pl_module)
+            # With weight averaging, a checkpoint saved from now on has the average.
+            for module in (pl_module, _averaged(trainer, pl_module)):
+                _write(self._final, module)
         if self._count:
             pl_module.print(
-                f"precise statistics: estimated {self._count} time(s), in {self._seconds:.1f} s"
+                f"precise statistics: estimated {self._count} time(s), in {self._seconds:.1f} s "
+                "in total"
             )
 
     # The estimate
@@ -199,47 +228,6 @@ class PreciseStatistics(pl.Callback):
             yield network_input(trainer, batch)
 
 
-class _AfterOthers(pl.Callback):
-    """The hooks that run after those of all other callbacks.
-
-    Before, weight averaging puts the average in place for the validation, and
-    ModelCheckpoint writes its file after it.
-    """
-
-    def __init__(self, precise: PreciseStatistics) -> None:
-        self.precise = precise
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_validation_of_fit(trainer):
-            self.precise.keep_running(trainer, pl_module)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _is_validation_of_fit(trainer):
-            self.precise.begin_validation(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.precise.end_validation(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self.precise.abandon_validation(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.precise.finish(trainer, pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        between_steps = checkpoint.get("between_steps")  # in last.ckpt only
-        if between_steps is not None:
-            if between_steps["is_tested"]:
-                checkpoint[PRECISE_STATISTICS] = self.precise.at_end(trainer, pl_module)
-        elif self.precise.is_estimated_for_current(trainer):
-            # Weight averaging may have entered the same dict under two keys.
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.precise.estimated}
-
-
 def _is_validation_of_fit(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
@@ -252,7 +240,7 @@ def is_used(trainer: pl.Trainer) -> bool:
 
 @contextmanager
 def _stage_of(trainer: pl.Trainer, training: bool) -> Iterator[None]:
-    """Set the stage that hooks of the user read, such as an augmentation of whole batches."""
+    """Set the stage. The hooks of a user may read it, for example to augment whole batches."""
     before = trainer.state.stage
     trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
     try:
@@ -266,10 +254,15 @@ def _averaging(trainer: pl.Trainer) -> WeightAveraging | None:
     return next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
 
 
-def _numbers_of_updates(trainer: pl.Trainer) -> tuple[int, int]:
-    """Return the number of optimizer steps, and of updates of the average, which may be none."""
+def _position(trainer: pl.Trainer) -> tuple[int, int, int]:
+    """Return a position in training, at which the weights and their average do not change.
+
+    It consists of the epoch, the number of optimizer steps, and the number of updates of
+    the average.
+    """
     average = _average(trainer)
-    return trainer.global_step, 0 if average is None else int(average.n_averaged)
+    updates = 0 if average is None else int(average.n_averaged)
+    return trainer.current_epoch, trainer.global_step, updates
 
 
 def _average(trainer: pl.Trainer) -> AveragedModel | None:

@@ -111,9 +111,9 @@ class ExactResume(Checkpoint):
             # the next step or ends the epoch. The final one is written after all other
             # callbacks have finished.
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            helpers = (_EarlySave, _FinalSave)
+            helpers = (_EarlySave, FinalSave)
             others = [c for c in callbacks if c is not self and not isinstance(c, helpers)]
-            callbacks[:] = [self, _EarlySave(self), *others, _FinalSave(self)]
+            callbacks[:] = [self, _EarlySave(self), *others, FinalSave(self)]
             if trainer.is_global_zero:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -343,7 +343,7 @@ class _EarlySave(pl.Callback):
         self.resume.save_within_epoch(trainer)
 
 
-class _FinalSave(pl.Callback):
+class FinalSave(pl.Callback):
     """Saves the final checkpoint after all other callbacks, which may change the weights."""
 
     def __init__(self, resume: ExactResume) -> None:

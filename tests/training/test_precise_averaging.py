@@ -190,6 +190,16 @@ def test_with_any_order_of_callbacks_lightnings_average_has_its_statistics(tmp_p
             assert_statistics(state, reference, inputs_of(precise, shuffled))
 
 
+def test_an_average_that_is_saved_after_fit_has_its_statistics(tmp_path):
+    precise, settings = PreciseStatistics(3), {"enable_checkpointing": False}
+    callbacks = [EMAWeightAveraging(decay=0.7), precise]
+    _, trainer = fit(callbacks, shuffled, tmp_path, trainer_settings=settings)
+    trainer.save_checkpoint(tmp_path / "average.ckpt")
+    state, reference = saved(tmp_path, "average.ckpt")["state_dict"], Residual()
+    reference.load_state_dict(state)
+    assert_statistics(state, reference, inputs_of(precise, shuffled))
+
+
 def test_an_average_that_is_updated_after_its_validation_keeps_its_own_statistics(tmp_path):
     """The estimated ones are those of the average before."""
 

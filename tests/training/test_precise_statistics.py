@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
 from bn_lightning import ExactResume, PreciseStatistics, UserError
 from bn_lightning.training.seeds import statistics_order
@@ -43,6 +43,17 @@ def loaders():
         generator = torch.Generator().manual_seed(9)
         return DataLoader(Rows(), 8, sampler=RandomSampler(Rows(), generator=generator))
 
+    def of_processes():
+        # Lightning sets its epoch.
+        return DataLoader(Rows(), 8, sampler=DistributedSampler(Rows(), 1, 0, seed=4))
+
+    def wrapped():
+        # As Lightning wraps a sampler for several processes.
+        generator = torch.Generator().manual_seed(2)
+        sampler = WeightedRandomSampler(torch.arange(1, 53), 52, generator=generator)
+        sampler = DistributedSamplerWrapper(sampler, num_replicas=1, rank=0)
+        return DataLoader(Rows(), 8, sampler=sampler)
+
     def workers(**settings):
         return lambda: DataLoader(Rows(), 8, shuffle=True, num_workers=2, **settings)
 
@@ -54,6 +65,8 @@ def loaders():
         pytest.param(shuffled, id="plain"),
         pytest.param(with_generator, id="generator"),
         pytest.param(of_sampler, id="generator of the sampler"),
+        pytest.param(of_processes, id="distributed sampler"),
+        pytest.param(wrapped, id="sampler that Lightning has wrapped"),
         pytest.param(persistent, id="persistent workers"),
         pytest.param(workers(), id="workers", marks=pytest.mark.slow),
     ]
@@ -103,22 +116,6 @@ def test_the_validation_metric_is_that_of_the_saved_network(tmp_path):
     module.load_state_dict(torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"])
     [found] = pl.Trainer(**QUIET).validate(module, validation_loader(), verbose=False)
     assert found["val_loss"] == pytest.approx(float(checkpoint.best_model_score), rel=1e-6)
-
-
-def test_checkpoints_within_an_epoch_have_the_statistics_of_training(tmp_path):
-    """Their weights are not those of the last validation."""
-    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
-
-    fit([every], shuffled, tmp_path)
-    truth = {it.name: torch.load(it, weights_only=True) for it in tmp_path.glob("*.ckpt")}
-    for path in tmp_path.glob("*.ckpt"):
-        path.unlink()
-    again = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
-    fit([again, PreciseStatistics(3)], shuffled, tmp_path)
-    assert sorted(truth) == ["step=10.ckpt", "step=15.ckpt", "step=20.ckpt", "step=5.ckpt"]
-    for name, content in truth.items():
-        state = torch.load(tmp_path / name, weights_only=True)["state_dict"]
-        assert all(torch.equal(state[it], value) for it, value in content["state_dict"].items())
 
 
 def test_layers_in_eval_mode_are_left(tmp_path, capsys):
