@@ -40,15 +40,17 @@ def load(path: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Load a checkpoint from a file or a URL.
 
     Returns:
-        The local file, the tensors of the network by name, and the rest of the content
-        as plain data.
+        The local file, the tensors of the network by name, as evaluation uses them, and
+        the rest of the content as plain data.
 
     Raises:
         UserError: the file does not exist, cannot be loaded safely, or does not have the
             structure of a checkpoint that `fit` has written.
     """
     local, checkpoint = checkpoints.load(path, limited=True)
-    tensors = checkpoint.pop("state_dict")
+    tensors = checkpoints.weights_to_evaluate(checkpoint)
+    for name in ("state_dict", checkpoints.PRECISE_STATISTICS):
+        checkpoint.pop(name, None)
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_nested:
             kind = "nested Tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -42,7 +42,9 @@ class Report:
         if not self.estimated and not self.left:
             return "the network has no layer with running statistics: nothing is estimated"
         lines = [f"running statistics of {len(self.estimated)} layer(s) are estimated"]
-        return "\n".join(lines + [f"  left: {name}: {why}" for name, why in self.left.items()])
+        return "\n".join(
+            lines + [f"  left: {name or 'the network'}: {why}" for name, why in self.left.items()]
+        )
 
 
 def estimate_statistics(network: nn.Module, batches: Iterable[Any]) -> Report:
@@ -104,7 +106,8 @@ def _estimate(network: nn.Module, batches: Iterable[Any]) -> Report:
     }
     for name, (mean, squares, count) in found.items():
         if count < 2:
-            left[name] = "fewer than 2 values reach its channels in dimension 1"
+            kind = type(layers[name]).__name__
+            left[name] = f"{kind}, fewer than 2 values reach its channels in dimension 1"
         else:
             _set(layers[name], mean, squares / (count - 1))
     return Report([name for name in layers if name not in left], left)

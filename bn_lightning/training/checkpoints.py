@@ -202,7 +202,7 @@ def load(path: str, limited: bool = False) -> tuple[str, dict[str, Any]]:
         UserError: the file does not exist, or is not a checkpoint of this project.
     """
     local, checkpoint = read(path, limited)
-    for name in ("state_dict", "hyper_parameters"):
+    for name in ("state_dict", "hyper_parameters", PRECISE_STATISTICS):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name, {}), dict):
             raise UserError(
                 f"{path!r} is not a checkpoint of a run: {name!r} is not a dict. "

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from bn_lightning.errors import UserError
 from bn_lightning.norms import estimation, modes
 from bn_lightning.training import fixed_batches, lightning_internals, seeds
-from bn_lightning.training.batches import network_input
+from bn_lightning.training.batches import ShardedBatches, network_input
 from bn_lightning.training.checkpoints import PRECISE_STATISTICS
 from bn_lightning.training.resume import FinalSave
 
@@ -94,12 +94,6 @@ class PreciseStatistics(pl.Callback):
             others = [callback for callback in callbacks if callback not in (self, *final)]
             trainer.callbacks = [*others, self, *final]  # type: ignore[attr-defined]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.print(
-            "precise statistics, before each validation and at the end, from "
-            f"{self.num_batches} training batches: {estimation.plan(pl_module)}"
-        )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_overridden("forward", pl_module):
             raise UserError(
@@ -121,6 +115,13 @@ class PreciseStatistics(pl.Callback):
                 "Add save_on_train_epoch_end=False. It then saves at the end of a validation, with "
                 "the precise statistics."
             )
+        number = self.num_batches
+        if isinstance(loader, ShardedBatches):
+            number = min(number, len(loader))
+        pl_module.print(
+            f"precise statistics, before each validation and at the end, from {number} training "
+            f"batches: {estimation.plan(pl_module)}"
+        )
 
     # During a validation
 
