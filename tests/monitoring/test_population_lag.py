@@ -70,6 +70,7 @@ def test_logged_lags_are_those_of_the_checkpoints(main, tmp_path, norm):
         assert min(found) > 0.1
 
 
+@pytest.mark.slow
 def test_the_population_may_be_the_whole_training_set(tmp_path):
     """Compare with PyTorch's variance and mean of all values in one go."""
     logger, precise = MemoryLogger(tmp_path), PreciseStatistics(1_000)
@@ -185,6 +186,7 @@ def test_a_selection_of_the_layers_is_logged(tmp_path):
 # Commands
 
 
+@pytest.mark.slow
 def test_charts_exist_only_with_the_callback(main, tmp_path):
     for name, more in (
         ("with", PRECISE),

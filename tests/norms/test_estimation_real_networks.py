@@ -31,7 +31,10 @@ def timm_network():
     return network
 
 
-@pytest.mark.parametrize("norm", [None, "custom", "ghost", "renorm"])
+@pytest.mark.parametrize(
+    "norm",
+    ["custom", *(pytest.param(it, marks=pytest.mark.slow) for it in (None, "ghost", "renorm"))],
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_torchvision_and_timm(name, norm):
     network = randomized(NETWORKS[name]()).double()

@@ -19,8 +19,8 @@ FAST = (*BRIEF, "--monitor", "false")
 PRECISE = ("--precise_statistics", 3)
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 NORMS = (
-    *("custom", "article", "renorm"),
-    *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("builtin", "ghost")),
+    *("custom", "renorm"),
+    *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("article", "builtin", "ghost")),
 )
 EVERYTHING = (
     *("--model.norm", "noisy.Noisy", "--model.optimizer_args.momentum", "0.9"),
@@ -253,6 +253,7 @@ def test_a_dry_run_estimates_too(main):
     assert "precise statistics: estimated 2 time(s)" in out
 
 
+@pytest.mark.slow
 def test_weights_in_memory_are_tested_with_the_estimated_statistics(main, tmp_path):
     """A run without checkpoints has the result of a run that tests its last.ckpt."""
     few = ("--data.val_images", 0, *PRECISE)
@@ -273,6 +274,7 @@ def test_a_compiled_network_has_the_same_statistics(main, tmp_path):
     assert_statistics(state, as_builtin(state), batches_of(data_of(), 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_reached_its_time_limit_is_tested_with_the_estimated_statistics(main, tmp_path):
     given = ("--data.val_images", 0, "--data.batch_size", 32, "--monitor", "false")
     limit = ("--trainer.max_time", str({"milliseconds": 300}))

@@ -35,7 +35,9 @@ def whole(tmp_path_factory):
     [
         pytest.param(("max_steps", 7), ("max_steps", -1), id="within an epoch"),
         pytest.param(("max_steps", 6), ("max_steps", -1), id="validation", marks=pytest.mark.slow),
-        pytest.param(("max_epochs", 2), ("max_epochs", 3), id="more epochs"),
+        pytest.param(
+            ("max_epochs", 2), ("max_epochs", 3), id="more epochs", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_that_ended_earlier_is_resumed_bit_identically(

@@ -76,14 +76,19 @@ def final_weights(folder):
     ("norm", "settings"),
     [
         pytest.param("custom", (), id="custom"),
-        pytest.param("article", ("--trainer.val_check_interval", "0.5"), id="article"),
+        pytest.param(
+            "article",
+            ("--trainer.val_check_interval", "0.5"),
+            id="article",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "builtin",
             ("--trainer.callbacks.use_buffers", "false"),
             id="without buffers",
             marks=pytest.mark.slow,
         ),
-        pytest.param("custom", ("--trainer.max_steps", 6), id="max_steps"),
+        pytest.param("custom", ("--trainer.max_steps", 6), id="max_steps", marks=pytest.mark.slow),
         pytest.param(
             "custom",
             ("--trainer.callbacks.update_starting_at_epoch", 0),
@@ -102,6 +107,7 @@ def test_the_average_is_unchanged_and_best_ckpt_has_its_statistics(tmp_path, nor
     assert not torch.equal(content["state_dict"][kept], content["current_model_state"][kept])
 
 
+@pytest.mark.slow
 def test_the_best_average_is_validated_with_its_statistics(main, tmp_path):
     assert main("fit", *FAST, *EMA, *PRECISE)[0] == 0
     folder = tmp_path / "runs/lenet/0"
@@ -113,6 +119,7 @@ def test_the_best_average_is_validated_with_its_statistics(main, tmp_path):
     assert f"test_acc   {result_of(folder)['test_acc']:.4f}" in out
 
 
+@pytest.mark.slow
 def test_before_its_first_update_the_average_is_the_network(main, tmp_path):
     late = ("--trainer.callbacks.update_starting_at_step", 1_000)
     assert main("fit", *FAST, *PRECISE, "--name", "plain")[0] == 0
@@ -124,6 +131,7 @@ def test_before_its_first_update_the_average_is_the_network(main, tmp_path):
         assert result_of(plain)[name] == result_of(average)[name], name
 
 
+@pytest.mark.slow
 def test_an_average_that_starts_late_has_its_statistics(tmp_path):
     """The first update is after the first validation."""
     late = ("--trainer.callbacks.update_starting_at_step", 5)
@@ -174,6 +182,7 @@ def test_the_average_of_a_16_bit_network_keeps_its_precision(tmp_path):
     assert mean.dtype == torch.float32 and not torch.equal(mean.bfloat16().float(), mean)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_16_bit_network_that_ends_within_an_epoch_saves_the_same_average(tmp_path):
     given = ("--trainer.precision", "bf16-true", *EMA, "--trainer.max_steps", 6)
     assert_same_training(*pair(tmp_path, *given))
@@ -218,7 +227,7 @@ def test_an_average_that_is_updated_after_its_validation_keeps_its_own_statistic
 # Stochastic weight averaging
 
 
-@pytest.mark.parametrize("norm", ["custom", "article"])
+@pytest.mark.parametrize("norm", [pytest.param("custom", marks=pytest.mark.slow), "article"])
 def test_stochastic_weight_averaging_needs_no_epoch_of_its_own(main, tmp_path, norm):
     given = ("--model.norm", norm, *SWA, *PRECISE, "--data.val_images", 0)
     code, out, err = main("fit", *FAST, *given, "--trainer.max_epochs", 3)
