@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bn_lightning import UserError, replace_norms
-from bn_lightning.norms import registry
+from bn_lightning.norms import names, registry
 from bn_lightning.norms.check import examination
 from bn_lightning.testing import norm_checks
 from tests.conftest import REPOSITORY
@@ -159,13 +159,13 @@ def test_an_unknown_known_failure_is_an_error():
 
 
 def test_the_name_and_the_names_of_values_are_those_of_the_registry(monkeypatch):
-    text = (REPOSITORY / "bn_lightning/norms/registry.py").read_text(encoding="utf-8")
-    changed(text, NAME, NAMES)
+    for name, diff in (("registry", NAME), ("names", NAMES)):
+        changed((REPOSITORY / f"bn_lightning/norms/{name}.py").read_text(encoding="utf-8"), diff)
     scope = {}
     exec(REPAIRED, scope)
-    names = re.search(r"(Names\(.*\)),$", NAMES.splitlines()[1])[1]
+    entry = re.search(r"(Names\(.*\)),$", NAMES.splitlines()[1])[1]
     monkeypatch.setitem(registry.NORMS, "one_pass", scope["OnePass"])
-    monkeypatch.setitem(registry.NAMES, scope["OnePass"], eval(names, {"Names": registry.Names}))
+    monkeypatch.setitem(names.NAMES, scope["OnePass"], eval(entry, {"Names": names.Names}))
     old = torch.nn.BatchNorm2d(6)
     torch.nn.init.normal_(old.weight)
     torch.nn.init.normal_(old.bias)
