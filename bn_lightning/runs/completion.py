@@ -17,8 +17,15 @@ from bn_lightning.runs.parser import Parser
 from bn_lightning.runs.run import CLI
 from bn_lightning.runs.settings import TRAINER_DEFAULTS
 
-# These commands accept the settings of `fit`.
-WITH_SETTINGS = ("fit", "validate", "test", "predict", "compare", "sweep")
+# Commands with settings, and the command that has the same ones.
+WITH_SETTINGS = {
+    "fit": "fit",
+    "validate": "validate",
+    "test": "test",
+    "predict": "test",
+    "compare": "fit",
+    "sweep": "fit",
+}
 # The values of these settings are files and folders.
 FILES = ("config", "ckpt_path", "model.init_from")
 FOLDERS = ("resume", "data.root", "trainer.default_root_dir")
@@ -33,13 +40,13 @@ class _Builder(CLI):
 
     def parse_arguments(self, *args: Any) -> NoReturn:
         self.add_command_arguments()
-        raise _Built(self._parser("fit"))
+        raise _Built(self._parser(self.commands[0]))
 
 
-def parser_of(reference: str) -> Parser:
-    """Return the parser of `fit` of an experiment, `package.module:NAME`."""
+def parser_of(reference: str, command: str = "fit") -> Parser:
+    """Return the parser of fit, validate or test for an experiment, `package.module:NAME`."""
     try:
-        _Builder(reference, ["fit"], trainer_defaults=TRAINER_DEFAULTS)
+        _Builder(reference, [command], trainer_defaults=TRAINER_DEFAULTS)
     except _Built as built:
         parser: Parser = built.args[0]
         return parser
@@ -66,12 +73,13 @@ def script(arguments: list[str], reference: str, commands: Mapping[str, str]) ->
         )
     program = argparse.ArgumentParser(experiment.package_of(reference))
     parsers = program.add_subparsers()
-    settings = dict(_settings(schema.of(parser_of(reference))))
     for name, text in commands.items():
         command = parsers.add_parser(name, help=text)
         if name in WITH_SETTINGS:
+            described = schema.of(parser_of(reference, WITH_SETTINGS[name]))
+            del described["properties"]["sweep"]  # a section of configs, not flags
             _complete(command.add_argument("--config", help="YAML file with settings."), shtab.FILE)
-            for setting, details in settings.items():
+            for setting, details in _settings(described):
                 _add(command, setting, details)
         else:
             _complete(command.add_argument("files", nargs="*"), shtab.FILE)
