@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bn_lightning import __version__, terminal
@@ -63,6 +64,7 @@ usage: {program} COMMAND [--help | settings]
     {program} fit --config configs/X.yaml    train with the settings in a file
     {program} fit --help                     show the settings
     {program} test --ckpt_path runs/NAME/0/checkpoints/best.ckpt
+    {program} --print_completion bash        print a script for completion with Tab
 """
 
 
@@ -85,7 +87,11 @@ def main(experiment: str = EXPERIMENT) -> None:
     elif command in COMMANDS:
         _search_current_folder_last(experiment)
         _limit_spinning()
-        _run(command, arguments, experiment)
+        module, _ = COMMANDS[command]
+        _run(command, lambda: importlib.import_module(module).main(arguments, experiment))
+    elif command == "--print_completion":
+        _search_current_folder_last(experiment)
+        _run(command, lambda: _print_completion(arguments[1:], experiment))
     else:
         commands = ", ".join(COMMANDS)
         _fail(f"Unknown command {command!r}. Commands: {commands}.\nFor help: --help")
@@ -123,10 +129,22 @@ def usage(experiment: str = EXPERIMENT) -> str:
     return USAGE.format(program=terminal.program(), description=description, commands=commands)
 
 
-def _run(command: str, arguments: list[str], experiment: str) -> None:
-    module, _ = COMMANDS[command]
+def _print_completion(arguments: list[str], experiment: str) -> None:
     try:
-        importlib.import_module(module).main(arguments, experiment)
+        completion = importlib.import_module("bn_lightning.runs.completion")
+    except ModuleNotFoundError as error:
+        if error.name != "shtab":
+            raise
+        raise UserError(
+            "--print_completion needs shtab, which is not installed: pip install shtab"
+        ) from error
+    texts = {name: text for name, (_, text) in COMMANDS.items()}
+    print(completion.script(arguments, experiment, texts))
+
+
+def _run(command: str, function: Callable[[], None]) -> None:
+    try:
+        function()
     except UserError as error:
         _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:

@@ -54,7 +54,11 @@ PROGRAM = "python -m bn_lightning "
 COMMANDS = [
     line.removeprefix(PROGRAM)
     for line in LINES
-    if line.startswith(PROGRAM) and "--help" not in line and "stripes" not in line
+    if line.startswith(PROGRAM)
+    and "--help" not in line
+    and "stripes" not in line
+    # tests/runs/test_schema.py and test_completion.py have these.
+    and "--print_" not in line
 ]
 # The guide with stripes is run as printed by a test of its own.
 # Compilation takes long, and tests/training/test_task.py has it.
@@ -68,6 +72,8 @@ FIT = [
 OTHER_PROGRAMS = (
     *("cd", "export", "pip", ".venv/bin/pip", "python3", "tensorboard", "lint-imports"),
     *("torchrun", "srun", "git", "pytest"),
+    # tests/runs/test_schema.py and test_completion.py run these.
+    *("alias", "bn_lightning", "check-jsonschema", "source"),
 )
 
 

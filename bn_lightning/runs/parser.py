@@ -39,10 +39,23 @@ class HelpFormatter(DefaultHelpFormatter):
         return "VALUE"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        name = (action.option_strings or [""])[-1].strip("-+")
-        text = (HELP.get(name) or action.help or "").removesuffix(".")
+        text = _text(action)
         has_default = action.default not in (None, argparse.SUPPRESS)
-        return text[:1].upper() + text[1:] + (" (default: %(default)s)." if has_default else ".")
+        return text + (" (default: %(default)s)." if has_default else ".")
+
+
+def description(action: argparse.Action) -> str:
+    """Return the help text of a setting as one line, without its default; "" without a text."""
+    text = " ".join(_text(action).replace("%%", "%").split())
+    # Lightning's texts state the defaults of Lightning.
+    text = re.sub(r" ?Default: ``.*``$", "", text).removesuffix(".")
+    return f"{text}." if text else ""
+
+
+def _text(action: argparse.Action) -> str:
+    name = (action.option_strings or [""])[-1].strip("-+")
+    text = (HELP.get(name) or action.help or "").removesuffix(".")
+    return text[:1].upper() + text[1:]
 
 
 class Parser(LightningArgumentParser):

@@ -16,6 +16,7 @@ from bn_lightning import lookup, terminal
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment, folder, threads, trust
 from bn_lightning.runs.parser import Parser, TrainerHelp
+from bn_lightning.runs.schema import PrintSchema
 from bn_lightning.training import checkpoints, initial_weights
 
 # Defaults of every experiment.
@@ -88,7 +89,7 @@ class SettingsCLI(LightningCLI):
         parser.add_argument(
             "--help.trainer",
             action=TrainerHelp,
-            help="Show all settings of Lightning's trainer and exit.",
+            help="Show all settings of the trainer and exit.",
         )
         parser.add_argument(
             "--name",
@@ -144,6 +145,11 @@ class SettingsCLI(LightningCLI):
         """Add the flags that only one command has."""
         if "fit" not in self.commands:
             return
+        self._parser("fit").add_argument(
+            "--print_schema",
+            action=PrintSchema,
+            help="Print a JSON Schema of the settings and exit.",
+        )
         self._parser("fit").add_argument(
             "--resume",
             metavar="FOLDER",
@@ -350,6 +356,9 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
 
     def rank(flag: list[str]) -> int:
         name = flag[0].partition("=")[0]
+        if name == "--print_schema":
+            # It is printed even if a config is invalid.
+            return -1
         is_config = name == "--config" or name.startswith("-c")
         return 0 if is_config else 1 + ("." in name)
 
