@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bn_lightning.deploy.served import Served
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.testing.contents import Batch, digests_of, recorded
+from bn_lightning.testing.data_source import Source
 from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, fail, identified, shown
-from bn_lightning.testing.reading import NUM_KEPT, Reading, Source, quiet
+from bn_lightning.testing.reading import NUM_KEPT, Reading, quiet
 from bn_lightning.training.data_module import DataModule
 
 
@@ -122,6 +123,7 @@ class DeclarationTests(LoaderTests):
             if not step.loss.isfinite():
                 fail(f"The loss of the first training batch is {step.loss.item()}.")
             try:
+                data.trainer = cli.trainer
                 data.prepare_data()
                 data.setup("test")
                 example = data.preprocessing(data.example_input())
@@ -140,12 +142,17 @@ class DeclarationTests(LoaderTests):
         # `export` and `predict` construct the data module from a checkpoint.
         data = Source.of(type(self)).build()
         with quiet():
-            data.prepare_data()
-            data.setup("test")
             try:
+                data.prepare_data()
+                data.setup("test")
                 raw, targets = data.test_samples()
             except UserError as error:
                 pytest.skip(str(error).splitlines()[0])
+            except Exception as error:
+                fail(
+                    f"{self.data_name()} cannot be used without a trainer, as `export` does, for "
+                    f"setup('test') or test_samples(): {describe_error(error)}"
+                )
             served = Served(data.preprocessing, nn.Identity()).eval()
             chunks = [(raw[i : i + 256], targets[i : i + 256]) for i in range(0, len(raw), 256)]
             # Preprocessing may work in place.
@@ -212,14 +219,17 @@ class DeclarationTests(LoaderTests):
                     f"The {NOUNS[stage]} loader has {loader.length} batches, and that of a second "
                     f"data module with the same settings {length}. Look at {name}.setup."
                 )
+        train, counts = found.loaders["train"], found.class_counts
         labels = [label for batch in found.passes["train"][0] for label in batch.labels or []]
-        counts = found.class_counts
-        # Another test reports labels out of range.
-        if counts is None or not labels or any(label not in range(len(counts)) for label in labels):
+        # Other tests report samples that are not read, and labels out of range.
+        if counts is None or Counter(found.samples("train")) != Counter(train.samples or ()):
             return
         read = [labels.count(label) for label in range(len(counts))]
-        if sum(read) == sum(counts) and read != counts:
-            fail(f"{name}.class_counts() is {counts}, but the training loader returns {read}.")
+        if sum(read) == len(labels) and read != counts:
+            fail(
+                f"{name}.class_counts() is {counts}, but in an epoch the training loader returns "
+                f"{read} samples of the classes. Count the labels of the training samples only."
+            )
 
 
 def _batches(found: Reading) -> Iterator[tuple[str, Batch]]:

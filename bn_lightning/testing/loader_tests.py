@@ -10,9 +10,10 @@ from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing import ranks, reading
 from bn_lightning.testing.contents import Sample
+from bn_lightning.testing.data_source import Source
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.testing.loaders import Loader
-from bn_lightning.testing.reading import Plan, Reading, Source
+from bn_lightning.testing.reading import Plan, Reading
 
 NOUNS = {"train": "training", "val": "validation", "test": "test", "predict": "predict"}
 MAX_SHOWN = 5

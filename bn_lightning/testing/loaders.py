@@ -152,7 +152,11 @@ def generators_in(value: Any, depth: int = DEPTH, path: str = "") -> list[str]:
         return [f"`{path}`, a {kind}"]
     if isinstance(value, list | tuple) and len(value) <= 20:
         return [f for part in value for f in generators_in(part, depth - 1, path)]
-    if depth == 0 or isinstance(value, Tensor | np.ndarray | type) or not hasattr(value, "__dict__"):
+    if (
+        depth == 0
+        or isinstance(value, Tensor | np.ndarray | type)
+        or not hasattr(value, "__dict__")
+    ):
         return []
     owner = type(value)
     found = []

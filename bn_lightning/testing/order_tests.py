@@ -49,10 +49,9 @@ class OrderTests(LoaderTests):
         loader, what = alone.loaders[stage], identity_in(alone, stage)
         expected = alone.samples(stage) if loader.samples is None else loader.samples
         read = [sample for rank in found for sample in rank.samples(stage)]
-        if what is None:
-            what, wanted, values = "number", [0] * len(expected), [0] * len(read)
-        else:
-            wanted, values = identified(expected, what), identified(read, what)
+        # Samples without an identity are only counted.
+        wanted = identified(expected, what) if what else [None] * len(expected)
+        values = identified(read, what) if what else [None] * len(read)
         missing, extra = Counter(wanted), Counter(values)
         missing.subtract(values)
         extra.subtract(wanted)
@@ -66,7 +65,7 @@ class OrderTests(LoaderTests):
             f"{never.total():,} are not read."
         ]
         for verb, values_of in (("Too often", again), ("Not read", never)):
-            names = named(loader, values_of, what)
+            names = named(loader, values_of, what) if what else []
             if names:
                 lines.append(f"{verb}: {noun} samples {shown(names)}.")
         fail("\n".join([*lines, self._cause_of_count(loader, stage, found, expected)]))

@@ -1,6 +1,5 @@
 """Passes over the loaders of an experiment, with Lightning's Trainer and without training."""
 
-import copy
 import gc
 import logging
 import warnings
@@ -8,19 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 
 from bn_lightning import generators
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.contents import Batch, Sample, inputs_of, recorded
-from bn_lightning.testing.experiments import ExperimentTests
+from bn_lightning.testing.data_source import Source
 from bn_lightning.testing.loaders import Loader, prepare
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import ShardedBatches
@@ -29,46 +27,6 @@ from bn_lightning.training.data_module import DataModule
 STAGES = ("train", "val", "test", "predict")
 # Samples whose values are kept, and samples that are augmented in two orders.
 NUM_KEPT = 256
-
-
-@dataclass(frozen=True)
-class Source:
-    """The data module of an experiment, and what constructs it.
-
-    Attributes:
-        experiment, settings: see `ExperimentTests`.
-        cwd: the current folder.
-        arguments: arguments of the data module, without those that are found in data.
-        options: arguments of the Trainer that change loaders.
-    """
-
-    experiment: str
-    settings: tuple[str, ...]
-    cwd: str
-    arguments: dict[str, Any] = field(compare=False, repr=False)
-    options: dict[str, Any] = field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, tests: type[ExperimentTests]) -> "Source":
-        """Return the source that tests use, in the current folder."""
-        return _source(tests.experiment, tuple(tests.settings), str(Path.cwd()))
-
-    def build(self) -> DataModule:
-        """Construct the data module as `export` and `predict` do, and read all data anew."""
-        # Data that another data module uses would be used again.
-        gc.collect()
-        return experiments.load(self.experiment).data(**copy.deepcopy(self.arguments))
-
-
-@cache
-def _source(experiment: str, settings: tuple[str, ...], cwd: str) -> Source:
-    members = {"experiment": experiment, "settings": settings}
-    cli = type("Built", (ExperimentTests,), members).build("--trainer.devices", "1")
-    data, trainer = cli.datamodule, cli.config.fit.trainer
-    arguments = {n: value for n, value in data.hparams.items() if n not in data.found_in_data}
-    names = ("use_distributed_sampler", "reload_dataloaders_every_n_epochs")
-    options = {name: trainer[name] for name in names}
-    return Source(experiment, settings, cwd, arguments, options)
 
 
 @dataclass(frozen=True)
@@ -141,12 +99,11 @@ def read(plan: Plan) -> Reading:
 def _read(plan: Plan) -> Reading:
     # `fit` also seeds the global generators at its start.
     seeds.seed_read(plan.source.arguments["seed"])
-    data = plan.source.build()
     if plan.disturbed:
+        # Data that another data module still holds would be used again.
+        gc.collect()
         seeds.seed_read(20)
-        data.prepare_data()
-        data.setup("fit")
-        seeds.seed_read(21)
+    data = plan.source.build()
     _change(data, plan)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -162,7 +119,12 @@ def _read(plan: Plan) -> Reading:
         enable_model_summary=False,
         **plan.source.options,
     )
-    progress = trainer.fit_loop.epoch_progress.current
+    if plan.disturbed:
+        data.trainer = trainer
+        data.prepare_data()
+        data.setup("fit")
+        seeds.seed_read(21)
+    progress: Any = trainer.fit_loop.epoch_progress.current
     progress.ready = progress.processed = progress.completed = plan.epochs[0]
     reader = Reader(plan, data)
     trainer.fit(reader, datamodule=data)
@@ -301,4 +263,3 @@ def quiet() -> Iterator[None]:
 
 def _listed(counts: Tensor | None) -> list[int] | None:
     return None if counts is None else counts.tolist()
-

@@ -37,13 +37,13 @@ class SplitTests(LoaderTests):
         if "val" not in found.loaders:
             pytest.skip("There are no validation samples.")
         where = f"Look at the split in {self.data_name()}.setup and its seed: use self.seed only."
+        cause = f"{where} It depends on the time, or on the state of a random generator."
         own = {sample.inputs for sample in found.samples("train")}
         for number in range(1, len(found.passes["val"])):
             when = "in another epoch, or after another call of setup()"
-            self._refuse_moved(own, found, found.samples("val", number), when, where)
+            self._refuse_moved(own, found, found.samples("val", number), when, cause)
         later = {sample.inputs for sample in found.samples("train", 1)}
-        self._refuse_moved(later, found, found.samples("val"), "in the next epoch", where)
-        cause = f"{where} It depends on the time, or on the state of a random generator."
+        self._refuse_moved(later, found, found.samples("val"), "in the next epoch", cause)
         when = "by a new data module with the same seed, as by a resumed run"
         self._refuse_moved(own, found, again.samples("val"), when, cause)
         before, now = found.loaders["val"].indices, again.loaders["val"].indices
@@ -131,5 +131,3 @@ def _shared_indices(found: Reading, stage: str) -> list[int]:
     train, other = found.loaders["train"].indices, found.loaders[stage].indices
     assert train is not None and other is not None
     return sorted(set(train) & set(other))
-
-
