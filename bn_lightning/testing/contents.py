@@ -57,11 +57,7 @@ def recorded(batch: Any) -> Batch:
     is_bad = torch.zeros(num_samples, dtype=torch.bool)
     for tensor in _tensors([*inputs, *targets]):
         if tensor.is_floating_point():
-            is_bad |= (
-                ~tensor.detach().cpu().flatten(1).isfinite().all(1)
-                if tensor.dim() > 1
-                else (~tensor.detach().cpu().isfinite())
-            )
+            is_bad |= ~tensor.detach().cpu().reshape(num_samples, -1).isfinite().all(1)
     is_label = len(targets) == 1 and isinstance(targets[0], Tensor) and targets[0].dim() == 1
     return Batch(
         [Sample(*digest) for digest in zip(*columns, strict=True)],

@@ -1,6 +1,10 @@
 """The data module of an experiment, constructed as often as needed."""
 
 import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,7 +35,8 @@ class Source:
     @classmethod
     def of(cls, tests: type[ExperimentTests]) -> "Source":
         """Return the source that tests use, in the current folder."""
-        return _source(tests.experiment, tuple(tests.settings), str(Path.cwd()))
+        with quiet():
+            return _source(tests.experiment, tuple(tests.settings), str(Path.cwd()))
 
     def build(self) -> DataModule:
         """Construct the data module as `export` and `predict` do."""
@@ -50,3 +55,17 @@ def _source(experiment: str, settings: tuple[str, ...], cwd: str) -> Source:
     names = ("use_distributed_sampler", "reload_dataloaders_every_n_epochs")
     options = {name: trainer[name] for name in names}
     return Source(experiment, settings, cwd, arguments, options)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's messages and all warnings."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

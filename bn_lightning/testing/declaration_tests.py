@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bn_lightning.deploy.served import Served
 from bn_lightning.errors import UserError, describe_error
 from bn_lightning.testing.contents import Batch, digests_of, recorded
-from bn_lightning.testing.data_source import Source
+from bn_lightning.testing.data_source import Source, quiet
 from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, fail, identified, shown
-from bn_lightning.testing.reading import NUM_KEPT, Reading, quiet
+from bn_lightning.testing.reading import NUM_KEPT, Reading, one_thread
 from bn_lightning.training.data_module import DataModule
 
 
@@ -104,7 +104,7 @@ class DeclarationTests(LoaderTests):
 
     def test_the_network_accepts_a_batch(self) -> None:
         found = self.still()
-        with quiet():
+        with quiet(), one_thread():
             cli = self.build("--trainer.devices", "1")
             task, data = cli.model.eval(), cli.datamodule
             # A step may ask the trainer for the number of processes.
@@ -141,7 +141,7 @@ class DeclarationTests(LoaderTests):
         found = self.still()
         # `export` and `predict` construct the data module from a checkpoint.
         data = Source.of(type(self)).build()
-        with quiet():
+        with quiet(), one_thread():
             try:
                 data.prepare_data()
                 data.setup("test")

@@ -1,8 +1,6 @@
 """Passes over the loaders of an experiment, with Lightning's Trainer and without training."""
 
 import gc
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from bn_lightning import generators
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.contents import Batch, Sample, inputs_of, recorded
-from bn_lightning.testing.data_source import Source
+from bn_lightning.testing.data_source import Source, quiet
 from bn_lightning.testing.loaders import Loader, prepare
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import ShardedBatches
@@ -92,7 +90,7 @@ def read(plan: Plan) -> Reading:
     Raises:
         UserError: the settings or the data are refused.
     """
-    with generators.unchanged(), quiet():
+    with generators.unchanged(), quiet(), one_thread():
         return _read(plan)
 
 
@@ -248,17 +246,14 @@ class Reader(pl.LightningModule):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide Lightning's messages and all warnings."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread. Batches are small, and worker processes may be forked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        torch.set_num_threads(before)
 
 
 def _listed(counts: Tensor | None) -> list[int] | None:
