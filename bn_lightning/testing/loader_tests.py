@@ -81,9 +81,9 @@ class LoaderTests(ExperimentTests):
 
 
 def fail(text: str) -> NoReturn:
-    """Fail the running test without a traceback."""
+    """Fail the running test without a traceback and without the error that is described."""
     __tracebackhide__ = True
-    pytest.fail(text, pytrace=False)
+    raise pytest.fail.Exception(text, pytrace=False) from None
 
 
 def identified(samples: Iterable[Sample], what: str) -> list[Hashable]:

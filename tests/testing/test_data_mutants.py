@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bn_lightning.testing import DataTests
+from bn_lightning.testing import DataTests, split_tests
 from tests.testing import data_mutants, loader_mutants
 
 DECLARED = "batches_have_the_declared_shape_and_type"
@@ -119,3 +119,20 @@ def test_a_sampler_that_draws_with_replacement_is_not_asked_for_each_sample_once
     # Its order is drawn from the global generator.
     assert failed.keys() == {WORKERS}
     assert ONCE not in skipped
+
+
+def test_a_few_identical_samples_are_shown_as_a_warning(monkeypatch):
+    monkeypatch.setattr(split_tests, "MAX_IDENTICAL", 0.1)
+    with pytest.warns(UserWarning, match=r"4 test samples of 60 \(6.7%\) have the same input"):
+        failed, _ = results("LeakedTestAfterResize")
+    assert not failed
+
+
+def test_missing_data_fail_with_their_own_message():
+    members = {
+        "experiment": "bn_lightning.experiment:EXPERIMENT",
+        "settings": ("--data.dataset", "folder", "--data.dataset_args.path", "nowhere"),
+    }
+    with pytest.raises(pytest.fail.Exception, match="There is no folder 'nowhere'") as raised:
+        type("TestMissing", (DataTests,), members)().test_values_are_finite()
+    assert raised.value.__suppress_context__
