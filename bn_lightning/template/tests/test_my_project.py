@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_lightning.testing import norm_checks
+from bn_lightning.testing import DataTests, norm_checks
 from torch.nn import functional as F
 
 from my_project import data, norms
@@ -55,6 +55,10 @@ def test_the_data_have_a_label_for_each_image_and_every_class_in_both_parts():
     for images, labels in (parts[:2], parts[2:]):
         assert len(images) == len(labels)
         assert set(labels.tolist()) == set(range(len(classes)))
+
+
+class TestData(DataTests):
+    experiment = "my_project.experiment:EXPERIMENT"
 
 
 def test_a_short_run_learns_and_is_resumed_and_its_checkpoint_predicts(tmp_path, monkeypatch):

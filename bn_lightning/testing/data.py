@@ -1,0 +1,35 @@
+"""Tests of the data of a project, to be inherited."""
+
+from bn_lightning.testing.declaration_tests import DeclarationTests
+from bn_lightning.testing.order_tests import OrderTests
+from bn_lightning.testing.split_tests import SplitTests
+
+
+class DataTests(DeclarationTests, OrderTests, SplitTests):
+    """Tests of a data module: what it declares, what its loaders return, and its split.
+
+        class TestData(DataTests):
+            experiment = "shoe_shop.experiment:EXPERIMENT"
+
+    Nothing is trained. Lightning's Trainer passes the batches of the project's loaders to a
+    module that records them, in 1, 2 and 3 processes. A sample is known by its content: two
+    samples with the same input and the same target are the same. A run over a large data set
+    takes long; `settings` can name a smaller one:
+
+        class TestData(DataTests):
+            experiment = "shoe_shop.experiment:EXPERIMENT"
+            settings = ("--data.dataset_args.path", "some_pictures")
+            processes = (1,)
+
+    A test that does not apply to the data is skipped, and gives the reason. Identical
+    samples in training and in validation or test are shown as a warning, and are a failure
+    if they are more than 1%.
+
+    Not found: leaked samples that were changed, for example by another resizing; a random
+    augmentation in the Dataset of a plain DataLoader hides others, and is itself a failure.
+
+    Attributes:
+        experiment: the string in `__main__.py`, `package.module:NAME`.
+        settings: flags of `fit` that all tests use.
+        processes: the numbers of processes, of 1, 2 and 3, with which the project trains.
+    """

@@ -1,0 +1,71 @@
+"""The data module of an experiment, constructed as often as needed."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bn_lightning.runs import experiment as experiments
+from bn_lightning.testing.experiments import ExperimentTests
+from bn_lightning.training.data_module import DataModule
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data module of an experiment, and what constructs it.
+
+    Attributes:
+        experiment, settings: see `ExperimentTests`.
+        cwd: the current folder.
+        arguments: arguments of the data module, without those that are found in data.
+        options: arguments of the Trainer that change loaders.
+    """
+
+    experiment: str
+    settings: tuple[str, ...]
+    cwd: str
+    arguments: dict[str, Any] = field(compare=False, repr=False)
+    options: dict[str, Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, tests: type[ExperimentTests]) -> "Source":
+        """Return the source that tests use, in the current folder."""
+        with quiet():
+            return _source(tests.experiment, tuple(tests.settings), str(Path.cwd()))
+
+    def build(self) -> DataModule:
+        """Construct the data module as `export` and `predict` do."""
+        return experiments.load(self.experiment).data(**copy.deepcopy(self.arguments))
+
+
+@cache
+def _source(experiment: str, settings: tuple[str, ...], cwd: str) -> Source:
+    class Built(ExperimentTests):
+        pass
+
+    Built.experiment, Built.settings = experiment, settings
+    cli = Built.build("--trainer.devices", "1")
+    data, trainer = cli.datamodule, cli.config.fit.trainer
+    arguments = {n: value for n, value in data.hparams.items() if n not in data.found_in_data}
+    names = ("use_distributed_sampler", "reload_dataloaders_every_n_epochs")
+    options = {name: trainer[name] for name in names}
+    return Source(experiment, settings, cwd, arguments, options)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's messages and all warnings."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
