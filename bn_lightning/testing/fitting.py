@@ -63,7 +63,7 @@ class Watch(pl.Callback):
 
     @property
     def has_fallen(self) -> bool:
-        return any(loss <= self.target for loss in self.losses)
+        return bool(self.losses) and min(self.losses) <= self.target
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = {
@@ -84,7 +84,9 @@ class Watch(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is None:
+            return
         self.losses.append(float(loss))
         # A few steps more, so that running statistics have moved.
         if not math.isfinite(self.losses[-1]) or (self.has_fallen and len(self.losses) >= 8):

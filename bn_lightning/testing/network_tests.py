@@ -56,6 +56,8 @@ class NetworkTests(ExperimentTests):
     def test_one_batch_can_be_overfitted(self, runs: Runs) -> None:
         fitted = fitted_of(runs)
         watch, size = fitted.watch, samples.count(fitted.batch)
+        if not watch.losses:
+            pytest.skip("training_step() returns no loss.")
         if not math.isfinite(watch.losses[0]):
             fail(
                 f"The loss of {size} samples is {watch.losses[0]} in the first step.",

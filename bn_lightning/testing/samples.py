@@ -26,21 +26,28 @@ def count(batch: Any) -> int:
     """Return the number of samples of a batch: the length of its first tensor.
 
     Raises:
-        ValueError: the batch contains no tensor.
+        ValueError: the batch contains no tensor with a row per sample.
     """
-    lengths: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: lengths.append(len(tensor)))
-    if not lengths:
-        raise ValueError("The batch contains no tensor.")
-    return lengths[0]
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    for tensor in tensors:
+        if tensor.ndim:
+            return len(tensor)
+    raise ValueError("The batch contains no tensor with a row per sample.")
 
 
 def part(batch: Any, start: int, stop: int) -> Any:
     """Return the samples from `start` to `stop` of a batch.
 
-    Tensors have a row per sample. What is no tensor is left as it is.
+    Values other than tensors with a row per sample are left as they are.
     """
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor[start:stop].clone())
+    size = count(batch)
+
+    def rows(tensor: Tensor) -> Tensor:
+        has_rows = tensor.ndim > 0 and len(tensor) == size
+        return tensor[start:stop].clone() if has_rows else tensor
+
+    return apply_to_collection(batch, Tensor, rows)
 
 
 def unequal_parts(batch: Any) -> list[Any]:

@@ -71,8 +71,12 @@ class TaskTests(NetworkTests):
 
     def test_a_killed_run_is_resumed_bit_identically(self, runs: Runs) -> None:
         first, killed = _finished(runs), runs.killed
+        if not runs.was_killed and not killed.has_failed:
+            pytest.skip(
+                "An epoch has too few batches: use a smaller --data.batch_size in settings."
+            )
         if not runs.was_killed:
-            fail(f"A run stopped before it could be killed:\n{killed.error}", "there.")
+            fail(f"A run failed before it could be killed:\n{killed.error}", "there.")
         resumed = runs.resumed
         if resumed.has_failed:
             fail(

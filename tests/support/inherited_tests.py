@@ -5,8 +5,8 @@ import inspect
 import pytest
 
 from bn_lightning.testing import network_tests
-from bn_lightning.testing.tasks import TaskTests
 from bn_lightning.testing.task_runs import Runs
+from bn_lightning.testing.tasks import TaskTests
 
 # Tests that start processes or export.
 LONG = ("killed", "reproduce", "processes", "leaves_its_results", "exported")

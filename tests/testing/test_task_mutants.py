@@ -1,5 +1,7 @@
 """Broken networks and tasks: `TaskTests` finds each of them, and says where to look."""
 
+import os
+
 import pytest
 
 from bn_lightning.testing.tasks import TaskTests
@@ -67,7 +69,7 @@ IN_PROCESSES = {
 def importable(monkeypatch):
     """Let this process and those of runs import the projects."""
     monkeypatch.syspath_prepend(PROJECTS)
-    monkeypatch.setenv("PYTHONPATH", str(PROJECTS), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECTS), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """The experiments: the sound one, and one of the name of each broken network and task."""
 
-from bn_lightning import Experiment
 from broken import networks, tasks
 from broken.sound import Classification, Images, Network
+
+from bn_lightning import Experiment
 
 
 def experiment(task):

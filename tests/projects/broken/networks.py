@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
+from broken.sound import Network
 from torch import nn
 from torch.nn import functional as F
-
-from broken.sound import Network
 
 
 class TensorStatistics(nn.Module):

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
+from broken.sound import Classification
 from torch.nn import functional as F
 from torchmetrics import Metric
 
 from bn_lightning import Step
-from broken.sound import Classification
-
 
 # Losses
 
