@@ -3,18 +3,17 @@
 import copy
 import logging
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 
-from bn_lightning.deploy import served
-from bn_lightning.testing import fitting, outcomes, samples, state, steps
+from bn_lightning.testing import fitting, outcomes, samples, steps, trained
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.testing.failures import fail, text_of
 from bn_lightning.testing.fitting import Fitted
 from bn_lightning.testing.task_runs import Runs
-from bn_lightning.training.task import Stage, Task
+from bn_lightning.training.task import Stage
 
 # Metrics are sums in float32. A mean of batch means differs by a percent or more.
 METRICS = (1e-4, 1e-6)
@@ -23,13 +22,22 @@ OUTPUTS = (1e-4, 1e-5)
 # Allowed rounding in bfloat16: steps at the largest value, and multiples of the change that
 # rounding only the weights and the input causes.
 BFLOAT16_STEPS, BFLOAT16_CHANGES = 4, 8
-# Samples of an evaluation, and the smallest number with unequal batches.
-MOST_SAMPLES, LEAST_SAMPLES = 200, 6
+# Lightning uses names that torch and jsonargparse have deprecated, and warns about arguments
+# that are not those of the command line.
+WARNINGS = (
+    "ignore:LightningCLI's args parameter",
+    "ignore:.*isinstance.treespec, LeafSpec",
+    "ignore:(?s).*instantiate_classes",
+    "ignore:(?s).*JsonargparseDeprecationWarning",
+)
 
 
 class NetworkTests(ExperimentTests):
     """The tests of `TaskTests` that run in the process of pytest."""
 
+    pytestmark: ClassVar[list[pytest.MarkDecorator]] = [
+        pytest.mark.filterwarnings(warning) for warning in WARNINGS
+    ]
     overfits_to: ClassVar[float] = 0.5
     _runs: ClassVar[tuple[type, Runs] | None] = None
 
@@ -49,12 +57,12 @@ class NetworkTests(ExperimentTests):
     @pytest.fixture
     def fitted(self, runs: Runs) -> Fitted:
         """Return the task that was trained on one batch."""
-        return fitted_of(runs)
+        return trained.fitted_of(runs)
 
     # Training
 
     def test_one_batch_can_be_overfitted(self, runs: Runs) -> None:
-        fitted = fitted_of(runs)
+        fitted = trained.fitted_of(runs)
         watch, size = fitted.watch, samples.count(fitted.batch)
         if not watch.losses:
             pytest.skip("training_step() returns no loss.")
@@ -99,11 +107,12 @@ class NetworkTests(ExperimentTests):
 
     @pytest.mark.parametrize("stage", ["val", "test"])
     def test_metrics_equal_those_of_all_samples_at_once(self, fitted: Fitted, stage: Stage) -> None:
-        batch = _evaluation_batch(fitted, stage)
+        batch = trained.evaluation_batch(fitted, stage)
         parts = samples.unequal_parts(batch)
-        logged = _evaluate(fitted, stage, parts)
+        logged = trained.evaluate(fitted, stage, parts)
         # Values that the task logs by itself are compared with those of one batch.
-        at_once = _evaluate(fitted, stage, [batch]) | steps.metrics_at_once(fitted, stage, batch)
+        at_once = trained.evaluate(fitted, stage, [batch])
+        at_once |= steps.metrics_at_once(fitted, stage, batch)
         wrong = list(outcomes.differences(at_once, logged, *METRICS))
         if wrong:
             sizes = ", ".join(str(samples.count(part)) for part in parts)
@@ -117,10 +126,10 @@ class NetworkTests(ExperimentTests):
             )
 
     def test_metrics_start_anew_in_each_evaluation(self, fitted: Fitted) -> None:
-        batch = _evaluation_batch(fitted, "val")
+        batch = trained.evaluation_batch(fitted, "val")
         half = samples.part(batch, 0, samples.count(batch) // 2)
-        _evaluate(fitted, "val", [batch])
-        logged = _evaluate(fitted, "val", [half])
+        trained.evaluate(fitted, "val", [batch])
+        logged = trained.evaluate(fitted, "val", [half])
         expected = steps.metrics_at_once(fitted, "val", half)
         common = {name: logged[name] for name in expected}
         wrong = list(outcomes.differences(expected, common, *METRICS))
@@ -133,9 +142,9 @@ class NetworkTests(ExperimentTests):
             )
 
     def test_an_evaluation_leaves_the_network_unchanged(self, fitted: Fitted) -> None:
-        batch = _evaluation_batch(fitted, "val")
+        batch = trained.evaluation_batch(fitted, "val")
         before = copy.deepcopy(fitted.task.network.state_dict())
-        _evaluate(fitted, "val", samples.unequal_parts(batch))
+        trained.evaluate(fitted, "val", samples.unequal_parts(batch))
         changed = list(outcomes.differences(before, fitted.task.network.state_dict()))
         if changed:
             fail(
@@ -145,9 +154,9 @@ class NetworkTests(ExperimentTests):
 
     def test_the_output_of_a_sample_does_not_depend_on_its_batch(self, fitted: Fitted) -> None:
         size = samples.count(fitted.batch)
-        whole = _outputs(fitted, fitted.batch)
+        whole = trained.outputs(fitted, fitted.batch)
         for start, stop in ((0, 1), (1, 3), (size // 2, size)):
-            alone = _outputs(fitted, samples.part(fitted.batch, start, stop))
+            alone = trained.outputs(fitted, samples.part(fitted.batch, start, stop))
             found = outcomes.differences(whole[start:stop], alone, *OUTPUTS, "the output")
             wrong = list(found)
             if wrong:
@@ -191,7 +200,7 @@ class NetworkTests(ExperimentTests):
             )
 
     def test_a_checkpoint_restores_the_network(self, fitted: Fitted) -> None:
-        task = restore(fitted).task
+        task = trained.restore(fitted).task
         found = fitting.outputs_of(task, fitted.batch)
         wrong = list(outcomes.differences(fitted.outputs, found, where="the output"))
         if wrong:
@@ -199,11 +208,11 @@ class NetworkTests(ExperimentTests):
                 "A network that is restored from a checkpoint has other outputs in eval mode than "
                 f"the trained one:\n{outcomes.listed(wrong)}",
                 "state that is not in the checkpoint, random numbers in eval mode, and methods "
-                f"that rename or skip weights.{candidates(fitted.task, task)}",
+                f"that rename or skip weights.{trained.candidates(fitted.task, task)}",
             )
 
     def test_a_step_in_bfloat16_is_near_that_in_float32(self, fitted: Fitted) -> None:
-        task, batch = restore(fitted).task.requires_grad_(True), fitted.batch
+        task, batch = trained.restore(fitted).task.requires_grad_(True), fitted.batch
         # The masks of dropout differ between the precisions.
         stage: Stage = "val" if steps.is_random(task, batch) else "train"
         precise = steps.training_step(task, batch, stage)
@@ -236,65 +245,3 @@ class NetworkTests(ExperimentTests):
                 f"{outcomes.listed(wrong)}",
                 where,
             )
-
-
-def fitted_of(runs: Runs) -> Fitted:
-    """Return the task that was trained on one batch; let the test fail if there is none."""
-    if isinstance(runs.fitted, Exception):
-        fail(f"Training on one batch fails: {text_of(runs.fitted)}", "there.")
-    return runs.fitted
-
-
-def restore(fitted: Fitted) -> served.Restored:
-    """Return a new task from the checkpoint; let the test fail if this is impossible."""
-    try:
-        return fitted.restore()
-    except Exception as error:
-        fail(
-            f"The checkpoint of the task cannot be loaded in a new object: {error}",
-            "arguments of the task that are objects, arguments that it does not save, and "
-            "state_dict() or load_state_dict() that rename weights.",
-        )
-
-
-def candidates(task: Task, restored: Task | None = None) -> str:
-    """Return the state of a task outside of its state dict, for a message."""
-    found = state.changed_attributes(task, restored) if restored is not None else []
-    found += state.outside(task)
-    return f" Found:\n{outcomes.listed(found)}" if found else ""
-
-
-def _evaluation_batch(fitted: Fitted, stage: Stage) -> Any:
-    """Return a batch of validation or test samples."""
-    data = fitted.data
-    data.setup("fit" if stage == "val" else "test")
-    loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
-    batch = next(iter(loader))
-    size = samples.count(batch)
-    if size < LEAST_SAMPLES:
-        pytest.skip(f"A batch has {size} samples, and {LEAST_SAMPLES} are needed for four batches.")
-    return samples.part(batch, 0, min(size, MOST_SAMPLES))
-
-
-def _evaluate(fitted: Fitted, stage: Stage, batches: list[Any]) -> dict[str, float]:
-    sizes = ", ".join(str(samples.count(batch)) for batch in batches)
-    try:
-        return fitted.evaluate(stage, batches)
-    except Exception as error:
-        fail(
-            f"The evaluation of batches of {sizes} samples fails: {text_of(error)}",
-            "reshapes with a fixed batch size, and squeeze(), which removes the dimension of the "
-            "batch if it has one sample.",
-        )
-
-
-def _outputs(fitted: Fitted, batch: Any) -> torch.Tensor:
-    size = samples.count(batch)
-    try:
-        return fitting.outputs_of(fitted.task, batch)
-    except Exception as error:
-        fail(
-            f"The network fails for a batch of {size} sample(s): {text_of(error)}",
-            "reshapes with a fixed batch size, and squeeze(), which removes the dimension of the "
-            "batch if it has one sample.",
-        )

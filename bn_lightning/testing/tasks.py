@@ -13,8 +13,9 @@ from bn_lightning.norms.sync import LayerSync
 from bn_lightning.testing import outcomes, steps
 from bn_lightning.testing.failures import fail, text_of
 from bn_lightning.testing.fitting import Fitted
-from bn_lightning.testing.network_tests import NetworkTests, candidates, restore
+from bn_lightning.testing.network_tests import NetworkTests
 from bn_lightning.testing.task_runs import Run, Runs
+from bn_lightning.testing.trained import candidates, restore
 from bn_lightning.training.task import Stage
 
 # Two runs in float64. Metrics are sums in float32.
@@ -173,7 +174,11 @@ def _verify_export(fitted: Fitted, form: formats.Format, inputs: Tensor) -> None
 def _finished(runs: Runs) -> Run:
     run = runs.finished
     if run.has_failed:
-        fail(f"A short run of `fit` fails:\n{run.error}", "there.")
+        fail(
+            f"A short run of `fit` fails:\n{run.error}",
+            "the last lines. A KeyError with the name of a metric: a method of Task, such as "
+            "on_test_epoch_end(), is overridden and does not call super().",
+        )
     return run
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from bn_lightning.testing import network_tests
+from bn_lightning.testing import trained
 from bn_lightning.testing.task_runs import Runs
 from bn_lightning.testing.tasks import TaskTests
 
@@ -38,7 +38,7 @@ class Inherited:
         arguments = {"runs": self.runs, "stage": "val"} | values
         try:
             if "fitted" in wanted:
-                arguments["fitted"] = network_tests.fitted_of(self.runs)
+                arguments["fitted"] = trained.fitted_of(self.runs)
             test(**{key: value for key, value in arguments.items() if key in wanted})
         except pytest.fail.Exception as failure:
             return str(failure)

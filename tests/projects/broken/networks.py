@@ -104,7 +104,7 @@ class Squeezed(Network):
 
 class FixedDtype(Network):
     def features(self, x):
-        return super().features(x) @ torch.eye(180)
+        return super().features(x) @ torch.eye(180, dtype=torch.float32)
 
 
 class FixedBuffer(Network):
