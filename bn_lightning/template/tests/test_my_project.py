@@ -1,4 +1,4 @@
-"""Test the network, the norm, the data and a short run. Add your own tests here."""
+"""Test the task, the network, the norm, the data and a short run. Add your own tests here."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_lightning.testing import DataTests, norm_checks
+from bn_lightning.testing import DataTests, TaskTests, norm_checks
 from torch.nn import functional as F
 
 from my_project import data, norms
@@ -25,15 +25,15 @@ def run(*arguments):
     return done.stdout
 
 
-def test_the_network_returns_a_logit_per_class_and_trains_every_parameter():
+class TestTask(TaskTests):
+    experiment = "my_project.experiment:EXPERIMENT"
+
+
+def test_the_network_returns_a_logit_per_class_for_any_image_size():
     defaults = {name.partition(".")[::2]: value for name, value in EXPERIMENT.defaults.items()}
     settings = {name: value for (group, name), value in defaults.items() if group == "model"}
     model = EXPERIMENT.task(**settings, in_channels=3, image_size=(64, 48), num_classes=7)
-    logits = model(torch.randn(4, 3, 64, 48))
-    assert logits.shape == (4, 7)
-    F.cross_entropy(logits, torch.tensor([0, 1, 2, 6])).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert model(torch.randn(4, 3, 64, 48)).shape == (4, 7)
 
 
 @norm_checks(norms.RMSNorm)
@@ -61,14 +61,13 @@ class TestData(DataTests):
     experiment = "my_project.experiment:EXPERIMENT"
 
 
-def test_a_short_run_learns_and_is_resumed_and_its_checkpoint_predicts(tmp_path, monkeypatch):
+def test_a_short_run_learns_and_its_checkpoint_predicts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("fit", "--config", DEBUG)
     result = json.loads(Path("runs/debug/0/result.json").read_text())
     # A network that guesses has the loss log(number of classes).
     *_, classes = data.load()
     assert result["train_loss"] < math.log(len(classes))
-    assert "Resuming" in run("fit", "--resume", "runs/debug/0", "--trainer.max_epochs", 2)
     checkpoint = "runs/debug/0/checkpoints/best.ckpt"
     answers = run("predict", "--ckpt_path", checkpoint, "--format", "csv")
     assert any(name in answers for name in classes)

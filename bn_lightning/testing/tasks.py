@@ -1,0 +1,207 @@
+"""Tests of the network, the loss and the metrics of an experiment, which a project inherits."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from bn_lightning.deploy import folding, formats, served
+from bn_lightning.deploy.verification import Verification
+from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.norms.sync import LayerSync
+from bn_lightning.testing import outcomes, steps
+from bn_lightning.testing.failures import fail, text_of
+from bn_lightning.testing.fitting import Fitted
+from bn_lightning.testing.network_tests import NetworkTests
+from bn_lightning.testing.task_runs import Run, Runs
+from bn_lightning.testing.trained import candidates, restore
+from bn_lightning.training.task import Stage
+
+# Two runs in float64. Metrics are sums in float32.
+PROCESSES = (1e-5, 1e-8)
+# Raw samples for the comparison of exported files.
+EXPORTED_SAMPLES = 40
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
+
+
+class TaskTests(NetworkTests):
+    """Tests of the task of an experiment, in pytest.
+
+        class TestTask(TaskTests):
+            experiment = "shoe_shop.experiment:EXPERIMENT"
+
+    Short runs are made in a temporary folder, with the settings of the experiment. A test
+    that does not apply is skipped, and states the reason. To leave out a test, override it:
+
+        test_two_processes_train_as_one = None
+
+    Attributes:
+        overfits_to: the fraction of its first value to which the loss of one batch must
+            fall. Label smoothing, dropout and noise need a larger one.
+    """
+
+    # Runs
+
+    def test_a_run_leaves_its_results_and_checkpoints(self, runs: Runs, fitted: Fitted) -> None:
+        run = _finished(runs)
+        names = ["config.yaml", "result.json", "checkpoints/last.ckpt"]
+        if not fitted.data.validates_on_test_set:
+            names.append("checkpoints/best.ckpt")
+        missing = [name for name in names if not (run.folder / name).is_file()]
+        if missing:
+            fail(f"A finished run has not left {', '.join(missing)}.", f"{run.folder}.")
+        result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+        metrics = [name for stage in STAGES for name in fitted.task.names(stage)]
+        wrong = [
+            f"{name} is {result.get(name)!r}"
+            for name in metrics
+            if not isinstance(result.get(name), float)
+        ]
+        if wrong:
+            fail(
+                f"result.json lacks metrics of the task:\n{outcomes.listed(wrong)}",
+                "methods of Task that are overridden and do not call super(), such as "
+                "on_validation_epoch_end(), and metrics that are not one number.",
+            )
+        for name in names[2:]:
+            try:
+                served.restore(str(run.folder / name), self.experiment, fitted.trusted)
+            except UserError as error:
+                fail(f"{name} of a finished run cannot be loaded: {error}", f"{run.folder}.")
+
+    def test_a_killed_run_is_resumed_bit_identically(self, runs: Runs) -> None:
+        first, killed = _finished(runs), runs.killed
+        if not runs.was_killed and not killed.has_failed:
+            pytest.skip(
+                "An epoch has too few batches: use a smaller --data.batch_size in settings."
+            )
+        if not runs.was_killed:
+            fail(f"A run failed before it could be killed:\n{killed.error}", "there.")
+        resumed = runs.resumed
+        if resumed.has_failed:
+            fail(
+                f"A run that was killed cannot be resumed:\n{resumed.error}",
+                "methods that save and load checkpoints, such as on_load_checkpoint().",
+            )
+        wrong = _differences(first, resumed)
+        if wrong:
+            fail(
+                "A run that was killed and resumed has another outcome than the uninterrupted one "
+                f"(the uninterrupted run, and the resumed one):\n{outcomes.listed(wrong)}",
+                "state that is not in the checkpoint: attributes that change from step to step, "
+                "and generators of your own. Random numbers of a step must come from the global "
+                f"generators of torch, NumPy and Python.{_candidates(runs)}",
+            )
+
+    def test_the_settings_of_a_run_reproduce_it(self, runs: Runs) -> None:
+        first, resumed = _finished(runs), vars(runs).get("resumed")
+        # The resumed run has the same settings. If it is equal, nothing more is to be run.
+        if resumed and not resumed.has_failed and not _differences(first, resumed):
+            return
+        again = runs.repeated
+        if again.has_failed:
+            fail(f"`fit --config config.yaml` fails with a run's file:\n{again.error}", "there.")
+        wrong = _differences(first, again)
+        if wrong:
+            fail(
+                "`fit --config config.yaml` with the file of a run has another outcome (the first "
+                f"run, and the second one):\n{outcomes.listed(wrong)}",
+                "random numbers without a seed, such as those of numpy.random.default_rng(), the "
+                f"time, hash(), and the order of a set.{_candidates(runs)}",
+            )
+
+    def test_two_processes_train_as_one(self, runs: Runs, fitted: Fitted) -> None:
+        _skip_unless_shared(fitted)
+        one = runs.one_process
+        if one.has_failed:
+            fail(
+                f"A run with --trainer.precision 64-true fails:\n{one.error}",
+                "tensors with a fixed dtype or device in the network and in step(). Create them "
+                "like the input: torch.zeros(..., dtype=x.dtype, device=x.device).",
+            )
+        two = runs.two_processes
+        if two.has_failed:
+            fail(f"A run with --trainer.devices 2 fails:\n{two.error}", "there.")
+        for run in (one, two):
+            run.outcome["result"].pop("processes", None)
+        wrong = list(outcomes.differences(one.outcome, two.outcome, *PROCESSES))
+        if wrong:
+            fail(
+                "Two processes that share each batch have another outcome than one (one process, "
+                f"and two):\n{outcomes.listed(wrong)}",
+                "a loss in step() that is not the mean over the samples, values that are not "
+                "reduced (self.log() needs sync_dist=True), and layers that use statistics of "
+                "the batch.",
+            )
+
+    # Export
+
+    @pytest.mark.parametrize("suffix", list(formats.FORMATS))
+    def test_an_exported_file_agrees_with_the_network(self, fitted: Fitted, suffix: str) -> None:
+        form = formats.FORMATS[suffix]
+        try:
+            form.refuse_missing_packages()
+            inputs = fitted.data.test_samples()[0][:EXPORTED_SAMPLES]
+        except UserError as error:
+            pytest.skip(str(error))
+        where = (
+            "branches on values or on the batch size, reshapes with a fixed batch size, Python "
+            "numbers that change, and attributes that forward() sets."
+        )
+        with torch.no_grad():
+            try:
+                _verify_export(fitted, form, inputs)
+            except RunFailed as error:
+                fail(str(error).removesuffix(" No file was written."), where)
+            except Exception as error:
+                fail(f"torch cannot export the network as {suffix}: {text_of(error)}", where)
+
+
+def _verify_export(fitted: Fitted, form: formats.Format, inputs: Tensor) -> None:
+    """Export the network as `export` does, and compare outputs for several batch sizes."""
+    restored = restore(fitted)
+    data_class = served.Served if fitted.data.classes is None else served.ServedClassifier
+    eager = data_class(fitted.data.preprocessing, restored.task.network).eval()
+    verification = Verification(eager, inputs)
+    network, _ = folding.fold(eager.network, eager.preprocessing(inputs.clone()))
+    exported = data_class(fitted.data.preprocessing, network).eval()
+    verification.verify("The network with folded norms", exported)
+    content = form.write(exported, torch.zeros_like(inputs[:7]), {})
+    verification.verify(f"The exported {form.name} file", form.open(content))
+
+
+def _finished(runs: Runs) -> Run:
+    run = runs.finished
+    if run.has_failed:
+        fail(
+            f"A short run of `fit` fails:\n{run.error}",
+            "the last lines. A KeyError with the name of a metric: a method of Task, such as "
+            "on_test_epoch_end(), is overridden and does not call super().",
+        )
+    return run
+
+
+def _differences(one: Run, other: Run) -> list[str]:
+    return list(outcomes.differences(one.outcome, other.outcome))
+
+
+def _candidates(runs: Runs) -> str:
+    return "" if isinstance(runs.fitted, Exception) else candidates(runs.fitted.task)
+
+
+def _skip_unless_shared(fitted: Fitted) -> None:
+    """Skip the test if two processes need not equal one."""
+    if not fitted.is_exact:
+        pytest.skip(
+            "The training loader is not an ExactLoader, so two processes get other batches than "
+            "one. bn_lightning.ExactDataLoader shares them."
+        )
+    task = restore(fitted).task
+    try:
+        LayerSync().synchronize(task.network, "cpu")
+    except UserError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    # Each process has random numbers of its own.
+    if steps.is_random(restore(fitted).task, fitted.batch):
+        pytest.skip("The loss in training is random (dropout?), so that of two processes differs.")

@@ -1,0 +1,50 @@
+"""`TaskTests` for the tasks of this repository. test_task_mutants.py has broken ones."""
+
+import os
+
+import pytest
+
+from bn_lightning.testing import TaskTests
+from bn_lightning.testing.network_tests import NetworkTests
+from tests.conftest import PROJECTS
+
+SAMPLE = ("--data.source", "sample", "--data.batch_size", "32")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Let this process and those of runs import the projects."""
+    monkeypatch.syspath_prepend(PROJECTS)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECTS), prepend=os.pathsep)
+
+
+class TestLeNetHere(NetworkTests):
+    """Those of the tests that start no process."""
+
+    experiment = "bn_lightning.experiment:EXPERIMENT"
+    settings = SAMPLE
+
+
+class TestRegressionHere(NetworkTests):
+    experiment = "friedman.experiment:EXPERIMENT"
+
+
+@pytest.mark.slow
+class TestLeNet(TaskTests):
+    experiment = "bn_lightning.experiment:EXPERIMENT"
+    settings = SAMPLE
+
+
+@pytest.mark.slow
+class TestResNet(TaskTests):
+    experiment = "bn_lightning.experiment:EXPERIMENT"
+    settings = (
+        *SAMPLE,
+        *("--model.network", "resnet", "--model.network_args.depth", "8"),
+        *("--model.network_args.width", "8", "--model.lr", "0.05"),
+    )
+
+
+@pytest.mark.slow
+class TestRegression(TaskTests):
+    experiment = "friedman.experiment:EXPERIMENT"
