@@ -29,7 +29,8 @@ from tests.conftest import REPOSITORY, command
 README = REPOSITORY / "README.md"
 CHINESE = REPOSITORY / ".github" / "README.zh-CN.md"
 GUIDES = sorted((REPOSITORY / ".github" / "guides").glob("*.md"))
-PAGES = {path: path.read_text(encoding="utf-8") for path in (README, CHINESE, *GUIDES)}
+OTHERS = [REPOSITORY / ".github" / name for name in ("CONTRIBUTING.md", "SECURITY.md")]
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, CHINESE, *OTHERS, *GUIDES)}
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 SAMPLE = ("--data.source", "sample")
@@ -74,6 +75,7 @@ OTHER_PROGRAMS = (
     *("torchrun", "srun", "git", "pytest"),
     # tests/runs/test_schema.py and test_completion.py run these.
     *("alias", "bn_lightning", "check-jsonschema", "source"),
+    *(".", "bash", "mypy", "ruff", "uv"),
 )
 
 
