@@ -52,6 +52,13 @@ def test_networks_of_torchvision_and_timm(name, norm):
         assert network.eval()(batches[1]).isfinite().all()
 
 
+class OwnForward(nn.Sequential):
+    """PyTorch 2.11 does not compile a network in place if all of its code is in torch.nn."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Checkpointed(nn.Sequential):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
@@ -96,7 +103,7 @@ def test_checkpointing_and_a_layer_that_is_called_twice(kind, norm):
 @pytest.mark.parametrize("in_place", [True, False], ids=["module.compile", "torch.compile"])
 def test_compiled_network_is_exact_and_not_compiled_again(in_place, norm):
     torch._dynamo.reset()
-    network, batches = randomized(nn.Sequential(*layers(norm)).double()), batches_of()
+    network, batches = randomized(OwnForward(*layers(norm)).double()), batches_of()
     expected = pooled_statistics(network, batches)
     counter = CompileCounter()
     if in_place:

@@ -51,7 +51,8 @@ def renorm(layer, x):
     """Compute y = gamma * (x_hat * r + d) + beta with PyTorch's batch norm as x_hat."""
     mean, std = layer.running_mean, layer.running_std
     if not layer.training:
-        return F.batch_norm(x, mean, std**2, layer.weight, layer.bias, eps=0)
+        # PyTorch 2.11 accepts no eps of 0.
+        return F.batch_norm(x, mean, std**2, layer.weight, layer.bias, eps=1e-30)
     rows = x.movedim(1, 0).flatten(1).detach()
     batch_mean, batch_std = rows.mean(1), (rows.var(1, correction=0) + 1e-5).sqrt()
     r, d = (batch_std / std).clip(1 / 3, 3), ((batch_mean - mean) / std).clip(-5, 5)
