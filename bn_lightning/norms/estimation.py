@@ -240,20 +240,24 @@ def _run(network: nn.Module, batches: Iterable[Any], device: torch.device) -> in
 def _restored(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Restore attributes and buffers of layers at the end."""
     saved = [
-        (layer, dict(vars(layer)), [(b, b.clone()) for b in layer.buffers(recurse=False)])
+        (
+            layer,
+            dict(vars(layer)),
+            dict(layer._buffers),
+            [(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)],
+        )
         for layer in layers
     ]
-    names = [dict(layer._buffers) for layer, _, _ in saved]
     try:
         yield
     finally:
-        for (layer, attributes, buffers), by_name in zip(saved, names, strict=True):
+        for layer, attributes, buffers, values in saved:
             for new in vars(layer).keys() - attributes.keys():
                 del vars(layer)[new]
             vars(layer).update(attributes)
             # A layer may have replaced a buffer.
-            layer._buffers.update(by_name)
-            for buffer, before in buffers:
+            layer._buffers.update(buffers)
+            for buffer, before in values:
                 buffer.copy_(before)
 
 

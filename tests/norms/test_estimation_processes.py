@@ -86,14 +86,7 @@ def estimated(network, batches):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 @pytest.mark.parametrize("world_size", BATCHES)
 def test_processes_estimate_the_statistics_of_all_batches(world_size):
-    queue = torch.multiprocessing.get_context(processes.START_METHOD).SimpleQueue()
-    arguments = (world_size, processes.free_port(), queue)
-    ranks = processes.start(results_of_rank, arguments, world_size, join=False)
-    while queue.empty():
-        # This raises if a rank has failed.
-        ranks.join(timeout=0.1)
-    first, *others = queue.get()
-    ranks.join()
+    first, *others = processes.result_of_ranks(results_of_rank, world_size)
     num_layouts = len(NORMS) * len(BATCHES[world_size])
     assert len(first) == num_layouts + len(SYNCHRONIZED) * len(SHARDS[world_size])
     for (norm, layout), values in first.items():

@@ -79,14 +79,7 @@ def merge(parts):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 @pytest.mark.parametrize("world_size", SHARDS)
 def test_synchronized_processes_give_the_results_of_one_process(world_size):
-    queue = torch.multiprocessing.get_context(processes.START_METHOD).SimpleQueue()
-    arguments = (world_size, processes.free_port(), queue)
-    ranks = processes.start(results_of_rank, arguments, world_size, join=False)
-    while queue.empty():
-        # This raises if a rank has failed.
-        ranks.join(timeout=0.1)
-    results = queue.get()
-    ranks.join()
+    results = processes.result_of_ranks(results_of_rank, world_size)
     assert len(results) == len(SHARDS[world_size]) * len(CASES)
     for (shards, case), values in results.items():
         alone = BatchNorm(5, dtype=case[2])

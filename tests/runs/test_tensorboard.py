@@ -32,7 +32,7 @@ PAGES = {
         "Saturated activations",
         "Gradient norms",
         "gamma and beta, channel 0",
-        "Lag of the running statistics behind the batch",
+        "Lag of the running statistics",
         "Batch and running statistics, channel 0",
     ],
     "histograms": ["batch_mean/norm1", "gamma", "running_var"],

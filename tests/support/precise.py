@@ -1,12 +1,10 @@
 """The statistics that precise statistics are compared with."""
 
-import copy
-
 import torch
 
 from bn_lightning import Classifier
-from bn_lightning.norms.names import names_of
 from bn_lightning.training.seeds import statistics_order
+from tests.support.pooled_statistics import pooled_statistics
 
 
 def batches_of(data, count, seed=0):
@@ -15,33 +13,6 @@ def batches_of(data, count, seed=0):
     chosen = indices[statistics_order(len(indices), seed)][: count * data.batch_size]
     loader = data.train_dataloader()
     return [loader.take(part)[0] for part in chosen.split(data.batch_size)]
-
-
-def expected_statistics(network, batches):
-    """Return mean and unbiased variance of all values that reach each batch norm, by name.
-
-    The network is in training mode, so each batch norm normalizes by the batch. The values of all
-    batches are kept, and torch computes their mean and variance in float64.
-    """
-    network = copy.deepcopy(network).train()
-    layers = {
-        name: layer
-        for name, layer in network.named_modules()
-        if hasattr(layer, names_of(layer).mean)
-    }
-    values = {name: [] for name in layers}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=name: values[name].append(args[0].detach().double())
-        )
-    for inputs in batches:
-        network(inputs)
-    of_all = {
-        # (C, values)
-        name: torch.cat(parts).transpose(0, 1).flatten(1)
-        for name, parts in values.items()
-    }
-    return {name: (x.mean(1), x.var(1)) for name, x in of_all.items()}
 
 
 def as_builtin(state):
@@ -61,7 +32,7 @@ def assert_statistics(state, reference, batches, rtol=1e-4, atol=1e-5):
 
     The reference is a network with the same weights.
     """
-    expected = expected_statistics(reference, batches)
+    expected = pooled_statistics(reference, batches)
     assert expected
     for name, (mean, var) in expected.items():
         found = {

@@ -35,6 +35,21 @@ def start(function, arguments, nprocs, join=True):
     )
 
 
+def result_of_ranks(function, world_size):
+    """Call function(rank, world_size, port, queue) in several processes.
+
+    Return what it puts into the queue.
+    """
+    queue = torch.multiprocessing.get_context(START_METHOD).SimpleQueue()
+    ranks = start(function, (world_size, free_port(), queue), world_size, join=False)
+    while queue.empty():
+        # This raises if a rank has failed.
+        ranks.join(timeout=0.1)
+    result = queue.get()
+    ranks.join()
+    return result
+
+
 def start_command(module, arguments, cwd, environment, log=None):
     """Start `python -m MODULE ARGUMENTS` in a session of its own.
 

@@ -23,7 +23,8 @@ from tests.support.plain_training import (
     shuffled,
     validation_loader,
 )
-from tests.support.precise import assert_statistics, expected_statistics
+from tests.support.pooled_statistics import pooled_statistics
+from tests.support.precise import assert_statistics
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty",
@@ -262,7 +263,7 @@ def test_the_expected_statistics_are_those_of_numpy():
     """The reference of these tests, on a single layer."""
     network = nn.Sequential(nn.BatchNorm2d(3))
     batches = [torch.randn(n, 3, 5, 4) * 2 + 1 for n in (4, 4, 3)]
-    mean, var = expected_statistics(network, batches)["0"]
+    mean, var = pooled_statistics(network, batches)["0"]
     values = torch.cat(batches).numpy().astype(np.float64)
     np.testing.assert_allclose(mean, values.mean((0, 2, 3)))
     np.testing.assert_allclose(var, values.var((0, 2, 3), ddof=1))
