@@ -88,6 +88,7 @@ def folder(main, trained, tmp_path, monkeypatch):
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(trained[0], tmp_path / "runs" / "lenet" / "0")
     (tmp_path / "my_norms.py").write_text(example() + example("class OnePass"))
+    (tmp_path / "my_networks.py").write_text(example("class TwoLayers"))
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -240,15 +241,6 @@ def test_the_layer_replaces_that_of_torch():
     exec(compile(example("theirs"), "layer.md", "exec"), {})
 
 
-def test_a_network_of_ones_own_is_trained(main, tmp_path, monkeypatch):
-    (tmp_path / "my_networks.py").write_text(example("class TwoLayers"))
-    monkeypatch.syspath_prepend(tmp_path)
-    short = (*SAMPLE, "--trainer.fast_dev_run", "true")
-    code, out, err = main("fit", "--model.network", "my_networks.TwoLayers", *short)
-    assert code == 0, err
-    assert "TwoLayers, norm custom" in out
-
-
 def test_norms_of_a_network_are_replaced(run_script):
     printed = run_script(example("replace_norms"))
     assert re.search(r"^layer1.0.bn1 +BatchNorm2d +BatchNorm$", printed, flags=re.M)
@@ -323,8 +315,8 @@ def test_each_python_block_is_tested():
         *("class RMSNorm", "L.Trainer", "onnxruntime", "theirs"),
         *("class TwoLayers", "replace_norms", "estimate_statistics"),
         *("def stripes", "class Photos", "mgrid"),
-        # tests/test_own_project.py, test_own_task.py and test_own_norm.py have these.
-        *("class Block", "class OnePass", "norm_checks"),
+        # tests/test_own_{project,network,task,norm}.py have these.
+        *("class Block", "class TestTwoLayers", "class OnePass", "norm_checks"),
         *("np.savetxt", "my_task.experiment:EXPERIMENT", "class Regression"),
     )
     tested = [example(word) for word in words]

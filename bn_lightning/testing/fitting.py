@@ -22,7 +22,7 @@ from bn_lightning.training.task import Task
 
 # The batch has at most this number of samples, and is trained on at most this number of
 # times.
-SAMPLES, STEPS = 32, 80
+SAMPLES, STEPS = 32, 240
 # Settings that are only about the length of a run.
 ONE_EPOCH = (
     *("--trainer.max_epochs", "1", "--trainer.max_steps", "-1"),
@@ -167,8 +167,8 @@ def fit(tests: type[ExperimentTests], folder: Path, fraction: float) -> Fitted:
         lr = float(model.lr)
         settings[f"learning rate {lr / 10:g}"] = _flags({"lr": f"{lr / 10}"})
     if {"lr", "optimizer", "optimizer_args"} <= set(vars(model)):
-        adam = {"optimizer": "AdamW", "optimizer_args": "null", "lr": "0.003"}
-        settings["AdamW with learning rate 0.003"] = _flags(adam)
+        adam = {"optimizer": "AdamW", "optimizer_args": "null", "lr": "0.01"}
+        settings["AdamW with learning rate 0.01"] = _flags(adam)
     for flags in settings.values():
         fitted = _fit_once(tests, (*plain, *flags), folder, fraction)
         if fitted.watch.has_fallen:
