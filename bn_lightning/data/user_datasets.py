@@ -51,11 +51,9 @@ def _part(
     part: str, dataset: Any, name: str, classes: Sequence[str], num_workers: int
 ) -> tuple["UserImages", Tensor]:
     images = UserImages(dataset, name, f"{part}_dataset")
-    labels = getattr(dataset, "targets", None)
+    labels = images.targets
     if labels is None:
         labels = _read_labels(images, num_workers)
-    if isinstance(labels, list):
-        labels = np.asarray(labels)
     return images, checked_labels(name, f"{part}_labels", labels, len(images), classes)
 
 
@@ -85,6 +83,9 @@ class UserImages(ImageSet):
         name: name of the data set, for messages.
         what: `train_dataset` or `test_dataset`, for messages.
 
+    Attributes:
+        targets: the labels that the attribute `targets` of the Dataset holds; None without it.
+
     Raises:
         UserError: the first image is not as expected, or there is none.
     """
@@ -95,6 +96,8 @@ class UserImages(ImageSet):
             refuse(name, f"a {type(dataset).__name__} as {what}", "It has no length or no items.")
         if len(dataset) == 0:
             refuse(name, f"no sample in {what}")
+        targets = getattr(dataset, "targets", None)
+        self.targets = None if targets is None else np.asarray(targets)
         self.shape = (len(dataset), *self.sample(0)[0].shape)
 
     def sample(self, index: int) -> tuple[Tensor, Any]:
@@ -111,7 +114,11 @@ class UserImages(ImageSet):
         return pixels, label
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels, _ = self.sample(index)
+        pixels, label = self.sample(index)
+        if self.targets is not None and np.any(np.asarray(label) != self.targets[index]):
+            found = f"the label {label} in {self.what}[{index}]"
+            held = f"{self.what}.targets[{index}] is {self.targets[index]}"
+            refuse(self.name, found, f"Both must be the same, but {held}.")
         if pixels.shape != self.shape[1:]:
             found = f"an image of shape {tuple(pixels.shape)} as {self.what}[{index}]"
             first = f"{self.what}[0] has the shape {tuple(self.shape[1:])}"

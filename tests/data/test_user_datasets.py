@@ -137,6 +137,15 @@ def test_wrong_samples_are_refused(value, found):
         load((train, test, ["a", "b", "c"]), "my.load", 0).in_memory(0)
 
 
+def test_a_label_that_contradicts_targets_is_refused():
+    train, test = Pictures(*arrays(90, 3)), Pictures(*arrays(30, 3))
+    train.targets = (2 - train.labels).tolist()
+    index = int((train.labels != 1).argmax())
+    found = rf"the label {train.labels[index]} in train_dataset\[{index}\]"
+    with pytest.raises(UserError, match=rf"returned {found}.\n.*targets\[{index}\] is"):
+        load((train, test, ["a", "b", "c"]), "my.load", 0).in_memory(0)
+
+
 @pytest.mark.parametrize(
     ("test", "found"),
     [
