@@ -1,12 +1,14 @@
-"""What is recorded of a batch: a digest of each sample, and facts that declarations state."""
+"""The record of a batch: a digest of each sample, and the facts that declarations state."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bn_lightning.testing import batches
 
 
 class Sample(NamedTuple):
@@ -34,85 +36,51 @@ class Batch:
         samples: the samples, in order.
         inputs, targets: shape and dtype of each tensor.
         not_finite: positions of the samples with values that are NaN or infinite.
-        labels: the targets as numbers, if they are one number for each sample.
+        labels: the targets as numbers; None if they are not one number for each sample.
     """
 
     samples: list[Sample]
-    inputs: list[Kind] = field(default_factory=list)
-    targets: list[Kind] = field(default_factory=list)
-    not_finite: list[int] = field(default_factory=list)
-    labels: list[float] | None = None
+    inputs: list[Kind]
+    targets: list[Kind]
+    not_finite: list[int]
+    labels: list[float] | None
 
 
 def recorded(batch: Any) -> Batch:
-    """Return the record of a batch: (inputs, targets, ...), a dict, or a tensor of inputs.
-
-    The first element, or the first value of a dict, is the inputs.
-    """
-    inputs, targets = _parts(batch)
-    digests = [digests_of(values) for values in (inputs, targets)]
-    num_samples = max(map(len, digests))
-    # A batch without targets has the same digest for each sample.
-    columns = [column or [0] * num_samples for column in digests]
+    """Return the record of a batch; see `batches` for its structure."""
+    inputs, targets = batches.inputs_and_targets(batch)
+    num_samples = batches.count(inputs)
     is_bad = torch.zeros(num_samples, dtype=torch.bool)
-    for tensor in _tensors([*inputs, *targets]):
-        if tensor.is_floating_point():
-            is_bad |= ~tensor.detach().cpu().reshape(num_samples, -1).isfinite().all(1)
-    is_label = len(targets) == 1 and isinstance(targets[0], Tensor) and targets[0].dim() == 1
+    for tensor in [*inputs, *targets]:
+        is_bad |= ~tensor.detach().cpu().reshape(num_samples, -1).isfinite().all(1)
+    has_labels = len(targets) == 1 and targets[0].dim() == 1
+    columns = [digests(tensors, num_samples) for tensors in (inputs, targets)]
     return Batch(
-        [Sample(*digest) for digest in zip(*columns, strict=True)],
-        [Kind(tuple(t.shape[1:]), _name(t)) for t in _tensors(inputs)],
-        [Kind(tuple(t.shape[1:]), _name(t)) for t in _tensors(targets)],
+        [Sample(*pair) for pair in zip(*columns, strict=True)],
+        [_kind(tensor) for tensor in inputs],
+        [_kind(tensor) for tensor in targets],
         is_bad.nonzero().flatten().tolist(),
-        targets[0].tolist() if is_label else None,
+        targets[0].tolist() if has_labels else None,
     )
 
 
-def inputs_of(batch: Any) -> Tensor:
-    """Return the first tensor of the inputs of a batch."""
-    return _tensors(_parts(batch)[0])[0]
+def identified(samples: Iterable[Sample], what: str) -> list[Hashable]:
+    """Return what identifies each sample: its `content`, its `inputs` or its `targets`."""
+    if what == "content":
+        return list(samples)
+    return [getattr(sample, what) for sample in samples]
 
 
-def digests_of(values: Iterable[Any]) -> list[int]:
-    """Return a digest for each sample. Each value holds a row for each sample."""
-    rows = [_rows(value) for value in values]
-    return [
-        int.from_bytes(hashlib.blake2b(b"|".join(parts), digest_size=8).digest())
-        for parts in zip(*rows, strict=True)
-    ]
+def digests(tensors: list[Tensor], num_samples: int) -> list[int]:
+    """Return a digest of each sample. Each tensor has a row for each of them."""
+    hashes = [hashlib.blake2b(digest_size=8) for _ in range(num_samples)]
+    for tensor in tensors:
+        # NumPy does not know bfloat16, so bytes are hashed.
+        flat = tensor.detach().cpu().reshape(num_samples, -1).contiguous().view(torch.uint8)
+        for digest, row in zip(hashes, flat.numpy(), strict=True):
+            digest.update(row.tobytes())
+    return [int.from_bytes(digest.digest()) for digest in hashes]
 
 
-def _rows(value: Any) -> list[bytes]:
-    if not isinstance(value, Tensor):
-        return [repr(row).encode() for row in value]
-    # NumPy does not know bfloat16, so bytes are hashed.
-    flat = value.detach().cpu().reshape(len(value), -1).contiguous()
-    return [row.tobytes() for row in flat.view(torch.uint8).numpy()]
-
-
-def _parts(batch: Any) -> tuple[list[Any], list[Any]]:
-    """Return the values of the inputs and of the targets, each with a row for each sample."""
-    if isinstance(batch, Mapping):
-        first, *others = batch.values()
-    elif isinstance(batch, tuple | list):
-        first, *others = batch
-    else:
-        first, others = batch, []
-    return _leaves(first), [leaf for other in others for leaf in _leaves(other)]
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return [leaf for part in value.values() for leaf in _leaves(part)]
-    is_nested = isinstance(value, tuple | list) and any(
-        isinstance(part, Tensor | Mapping | tuple | list) for part in value
-    )
-    return [leaf for part in value for leaf in _leaves(part)] if is_nested else [value]
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _kind(tensor: Tensor) -> Kind:
+    return Kind(tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))

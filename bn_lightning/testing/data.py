@@ -1,11 +1,21 @@
 """Tests of the data of a project, to be inherited."""
 
+from bn_lightning.testing.completeness_tests import CompletenessTests
 from bn_lightning.testing.declaration_tests import DeclarationTests
+from bn_lightning.testing.evaluation_tests import EvaluationTests
 from bn_lightning.testing.order_tests import OrderTests
+from bn_lightning.testing.preprocessing_tests import PreprocessingTests
 from bn_lightning.testing.split_tests import SplitTests
 
 
-class DataTests(DeclarationTests, OrderTests, SplitTests):
+class DataTests(
+    DeclarationTests,
+    PreprocessingTests,
+    CompletenessTests,
+    OrderTests,
+    EvaluationTests,
+    SplitTests,
+):
     """Tests of a data module: what it declares, what its loaders return, and its split.
 
         class TestData(DataTests):

@@ -14,11 +14,11 @@ from torchmetrics import Metric
 
 from bn_lightning.deploy import served
 from bn_lightning.runs import run
-from bn_lightning.testing import samples
+from bn_lightning.testing import batches
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.training.batches import ExactLoader
 from bn_lightning.training.data_module import DataModule
-from bn_lightning.training.task import Task
+from bn_lightning.training.task import Stage, Task
 
 # The batch has at most this number of samples, and is trained on at most this number of
 # times.
@@ -140,12 +140,12 @@ class Fitted:
         reference = self.cli.reference
         return served.restore(str(self.checkpoint), reference, self.trusted)
 
-    def evaluate(self, stage: str, batches: list[Any]) -> dict[str, float]:
+    def evaluate(self, stage: Stage, parts: list[Any]) -> dict[str, float]:
         """Return all that is logged when the task is evaluated on some batches."""
         trainer, data = self.cli.trainer, self.data
         loader = "val_dataloader" if stage == "val" else "test_dataloader"
         command = trainer.validate if stage == "val" else trainer.test
-        vars(data)[loader] = lambda: samples.Loader(batches)
+        vars(data)[loader] = lambda: batches.FixedBatches(parts)
         try:
             command(self.task, datamodule=data, verbose=False)
         finally:
@@ -191,7 +191,7 @@ def _fit_once(
     data.setup("fit")
     loader = data.train_dataloader()
     batch = next(iter(loader))
-    batch = samples.part(batch, 0, min(SAMPLES, samples.count(batch)))
+    batch = batches.part(batch, 0, min(SAMPLES, batches.count(batch)))
     new_metrics = {
         name: copy.deepcopy(module)
         for name, module in task.named_children()
@@ -200,8 +200,8 @@ def _fit_once(
     watch = Watch(fraction)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     # An attribute of the object hides the method of its class.
-    vars(data)["train_dataloader"] = lambda: samples.Loader([batch] * STEPS)
-    vars(data)["val_dataloader"] = lambda: samples.Loader([batch])
+    vars(data)["train_dataloader"] = lambda: batches.FixedBatches([batch] * STEPS)
+    vars(data)["val_dataloader"] = lambda: batches.FixedBatches([batch])
     try:
         trainer.fit(task, datamodule=data)
     finally:

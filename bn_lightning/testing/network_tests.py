@@ -8,9 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bn_lightning.testing import fitting, outcomes, samples, steps, trained
+from bn_lightning.testing import batches, fitting, outcomes, steps, trained
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.failures import fail, text_of
+from bn_lightning.testing.failures import describe, fail, listed
 from bn_lightning.testing.fitting import Fitted
 from bn_lightning.testing.task_runs import Runs
 from bn_lightning.training.task import Stage
@@ -63,7 +63,7 @@ class NetworkTests(ExperimentTests):
 
     def test_one_batch_can_be_overfitted(self, runs: Runs) -> None:
         fitted = trained.fitted_of(runs)
-        watch, size = fitted.watch, samples.count(fitted.batch)
+        watch, size = fitted.watch, batches.count(fitted.batch)
         if not watch.losses:
             pytest.skip("training_step() returns no loss.")
         if not math.isfinite(watch.losses[0]):
@@ -88,7 +88,7 @@ class NetworkTests(ExperimentTests):
         if without:
             fail(
                 f"No gradient reaches {len(without)} parameter(s) in "
-                f"{len(fitted.watch.losses)} steps:\n{outcomes.listed(without)}",
+                f"{len(fitted.watch.losses)} steps:\n{listed(without)}",
                 "detach(), torch.no_grad(), .data and NumPy between these parameters and the "
                 "loss, and layers that forward() does not use. Freeze parameters on purpose with "
                 "requires_grad_(False).",
@@ -99,7 +99,7 @@ class NetworkTests(ExperimentTests):
         if left_out:
             fail(
                 f"No optimizer has {len(left_out)} parameter(s), so they are never trained:\n"
-                f"{outcomes.listed(left_out)}",
+                f"{listed(left_out)}",
                 "configure_optimizers(). Freeze parameters on purpose with requires_grad_(False).",
             )
 
@@ -108,18 +108,18 @@ class NetworkTests(ExperimentTests):
     @pytest.mark.parametrize("stage", ["val", "test"])
     def test_metrics_equal_those_of_all_samples_at_once(self, fitted: Fitted, stage: Stage) -> None:
         batch = trained.evaluation_batch(fitted, stage)
-        parts = samples.unequal_parts(batch)
+        parts = batches.unequal_parts(batch)
         logged = trained.evaluate(fitted, stage, parts)
         # Values that the task logs by itself are compared with those of one batch.
         at_once = trained.evaluate(fitted, stage, [batch])
         at_once |= steps.metrics_at_once(fitted, stage, batch)
         wrong = list(outcomes.differences(at_once, logged, *METRICS))
         if wrong:
-            sizes = ", ".join(str(samples.count(part)) for part in parts)
+            sizes = ", ".join(str(batches.count(part)) for part in parts)
             fail(
-                f"Metrics of {samples.count(batch)} samples depend on the batches, here of {sizes}"
+                f"Metrics of {batches.count(batch)} samples depend on the batches, here of {sizes}"
                 f" (the value of all samples at once, and the logged one):\n"
-                f"{outcomes.listed(wrong)}",
+                f"{listed(wrong)}",
                 "a mean of the means of batches (a metric keeps a sum and a count; self.log() "
                 "needs batch_size), a loss that is a sum instead of a mean, a metric without "
                 "reset(), and outputs that depend on the other samples of the batch.",
@@ -127,7 +127,7 @@ class NetworkTests(ExperimentTests):
 
     def test_metrics_start_anew_in_each_evaluation(self, fitted: Fitted) -> None:
         batch = trained.evaluation_batch(fitted, "val")
-        half = samples.part(batch, 0, samples.count(batch) // 2)
+        half = batches.part(batch, 0, batches.count(batch) // 2)
         trained.evaluate(fitted, "val", [batch])
         logged = trained.evaluate(fitted, "val", [half])
         expected = steps.metrics_at_once(fitted, "val", half)
@@ -136,7 +136,7 @@ class NetworkTests(ExperimentTests):
         if wrong:
             fail(
                 "After an evaluation of other samples, metrics have other values (the value of a "
-                f"new metric, and the logged one):\n{outcomes.listed(wrong)}",
+                f"new metric, and the logged one):\n{listed(wrong)}",
                 "reset() of these metrics, which must set sums and counts to 0. States of "
                 "torchmetrics' add_state() are reset without code.",
             )
@@ -144,25 +144,25 @@ class NetworkTests(ExperimentTests):
     def test_an_evaluation_leaves_the_network_unchanged(self, fitted: Fitted) -> None:
         batch = trained.evaluation_batch(fitted, "val")
         before = copy.deepcopy(fitted.task.network.state_dict())
-        trained.evaluate(fitted, "val", samples.unequal_parts(batch))
+        trained.evaluate(fitted, "val", batches.unequal_parts(batch))
         changed = list(outcomes.differences(before, fitted.task.network.state_dict()))
         if changed:
             fail(
-                f"A validation changes the network:\n{outcomes.listed(changed)}",
+                f"A validation changes the network:\n{listed(changed)}",
                 "forward() of these layers: state may change only `if self.training`.",
             )
 
     def test_the_output_of_a_sample_does_not_depend_on_its_batch(self, fitted: Fitted) -> None:
-        size = samples.count(fitted.batch)
+        size = batches.count(fitted.batch)
         whole = trained.outputs(fitted, fitted.batch)
         for start, stop in ((0, 1), (1, 3), (size // 2, size)):
-            alone = trained.outputs(fitted, samples.part(fitted.batch, start, stop))
+            alone = trained.outputs(fitted, batches.part(fitted.batch, start, stop))
             found = outcomes.differences(whole[start:stop], alone, *OUTPUTS, "the output")
             wrong = list(found)
             if wrong:
                 fail(
                     f"In eval mode, {stop - start} sample(s) alone have other outputs than in a "
-                    f"batch of {size}:\n{outcomes.listed(wrong)}",
+                    f"batch of {size}:\n{listed(wrong)}",
                     "layers that use statistics of the batch or random numbers in eval mode "
                     "(F.dropout needs training=self.training), operations over dimension 0, and "
                     "squeeze(), which removes the dimension of the batch if it has one sample.",
@@ -173,7 +173,7 @@ class NetworkTests(ExperimentTests):
         fitted.task.eval()
         with torch.no_grad():
             fitted.task.step(batch, "val")
-        before, after = steps.tensors_in(fitted.batch), steps.tensors_in(batch)
+        before, after = batches.tensors_in(fitted.batch), batches.tensors_in(batch)
         if list(outcomes.differences(before, after)):
             fail(
                 "step() changes the batch that it is given, so a second use of the same samples "
@@ -194,7 +194,7 @@ class NetworkTests(ExperimentTests):
         if objects:
             fail(
                 "Settings are not plain data, so checkpoints cannot be loaded safely:\n"
-                f"{outcomes.listed(objects)}",
+                f"{listed(objects)}",
                 "the arguments of the task, and save_hyperparameters(). Use numbers, texts, lists "
                 "and dicts, and build objects from them.",
             )
@@ -206,7 +206,7 @@ class NetworkTests(ExperimentTests):
         if wrong:
             fail(
                 "A network that is restored from a checkpoint has other outputs in eval mode than "
-                f"the trained one:\n{outcomes.listed(wrong)}",
+                f"the trained one:\n{listed(wrong)}",
                 "state that is not in the checkpoint, random numbers in eval mode, and methods "
                 f"that rename or skip weights.{trained.candidates(fitted.task, task)}",
             )
@@ -224,7 +224,7 @@ class NetworkTests(ExperimentTests):
             with torch.autocast("cpu", torch.bfloat16):
                 found = steps.training_step(task, batch, stage)
         except Exception as error:
-            fail(f"A step with --trainer.precision bf16-mixed fails: {text_of(error)}", where)
+            fail(f"A step with --trainer.precision bf16-mixed fails: {describe(error)}", where)
         task.load_state_dict(steps.round_to_bfloat16(dict(task.state_dict())))
         changed = steps.training_step(task, steps.round_to_bfloat16(batch), stage)
         wrong = []
@@ -242,6 +242,6 @@ class NetworkTests(ExperimentTests):
         if wrong:
             fail(
                 "A step with --trainer.precision bf16-mixed is far from that in float32:\n"
-                f"{outcomes.listed(wrong)}",
+                f"{listed(wrong)}",
                 where,
             )

@@ -92,10 +92,3 @@ def _of_tensors(
     scale = float(precise[0].abs().max())
     if math.isnan(largest) or largest > relative * scale + absolute:
         yield f"{where} differs by up to {largest:.2g} (its largest value is {scale:.2g})"
-
-
-def listed(lines: list[str], most: int = 4) -> str:
-    """Return the first lines, indented, and the number of the others."""
-    shown = [f"    {line}" for line in lines[:most]]
-    more = len(lines) - most
-    return "\n".join(shown + ([f"    and {more} more"] if more > 0 else []))

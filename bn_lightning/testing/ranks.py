@@ -6,13 +6,13 @@ import pickle
 import socket
 import tempfile
 import time
-import traceback
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from bn_lightning.testing import reading
+from bn_lightning.testing.failures import describe
 from bn_lightning.testing.reading import Plan, Reading
 
 # How long the processes of a plan may take.
@@ -74,7 +74,11 @@ def _wait(ranks: list[multiprocessing.Process], folder: Path) -> None:
     for number, rank in enumerate(ranks):
         if rank.exitcode:
             error = folder / f"{number}.txt"
-            cause = error.read_text() if error.exists() else f"It ended with {rank.exitcode}."
+            cause = (
+                error.read_text(encoding="utf-8")
+                if error.exists()
+                else f"It ended with {rank.exitcode}."
+            )
             raise RankFailed(f"Process {number}: {cause}")
 
 
@@ -89,9 +93,8 @@ def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     try:
         found = [reading.read(plan) for plan in plans]
-    except BaseException as error:
-        last = traceback.format_exception_only(error)[-1].strip()
-        (folder / f"{rank}.txt").write_text(last)
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(describe(error), encoding="utf-8")
         raise
     for part in found:
         part.first = None

@@ -1,6 +1,7 @@
 """Passes over the loaders of an experiment, with Lightning's Trainer and without training."""
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from bn_lightning import generators
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
-from bn_lightning.testing.contents import Batch, Sample, inputs_of, recorded
+from bn_lightning.testing.batches import inputs_and_targets
+from bn_lightning.testing.contents import Batch, Sample, recorded
 from bn_lightning.testing.data_source import Source, quiet
 from bn_lightning.testing.loaders import Loader, prepare
 from bn_lightning.training import lightning_internals, seeds
@@ -76,11 +78,24 @@ class Reading:
     forwards: list[int] = field(default_factory=list)
     backwards: list[int] = field(default_factory=list)
 
+    def batches(self) -> Iterator[tuple[str, Batch]]:
+        """Yield the batches of the first passes of training, validation and test."""
+        for stage in ("train", "val", "test"):
+            for batch in self.passes[stage][0] if self.passes[stage] else []:
+                yield stage, batch
+
+    def all_samples(self, stage: str) -> list[list[Sample]]:
+        """Return the samples of each pass, in order."""
+        passes = self.passes[stage]
+        return [[sample for batch in batches for sample in batch.samples] for batches in passes]
+
     def samples(self, stage: str, number: int = 0) -> list[Sample]:
         """Return the samples of a pass, in order; empty if there was no such pass."""
-        passes = self.passes[stage]
-        batches = passes[number] if passes else []
-        return [sample for batch in batches for sample in batch.samples]
+        return self.all_samples(stage)[number] if self.passes[stage] else []
+
+    def inputs(self, stage: str, number: int = 0) -> Counter[int]:
+        """Return the inputs of a pass, and how often each of them was read."""
+        return Counter(sample.inputs for sample in self.samples(stage, number))
 
 
 @cache
@@ -235,7 +250,7 @@ class Reader(pl.LightningModule):
 
     def _keep(self, kept: list[Tensor], batch: Any) -> None:
         if sum(map(len, kept)) < NUM_KEPT:
-            kept.append(inputs_of(batch).clone())
+            kept.append(inputs_and_targets(batch)[0][0].clone())
 
     def _describe(self, stage: str, loader: Any) -> None:
         if stage not in self.found.loaders:

@@ -1,11 +1,12 @@
 """Tests of the split: samples of the evaluation are not trained on."""
 
 import warnings
+from collections import Counter
 
 import pytest
 
-from bn_lightning.testing.contents import Sample
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, counted, fail, named, shown
+from bn_lightning.testing.failures import counted, fail, shown
+from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, inputs_over
 from bn_lightning.testing.reading import Reading
 
 # Share of the validation or test set that may be identical with training samples. Published data
@@ -18,116 +19,115 @@ class SplitTests(LoaderTests):
 
     def test_held_out_samples_are_never_trained_on(self) -> None:
         found = self.still()
+        train = found.loaders["train"]
         for stage in ("val", "test"):
             shared = _shared_indices(found, stage)
             if shared:
-                train, noun = found.loaders["train"], NOUNS[stage]
-                assert train.indices is not None
+                noun = NOUNS[stage]
                 names = [train.name(train.indices.index(index)) for index in sorted(shared)]
                 fail(
                     f"{counted(len(shared), noun)} are training samples too. Their indices are in "
                     f"both loaders: {shown(names)}.\nThe {noun} metrics are those of samples that "
-                    f"the network has seen. Look at the split in {self.data_name()}.setup."
+                    "the network has seen.",
+                    f"the split in {self.data_name()}.setup.",
                 )
-        if not _has_one_storage(found, "val") and not _has_one_storage(found, "test"):
+        if not any(_has_same_storage(found, stage) for stage in ("val", "test")):
             pytest.skip("The loaders have no common Dataset, so indices cannot be compared.")
 
     def test_the_split_is_always_the_same(self) -> None:
         found, again = self.still(), self.still_again()
         if "val" not in found.loaders:
             pytest.skip("There are no validation samples.")
-        where = f"Look at the split in {self.data_name()}.setup and its seed: use self.seed only."
+        where = f"the split in {self.data_name()}.setup. Its random numbers must use self.seed."
         cause = f"{where} It depends on the time, or on the state of a random generator."
-        own = {sample.inputs for sample in found.samples("train")}
+        trained, held_out = found.inputs("train"), found.inputs("val")
         for number in range(1, len(found.passes["val"])):
             when = "in another epoch, or after another call of setup()"
-            self._refuse_moved(own, found, found.samples("val", number), when, cause)
-        later = {sample.inputs for sample in found.samples("train", 1)}
-        self._refuse_moved(later, found, found.samples("val"), "in the next epoch", cause)
+            self._refuse_moved(found, trained, found.inputs("val", number), when, cause)
+        self._refuse_moved(found, found.inputs("train", 1), held_out, "in the next epoch", cause)
         when = "by a new data module with the same seed, as by a resumed run"
-        self._refuse_moved(own, found, again.samples("val"), when, cause)
-        before, now = found.loaders["val"].indices, again.loaders["val"].indices
-        if before is not None and now is not None and set(before) != set(now):
-            count = len(set(now) - set(before))
-            fail(f"{counted(count, 'validation')} have other indices {when}.\n{cause}")
+        self._refuse_moved(found, trained, again.inputs("val"), when, cause)
+        before, now = (reading.loaders["val"].indices for reading in (found, again))
+        moved = set(now) - set(before)
+        if moved:
+            fail(f"{counted(len(moved), 'validation')} have other indices {when}.", cause)
+        cause = f"{where} It depends on the process."
         for processes in self.processes:
             if processes == 1:
                 continue
-            ranks = self.of_ranks(processes)[0]
-            val = [sample for rank in ranks for sample in rank.samples("val")]
-            trained = {sample.inputs for rank in ranks for sample in rank.samples("train")}
-            cause = f"{where} It depends on the process."
             when = f"with {processes} processes"
-            self._refuse_moved(own, found, val, when, cause)
-            self._refuse_moved(trained, found, found.samples("val"), when, cause)
+            ranks = self.of_ranks(processes)[0]
+            self._refuse_moved(found, trained, inputs_over(ranks, "val"), when, cause)
+            self._refuse_moved(found, inputs_over(ranks, "train"), held_out, when, cause)
 
     def _refuse_moved(
-        self, trained: set[int], found: Reading, val: list[Sample], when: str, where: str
+        self,
+        found: Reading,
+        trained: Counter[int],
+        held_out: Counter[int],
+        when: str,
+        where: str,
     ) -> None:
-        """Refuse validation samples that are training samples in another pass only."""
+        """Refuse inputs that are trained on and held out, unless they are so in each pass."""
         __tracebackhide__ = True
-        # These are identical samples in both parts.
-        own = {sample.inputs for sample in found.samples("train")}
-        both = own & {sample.inputs for sample in found.samples("val")}
-        moved = {sample.inputs for sample in val if sample.inputs in trained - both}
+        train, val = found.inputs("train"), found.inputs("val")
+        moved = (trained.keys() & held_out.keys()) - (train.keys() & val.keys())
         if not moved:
             return
-        names = named(found.loaders["train"], moved, "inputs")
-        names = names or named(found.loaders["val"], moved, "inputs")
+        names = found.loaders["train"].names_of(moved, "inputs")
+        names = names or found.loaders["val"].names_of(moved, "inputs")
         fail(
             f"The split changes: {counted(len(moved), 'validation')} and training samples change "
-            f"places {when}.\nSamples {shown(names)} are trained on and held out. {where}"
+            f"places {when}.\nSamples {shown(names)} are trained on and held out.",
+            where,
         )
 
     def test_few_samples_of_the_evaluation_are_identical_with_training_samples(self) -> None:
         found = self.still()
-        train = found.loaders["train"]
-        trained = {sample.inputs for sample in found.samples("train")}
         for stage in ("val", "test"):
-            loader = found.loaders.get(stage)
-            if loader is None:
+            copies = _copies(found, stage)
+            if not copies:
                 continue
-            samples = found.samples(stage)
-            same = set(_shared_indices(found, stage))
-            identical = [
-                position
-                for position, sample in enumerate(samples)
-                if sample.inputs in trained
-                and (loader.indices is None or not same or loader.indices[position] not in same)
-            ]
-            if not identical:
-                continue
-            noun = NOUNS[stage]
+            noun, number = NOUNS[stage], len(found.samples(stage))
             lines = [
-                f"{counted(len(identical), noun)} of {len(samples):,} "
-                f"({len(identical) / len(samples):.1%}) have the same input as a training sample."
+                f"{counted(len(copies), noun)} of {number:,} ({len(copies) / number:.1%}) have the "
+                "same input as a training sample.",
+                *copies[:3],
             ]
-            for position in identical[:3]:
-                copies = named(train, [samples[position].inputs], "inputs")
-                of_train = f" = training sample {shown(copies)}" if copies else ""
-                name = str(position) if loader.indices is None else loader.name(position)
-                lines.append(f"  {noun} sample {name}{of_train}")
-            if len(identical) > MAX_IDENTICAL * len(samples):
+            if len(copies) > MAX_IDENTICAL * number:
                 fail(
                     "\n".join(lines)
-                    + f"\nAt most {MAX_IDENTICAL:.0%} may be. The {noun} metrics are too good. "
-                    f"Look at how the function of the data, or {self.data_name()}.setup, puts "
-                    "samples into the parts: are there copies, or is a part contained in another?"
+                    + f"\nAt most {MAX_IDENTICAL:.0%} may be. The {noun} metrics are too good.",
+                    f"how the function of the data, or {self.data_name()}.setup, puts samples into "
+                    "the parts. Are there copies, or does one part contain another?",
                 )
             warnings.warn("\n".join(lines), stacklevel=1)
-        if train.samples is None and not trained:
-            pytest.skip("There are no training samples.")
 
 
-def _has_one_storage(found: Reading, stage: str) -> bool:
-    train, other = found.loaders["train"], found.loaders.get(stage)
-    has_indices = other is not None and None not in (train.indices, other.indices)
-    return has_indices and other is not None and train.storage == other.storage
-
-
-def _shared_indices(found: Reading, stage: str) -> list[int]:
-    if not _has_one_storage(found, stage):
+def _copies(found: Reading, stage: str) -> list[str]:
+    """Return the samples of a stage with the input of another sample in training, in words."""
+    if stage not in found.loaders:
         return []
-    train, other = found.loaders["train"].indices, found.loaders[stage].indices
-    assert train is not None and other is not None
-    return sorted(set(train) & set(other))
+    train, loader = found.loaders["train"], found.loaders[stage]
+    trained, shared = found.inputs("train"), _shared_indices(found, stage)
+    lines = []
+    for position, sample in enumerate(found.samples(stage)):
+        is_shared = shared and loader.indices[position] in shared
+        if sample.inputs in trained and not is_shared:
+            names = train.names_of([sample.inputs], "inputs")
+            of_train = f" = training sample {shown(names)}" if names else ""
+            lines.append(f"  {NOUNS[stage]} sample {loader.name(position)}{of_train}")
+    return lines
+
+
+def _has_same_storage(found: Reading, stage: str) -> bool:
+    """Return whether indices of a stage and of training are those of the same samples."""
+    train, other = found.loaders["train"], found.loaders.get(stage)
+    return bool(other and train.indices and other.indices and train.storage == other.storage)
+
+
+def _shared_indices(found: Reading, stage: str) -> set[int]:
+    """Return the indices of samples that are both in training and in another stage."""
+    if not _has_same_storage(found, stage):
+        return set()
+    return set(found.loaders["train"].indices) & set(found.loaders[stage].indices)

@@ -1,17 +1,13 @@
 """State of a task that a checkpoint does not contain."""
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from bn_lightning.testing.own_generators import GENERATORS, kind_of
 from bn_lightning.training.task import Task
-
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def outside(task: Task) -> list[str]:
@@ -29,7 +25,7 @@ def outside(task: Task) -> list[str]:
                 kind = type(inner).__name__
                 lines.append(f"{name} has a {kind} in a Python container: use nn.ModuleList")
             elif isinstance(inner, GENERATORS):
-                kind = f"{type(inner).__module__}.{type(inner).__name__}"
+                kind = kind_of(inner)
                 lines.append(f"{name} is a generator of its own ({kind}): use the global ones")
             else:
                 continue

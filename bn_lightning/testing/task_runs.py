@@ -9,7 +9,7 @@ from typing import Any
 from bn_lightning.runs import run
 from bn_lightning.testing import fitting, outcomes
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.failures import text_of
+from bn_lightning.testing.failures import describe
 from bn_lightning.testing.fitting import Fitted
 
 # Two epochs of four batches. All else is as in the experiment.
@@ -105,7 +105,7 @@ class Runs:
             run.command_line(["fit", *flags], self.tests.experiment)
         except Exception as found:
             # The code of the user may raise anything.
-            code, error = 1, text_of(found)
+            code, error = 1, describe(found)
         return self._run("one", subprocess.CompletedProcess(flags, code, "", error))
 
     @cached_property

@@ -11,7 +11,7 @@ from bn_lightning.deploy.verification import Verification
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.norms.sync import LayerSync
 from bn_lightning.testing import outcomes, steps
-from bn_lightning.testing.failures import fail, text_of
+from bn_lightning.testing.failures import describe, fail, listed
 from bn_lightning.testing.fitting import Fitted
 from bn_lightning.testing.network_tests import NetworkTests
 from bn_lightning.testing.task_runs import Run, Runs
@@ -60,7 +60,7 @@ class TaskTests(NetworkTests):
         ]
         if wrong:
             fail(
-                f"result.json lacks metrics of the task:\n{outcomes.listed(wrong)}",
+                f"result.json lacks metrics of the task:\n{listed(wrong)}",
                 "methods of Task that are overridden and do not call super(), such as "
                 "on_validation_epoch_end(), and metrics that are not one number.",
             )
@@ -77,7 +77,10 @@ class TaskTests(NetworkTests):
                 "An epoch has too few batches: use a smaller --data.batch_size in settings."
             )
         if not runs.was_killed:
-            fail(f"A run failed before it could be killed:\n{killed.error}", "there.")
+            fail(
+                f"A run failed before it could be killed:\n{killed.error}",
+                "the code that raises this error.",
+            )
         resumed = runs.resumed
         if resumed.has_failed:
             fail(
@@ -88,7 +91,7 @@ class TaskTests(NetworkTests):
         if wrong:
             fail(
                 "A run that was killed and resumed has another outcome than the uninterrupted one "
-                f"(the uninterrupted run, and the resumed one):\n{outcomes.listed(wrong)}",
+                f"(the uninterrupted run, and the resumed one):\n{listed(wrong)}",
                 "state that is not in the checkpoint: attributes that change from step to step, "
                 "and generators of your own. Random numbers of a step must come from the global "
                 f"generators of torch, NumPy and Python.{_candidates(runs)}",
@@ -101,12 +104,15 @@ class TaskTests(NetworkTests):
             return
         again = runs.repeated
         if again.has_failed:
-            fail(f"`fit --config config.yaml` fails with a run's file:\n{again.error}", "there.")
+            fail(
+                f"`fit --config config.yaml` fails with a run's file:\n{again.error}",
+                "the code that raises this error.",
+            )
         wrong = _differences(first, again)
         if wrong:
             fail(
                 "`fit --config config.yaml` with the file of a run has another outcome (the first "
-                f"run, and the second one):\n{outcomes.listed(wrong)}",
+                f"run, and the second one):\n{listed(wrong)}",
                 "random numbers without a seed, such as those of numpy.random.default_rng(), the "
                 f"time, hash(), and the order of a set.{_candidates(runs)}",
             )
@@ -122,14 +128,17 @@ class TaskTests(NetworkTests):
             )
         two = runs.two_processes
         if two.has_failed:
-            fail(f"A run with --trainer.devices 2 fails:\n{two.error}", "there.")
+            fail(
+                f"A run with --trainer.devices 2 fails:\n{two.error}",
+                "the code that raises this error.",
+            )
         for run in (one, two):
             run.outcome["result"].pop("processes", None)
         wrong = list(outcomes.differences(one.outcome, two.outcome, *PROCESSES))
         if wrong:
             fail(
                 "Two processes that share each batch have another outcome than one (one process, "
-                f"and two):\n{outcomes.listed(wrong)}",
+                f"and two):\n{listed(wrong)}",
                 "a loss in step() that is not the mean over the samples, values that are not "
                 "reduced (self.log() needs sync_dist=True), and layers that use statistics of "
                 "the batch.",
@@ -155,7 +164,7 @@ class TaskTests(NetworkTests):
             except RunFailed as error:
                 fail(str(error).removesuffix(" No file was written."), where)
             except Exception as error:
-                fail(f"torch cannot export the network as {suffix}: {text_of(error)}", where)
+                fail(f"torch cannot export the network as {suffix}: {describe(error)}", where)
 
 
 def _verify_export(fitted: Fitted, form: formats.Format, inputs: Tensor) -> None:

@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor
 
 from bn_lightning.deploy import served
-from bn_lightning.testing import fitting, outcomes, samples, state
-from bn_lightning.testing.failures import fail, text_of
+from bn_lightning.testing import batches, fitting, state
+from bn_lightning.testing.failures import describe, fail, listed
 from bn_lightning.testing.fitting import Fitted
 from bn_lightning.testing.task_runs import Runs
 from bn_lightning.training.task import Stage, Task
@@ -19,7 +19,10 @@ MOST_SAMPLES, LEAST_SAMPLES = 200, 6
 def fitted_of(runs: Runs) -> Fitted:
     """Return the task that was trained on one batch; let the test fail if there is none."""
     if isinstance(runs.fitted, Exception):
-        fail(f"Training on one batch fails: {text_of(runs.fitted)}", "there.")
+        fail(
+            f"Training on one batch fails: {describe(runs.fitted)}",
+            "the code that raises this error.",
+        )
     return runs.fitted
 
 
@@ -39,7 +42,7 @@ def candidates(task: Task, restored: Task | None = None) -> str:
     """Return the state of a task outside of its state dict, for a message."""
     found = state.changed_attributes(task, restored) if restored is not None else []
     found += state.outside(task)
-    return f" Found:\n{outcomes.listed(found)}" if found else ""
+    return f" Found:\n{listed(found)}" if found else ""
 
 
 def evaluation_batch(fitted: Fitted, stage: Stage) -> Any:
@@ -48,20 +51,20 @@ def evaluation_batch(fitted: Fitted, stage: Stage) -> Any:
     data.setup("fit" if stage == "val" else "test")
     loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
     batch = next(iter(loader))
-    size = samples.count(batch)
+    size = batches.count(batch)
     if size < LEAST_SAMPLES:
         pytest.skip(f"A batch has {size} samples, and {LEAST_SAMPLES} are needed for four batches.")
-    return samples.part(batch, 0, min(size, MOST_SAMPLES))
+    return batches.part(batch, 0, min(size, MOST_SAMPLES))
 
 
-def evaluate(fitted: Fitted, stage: Stage, batches: list[Any]) -> dict[str, float]:
+def evaluate(fitted: Fitted, stage: Stage, parts: list[Any]) -> dict[str, float]:
     """Return all that is logged when the task is evaluated; let the test fail if it cannot be."""
-    sizes = ", ".join(str(samples.count(batch)) for batch in batches)
+    sizes = ", ".join(str(batches.count(part)) for part in parts)
     try:
-        return fitted.evaluate(stage, batches)
+        return fitted.evaluate(stage, parts)
     except Exception as error:
         fail(
-            f"The evaluation of batches of {sizes} samples fails: {text_of(error)}",
+            f"The evaluation of batches of {sizes} samples fails: {describe(error)}",
             "reshapes with a fixed batch size, and squeeze(), which removes the dimension of the "
             "batch if it has one sample.",
         )
@@ -69,12 +72,12 @@ def evaluate(fitted: Fitted, stage: Stage, batches: list[Any]) -> dict[str, floa
 
 def outputs(fitted: Fitted, batch: Any) -> Tensor:
     """Return the outputs of the task in eval mode; let the test fail if it raises an error."""
-    size = samples.count(batch)
+    size = batches.count(batch)
     try:
         return fitting.outputs_of(fitted.task, batch)
     except Exception as error:
         fail(
-            f"The network fails for a batch of {size} sample(s): {text_of(error)}",
+            f"The network fails for a batch of {size} sample(s): {describe(error)}",
             "reshapes with a fixed batch size, and squeeze(), which removes the dimension of the "
             "batch if it has one sample.",
         )
