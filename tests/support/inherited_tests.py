@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
-from bn_lightning.testing import trained
-from bn_lightning.testing.task_runs import Runs
-from bn_lightning.testing.tasks import TaskTests
+from bn_lightning.testing import TaskTests
+from bn_lightning.testing.tasks import trained
+from bn_lightning.testing.tasks.runs import Runs
 
 # Tests that start processes or export.
 LONG = ("killed", "reproduce", "processes", "leaves_its_results", "exported")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bn_lightning.testing.tasks import TaskTests
+from bn_lightning.testing import TaskTests
 from tests.conftest import PROJECTS
 from tests.support.inherited_tests import Inherited
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bn_lightning.testing import TaskTests
-from bn_lightning.testing.network_tests import NetworkTests
+from bn_lightning.testing.tasks.task_tests import NetworkTests
 from tests.conftest import PROJECTS
 
 SAMPLE = ("--data.source", "sample", "--data.batch_size", "32")

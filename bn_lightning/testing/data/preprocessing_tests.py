@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from bn_lightning.deploy.served import Served
 from bn_lightning.errors import UserError
-from bn_lightning.testing.contents import identified, recorded
-from bn_lightning.testing.data_source import Source, quiet
+from bn_lightning.testing.data.base import NOUNS, LoaderTests
+from bn_lightning.testing.data.contents import identified, recorded
+from bn_lightning.testing.data.reading import NUM_KEPT
+from bn_lightning.testing.data.source import Source, quiet
 from bn_lightning.testing.failures import describe, fail
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests
-from bn_lightning.testing.reading import NUM_KEPT, one_thread
 from bn_lightning.training.data_module import DataModule
 
 CHUNK = 256
@@ -25,7 +25,7 @@ class PreprocessingTests(LoaderTests):
         found, name = self.still(), self.data_name()
         # `export` and `predict` construct the data module from a checkpoint.
         data = Source.of(type(self)).build()
-        with quiet(), one_thread():
+        with quiet():
             raw, targets = self._test_samples(data)
             served = Served(data.preprocessing, nn.Identity()).eval()
             # Preprocessing may work in place.

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from bn_lightning.testing.data.base import NOUNS, LoaderTests, inputs_over
+from bn_lightning.testing.data.reading import Reading
 from bn_lightning.testing.failures import counted, fail, shown
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, inputs_over
-from bn_lightning.testing.reading import Reading
 
 # Share of the validation or test set that may be identical with training samples. Published data
 # sets contain duplicates.

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from bn_lightning.testing.contents import Sample, identified
+from bn_lightning.testing.data.base import NOUNS, LoaderTests
+from bn_lightning.testing.data.contents import Sample, identified
 from bn_lightning.testing.failures import counted, fail
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests
 
 Targets = dict[int, set[int]]
 

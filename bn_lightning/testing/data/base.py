@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
-from bn_lightning.testing import ranks, reading
-from bn_lightning.testing.contents import identified
-from bn_lightning.testing.data_source import Source
+from bn_lightning.testing.data import passes, ranks
+from bn_lightning.testing.data.contents import identified
+from bn_lightning.testing.data.reading import Plan, Reading
+from bn_lightning.testing.data.source import Source
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.testing.failures import fail
-from bn_lightning.testing.reading import Plan, Reading
 
 NOUNS = {"train": "training", "val": "validation", "test": "test", "predict": "predict"}
 # At least this share of the samples that a loader returns must be known by their content.
@@ -32,7 +32,7 @@ class LoaderTests(ExperimentTests):
         """Make the passes of a plan in this process; see `reading.Plan`."""
         __tracebackhide__ = True
         try:
-            return reading.read(Plan(Source.of(cls), **plan))
+            return passes.read(Plan(Source.of(cls), **plan))
         except UserError as error:
             fail(f"The data cannot be read: {error}", "`settings` of the test class.")
 

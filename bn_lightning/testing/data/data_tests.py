@@ -1,11 +1,11 @@
 """Tests of the data of a project, to be inherited."""
 
-from bn_lightning.testing.completeness_tests import CompletenessTests
-from bn_lightning.testing.declaration_tests import DeclarationTests
-from bn_lightning.testing.evaluation_tests import EvaluationTests
-from bn_lightning.testing.order_tests import OrderTests
-from bn_lightning.testing.preprocessing_tests import PreprocessingTests
-from bn_lightning.testing.split_tests import SplitTests
+from bn_lightning.testing.data.completeness_tests import CompletenessTests
+from bn_lightning.testing.data.declaration_tests import DeclarationTests
+from bn_lightning.testing.data.evaluation_tests import EvaluationTests
+from bn_lightning.testing.data.order_tests import OrderTests
+from bn_lightning.testing.data.preprocessing_tests import PreprocessingTests
+from bn_lightning.testing.data.split_tests import SplitTests
 
 
 class DataTests(

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bn_lightning.testing.contents import recorded
-from bn_lightning.testing.data_source import quiet
+from bn_lightning.testing.data.base import NOUNS, LoaderTests
+from bn_lightning.testing.data.contents import recorded
+from bn_lightning.testing.data.source import quiet
 from bn_lightning.testing.failures import describe, fail, shown
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests
-from bn_lightning.testing.reading import one_thread
 
 
 class DeclarationTests(LoaderTests):
@@ -97,7 +96,7 @@ class DeclarationTests(LoaderTests):
 
     def test_the_network_accepts_a_batch(self) -> None:
         batch = self.still().first
-        with quiet(), one_thread():
+        with quiet():
             cli = self.build("--trainer.devices", "1")
             task = cli.model.eval()
             # A step may ask the trainer for the number of processes.

@@ -1,30 +1,25 @@
 """What is known of a loader: which samples it should return, and what they are called."""
 
-import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     IterableDataset,
     StackDataset,
     Subset,
     TensorDataset,
 )
 
-from bn_lightning.testing.contents import Sample, identified, recorded
-from bn_lightning.testing.own_generators import GENERATORS, kind_of
-from bn_lightning.training import seeds
+from bn_lightning.testing.data.changes import Still
+from bn_lightning.testing.data.contents import Sample, identified, recorded
+from bn_lightning.testing.own_generators import generators_in
 from bn_lightning.training.batches import ShardedBatches, TensorBatches
 from bn_lightning.training.exact_data_loader import ExactDataLoader
 
 CHUNK = 256
-# How deep a Dataset is searched for random generators.
-DEPTH = 4
 
 
 @dataclass
@@ -106,56 +101,6 @@ class Loader:
         """Return the names of all samples whose `content`, `inputs` or `targets` are given."""
         wanted, found = set(values), identified(self.samples, what)
         return [self.name(position) for position, value in enumerate(found) if value in wanted]
-
-
-class Still(Dataset[Any]):
-    """A Dataset whose samples are always read with the same state of the global generators."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        seeds.seed_read(0)
-        return self.dataset[index]
-
-
-def prepare(loader: Any, workers: int, still: bool) -> Any:
-    """Set the number of workers of a loader; with `still`, its Dataset is made `Still`."""
-    if isinstance(loader, ExactDataLoader):
-        loader.num_workers = workers
-        if still:
-            loader.dataset = Still(loader.dataset)
-    elif isinstance(loader, DataLoader):
-        loader.num_workers = workers
-        loader.timeout = loader.timeout if workers else 0
-        loader.prefetch_factor = loader.prefetch_factor or 2 if workers else None
-    return loader
-
-
-def generators_in(value: Any, depth: int = DEPTH, path: str = "") -> list[str]:
-    """Return the random generators that an object, its attributes or its module keep, in words."""
-    if isinstance(value, GENERATORS):
-        return [f"`{path}`, a {kind_of(value)}"]
-    if isinstance(value, list | tuple) and len(value) <= 20:
-        return [found for part in value for found in generators_in(part, depth - 1, path)]
-    is_data = isinstance(value, Tensor | np.ndarray | type)
-    if depth <= 0 or is_data or not hasattr(value, "__dict__"):
-        return []
-    owner = type(value)
-    found = []
-    is_library = owner.__module__.partition(".")[0] in ("torch", "torchvision", "bn_lightning")
-    if hasattr(owner, "__getitem__") and not is_library:
-        found += [
-            f"`{name}` of {owner.__module__}, a {kind_of(kept)}"
-            for name, kept in vars(sys.modules[owner.__module__]).items()
-            if isinstance(kept, GENERATORS)
-        ]
-    for name, kept in vars(value).items():
-        found += generators_in(kept, depth - 1, f"{owner.__name__}.{name}")
-    return found
 
 
 def _key(storage: Any) -> str:

@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 
-from bn_lightning.testing.contents import Sample, identified
+from bn_lightning.testing.data.base import NOUNS, LoaderTests, identity_in
+from bn_lightning.testing.data.contents import Sample, identified
+from bn_lightning.testing.data.loaders import Loader
+from bn_lightning.testing.data.reading import Reading
 from bn_lightning.testing.failures import counted, fail, shown
-from bn_lightning.testing.loader_tests import NOUNS, LoaderTests, identity_in
-from bn_lightning.testing.loaders import Loader
-from bn_lightning.testing.reading import Reading
 
 
 class CompletenessTests(LoaderTests):

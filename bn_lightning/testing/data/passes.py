@@ -1,10 +1,6 @@
 """Passes over the loaders of an experiment, with Lightning's Trainer and without training."""
 
 import gc
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -17,85 +13,14 @@ from bn_lightning import generators
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.batches import inputs_and_targets
-from bn_lightning.testing.contents import Batch, Sample, recorded
-from bn_lightning.testing.data_source import Source, quiet
-from bn_lightning.testing.loaders import Loader, prepare
+from bn_lightning.testing.data.changes import change_loaders
+from bn_lightning.testing.data.contents import recorded
+from bn_lightning.testing.data.loaders import Loader
+from bn_lightning.testing.data.reading import NUM_KEPT, Plan, Reading
+from bn_lightning.testing.data.source import quiet
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import ShardedBatches
 from bn_lightning.training.data_module import DataModule
-
-STAGES = ("train", "val", "test", "predict")
-# Samples whose values are kept, and samples that are augmented in two orders.
-NUM_KEPT = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which passes are made.
-
-    Attributes:
-        source: the data module.
-        epochs: the epochs of training, in order and without a gap.
-        still: without augmentation; otherwise only the training samples are read.
-        workers: worker processes of each loader.
-        processes: number of processes (ranks).
-        disturbed: whether the global generators are in another state, and `setup` is
-            called once more.
-    """
-
-    source: Source
-    epochs: tuple[int, ...] = (0,)
-    still: bool = True
-    workers: int = 0
-    processes: int = 1
-    disturbed: bool = False
-
-
-@dataclass
-class Reading:
-    """What was read on one rank.
-
-    Attributes:
-        passes: the passes of each stage, each a list of batches.
-        loaders: facts about the loader of each stage.
-        stated: the attributes of the data module that the task needs, by name.
-        classes: names of the classes.
-        identity, class_counts: what the data module returns.
-        first: the first batch of training.
-        tested, predicted: the inputs of the first test samples, from two loaders.
-        forwards, backwards: digests of the same augmented samples, read in two orders.
-    """
-
-    passes: dict[str, list[list[Batch]]] = field(default_factory=lambda: {s: [] for s in STAGES})
-    loaders: dict[str, Loader] = field(default_factory=dict)
-    stated: dict[str, Any] = field(default_factory=dict)
-    classes: list[Any] | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    class_counts: list[int] | None = None
-    first: Any = None
-    tested: list[Tensor] = field(default_factory=list)
-    predicted: list[Tensor] = field(default_factory=list)
-    forwards: list[int] = field(default_factory=list)
-    backwards: list[int] = field(default_factory=list)
-
-    def batches(self) -> Iterator[tuple[str, Batch]]:
-        """Yield the batches of the first passes of training, validation and test."""
-        for stage in ("train", "val", "test"):
-            for batch in self.passes[stage][0] if self.passes[stage] else []:
-                yield stage, batch
-
-    def all_samples(self, stage: str) -> list[list[Sample]]:
-        """Return the samples of each pass, in order."""
-        passes = self.passes[stage]
-        return [[sample for batch in batches for sample in batch.samples] for batches in passes]
-
-    def samples(self, stage: str, number: int = 0) -> list[Sample]:
-        """Return the samples of a pass, in order; empty if there was no such pass."""
-        return self.all_samples(stage)[number] if self.passes[stage] else []
-
-    def inputs(self, stage: str, number: int = 0) -> Counter[int]:
-        """Return the inputs of a pass, and how often each of them was read."""
-        return Counter(sample.inputs for sample in self.samples(stage, number))
 
 
 @cache
@@ -105,7 +30,7 @@ def read(plan: Plan) -> Reading:
     Raises:
         UserError: the settings or the data are refused.
     """
-    with generators.unchanged(), quiet(), one_thread():
+    with generators.unchanged(), quiet():
         return _read(plan)
 
 
@@ -117,7 +42,7 @@ def _read(plan: Plan) -> Reading:
         gc.collect()
         seeds.seed_read(20)
     data = plan.source.build()
-    _change(data, plan)
+    change_loaders(data, plan.workers, plan.still)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=plan.processes,
@@ -163,21 +88,6 @@ def _evaluate(trainer: pl.Trainer, reader: "Reader", data: DataModule) -> None:
         except UserError:
             return
         trainer.predict(reader, datamodule=data, return_predictions=False)
-
-
-def _change(data: DataModule, plan: Plan) -> None:
-    """Give the loaders of a data module the workers of a plan, and remove the augmentation."""
-    for stage in STAGES:
-        original = getattr(data, f"{stage}_dataloader")
-
-        def changed(original: Any = original) -> Any:
-            return prepare(original(), plan.workers, plan.still)
-
-        # Lightning asks whether a data module has this method.
-        changed.__wrapped__ = original  # type: ignore[attr-defined]
-        setattr(data, f"{stage}_dataloader", changed)
-    if plan.still:
-        data.augmentation = lambda epoch: None  # type: ignore[method-assign]
 
 
 class Reader(pl.LightningModule):
@@ -258,17 +168,6 @@ class Reader(pl.LightningModule):
             # Reading draws random numbers.
             with generators.unchanged():
                 self.found.loaders[stage] = Loader.of(loader, reads)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread. Batches are small, and worker processes may be forked."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _listed(counts: Tensor | None) -> list[int] | None:

@@ -1,47 +1,27 @@
-"""Tests of the network, the loss and the metrics of an experiment, which a project inherits."""
+"""Tests of whole runs: their files, resume, reproduction, and two processes."""
 
 import json
 
 import pytest
-import torch
-from torch import Tensor
 
-from bn_lightning.deploy import folding, formats, served
-from bn_lightning.deploy.verification import Verification
-from bn_lightning.errors import RunFailed, UserError
+from bn_lightning.deploy import served
+from bn_lightning.errors import UserError
 from bn_lightning.norms.sync import LayerSync
-from bn_lightning.testing import outcomes, steps
-from bn_lightning.testing.failures import describe, fail, listed
-from bn_lightning.testing.fitting import Fitted
-from bn_lightning.testing.network_tests import NetworkTests
-from bn_lightning.testing.task_runs import Run, Runs
-from bn_lightning.testing.trained import candidates, restore
+from bn_lightning.testing.failures import fail, listed
+from bn_lightning.testing.tasks import outcomes, steps
+from bn_lightning.testing.tasks.base import FittedTests
+from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.runs import Run, Runs
+from bn_lightning.testing.tasks.trained import candidates, restore
 from bn_lightning.training.task import Stage
 
 # Two runs in float64. Metrics are sums in float32.
 PROCESSES = (1e-5, 1e-8)
-# Raw samples for the comparison of exported files.
-EXPORTED_SAMPLES = 40
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
 
 
-class TaskTests(NetworkTests):
-    """Tests of the task of an experiment, in pytest.
-
-        class TestTask(TaskTests):
-            experiment = "shoe_shop.experiment:EXPERIMENT"
-
-    Short runs are made in a temporary folder, with the settings of the experiment. A test
-    that does not apply is skipped, and states the reason. To leave out a test, override it:
-
-        test_two_processes_train_as_one = None
-
-    Attributes:
-        overfits_to: the fraction of its first value to which the loss of one batch must
-            fall. Label smoothing, dropout and noise need a larger one.
-    """
-
-    # Runs
+class RunTests(FittedTests):
+    """A run leaves its results, and can be resumed, repeated and shared by processes."""
 
     def test_a_run_leaves_its_results_and_checkpoints(self, runs: Runs, fitted: Fitted) -> None:
         run = _finished(runs)
@@ -143,41 +123,6 @@ class TaskTests(NetworkTests):
                 "reduced (self.log() needs sync_dist=True), and layers that use statistics of "
                 "the batch.",
             )
-
-    # Export
-
-    @pytest.mark.parametrize("suffix", list(formats.FORMATS))
-    def test_an_exported_file_agrees_with_the_network(self, fitted: Fitted, suffix: str) -> None:
-        form = formats.FORMATS[suffix]
-        try:
-            form.refuse_missing_packages()
-            inputs = fitted.data.test_samples()[0][:EXPORTED_SAMPLES]
-        except UserError as error:
-            pytest.skip(str(error))
-        where = (
-            "branches on values or on the batch size, reshapes with a fixed batch size, Python "
-            "numbers that change, and attributes that forward() sets."
-        )
-        with torch.no_grad():
-            try:
-                _verify_export(fitted, form, inputs)
-            except RunFailed as error:
-                fail(str(error).removesuffix(" No file was written."), where)
-            except Exception as error:
-                fail(f"torch cannot export the network as {suffix}: {describe(error)}", where)
-
-
-def _verify_export(fitted: Fitted, form: formats.Format, inputs: Tensor) -> None:
-    """Export the network as `export` does, and compare outputs for several batch sizes."""
-    restored = restore(fitted)
-    data_class = served.Served if fitted.data.classes is None else served.ServedClassifier
-    eager = data_class(fitted.data.preprocessing, restored.task.network).eval()
-    verification = Verification(eager, inputs)
-    network, _ = folding.fold(eager.network, eager.preprocessing(inputs.clone()))
-    exported = data_class(fitted.data.preprocessing, network).eval()
-    verification.verify("The network with folded norms", exported)
-    content = form.write(exported, torch.zeros_like(inputs[:7]), {})
-    verification.verify(f"The exported {form.name} file", form.open(content))
 
 
 def _finished(runs: Runs) -> Run:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.runs import run
-from bn_lightning.testing import fitting, outcomes
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.testing.failures import describe
-from bn_lightning.testing.fitting import Fitted
+from bn_lightning.testing.tasks import fitting, outcomes
+from bn_lightning.testing.tasks.fitting import Fitted
 
 # Two epochs of four batches. All else is as in the experiment.
 BRIEF = (
@@ -22,7 +22,7 @@ BRIEF = (
 )
 # last.ckpt is written after an even number of steps, so a step is repeated.
 KILLED_AFTER = 7
-KILL = "--trainer.callbacks+=bn_lightning.testing.interruption.KillOnce"
+KILL = "--trainer.callbacks+=bn_lightning.testing.tasks.interruption.KillOnce"
 EXACT = ("--trainer.precision", "64-true", "--trainer.sync_batchnorm", "true")
 
 

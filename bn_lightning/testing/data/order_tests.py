@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from bn_lightning.testing.contents import Sample, identified
+from bn_lightning.testing.data.base import LoaderTests, identity_in, inputs_over
+from bn_lightning.testing.data.contents import Sample, identified
+from bn_lightning.testing.data.loaders import Loader
 from bn_lightning.testing.failures import counted, fail, shown
-from bn_lightning.testing.loader_tests import LoaderTests, identity_in, inputs_over
-from bn_lightning.testing.loaders import Loader
 
 
 class OrderTests(LoaderTests):

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.training.data_module import DataModule
@@ -59,13 +61,18 @@ def _source(experiment: str, settings: tuple[str, ...], cwd: str) -> Source:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide Lightning's messages and all warnings."""
+    """Hide Lightning's messages and all warnings, and compute with one thread.
+
+    Batches are small, and worker processes may be forked.
+    """
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch.set_num_threads(threads)

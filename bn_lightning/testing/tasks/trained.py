@@ -6,10 +6,11 @@ import pytest
 from torch import Tensor
 
 from bn_lightning.deploy import served
-from bn_lightning.testing import batches, fitting, state
+from bn_lightning.testing import batches
 from bn_lightning.testing.failures import describe, fail, listed
-from bn_lightning.testing.fitting import Fitted
-from bn_lightning.testing.task_runs import Runs
+from bn_lightning.testing.tasks import fitting, state
+from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.runs import Runs
 from bn_lightning.training.task import Stage, Task
 
 # Samples of an evaluation, and the smallest number with unequal batches.

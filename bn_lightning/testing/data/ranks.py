@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from bn_lightning.testing import reading
+from bn_lightning.testing.data import passes
+from bn_lightning.testing.data.reading import Plan, Reading
 from bn_lightning.testing.failures import describe
-from bn_lightning.testing.reading import Plan, Reading
 
 # How long the processes of a plan may take.
 SECONDS = 240
@@ -92,7 +92,7 @@ def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
     }
     torch.set_num_threads(1)
     try:
-        found = [reading.read(plan) for plan in plans]
+        found = [passes.read(plan) for plan in plans]
     except Exception as error:
         (folder / f"{rank}.txt").write_text(describe(error), encoding="utf-8")
         raise
