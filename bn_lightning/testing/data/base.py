@@ -1,7 +1,8 @@
-"""What the tests of data share: passes over the loaders, and how a failure is reported."""
+"""The base class of the tests of data: the passes over the loaders that they compare."""
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bn_lightning.errors import UserError
@@ -9,7 +10,7 @@ from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.data import passes, ranks
 from bn_lightning.testing.data.contents import identified
 from bn_lightning.testing.data.reading import Plan, Reading
-from bn_lightning.testing.data.source import Source
+from bn_lightning.testing.data.source import Source, source_of
 from bn_lightning.testing.experiments import ExperimentTests
 from bn_lightning.testing.failures import fail
 
@@ -28,11 +29,16 @@ class LoaderTests(ExperimentTests):
     processes: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     @classmethod
+    def source(cls) -> Source:
+        """Return the data module of the experiment."""
+        return source_of(cls, str(Path.cwd()))  # type: ignore[arg-type]
+
+    @classmethod
     def reading(cls, **plan: Any) -> Reading:
         """Make the passes of a plan in this process; see `reading.Plan`."""
         __tracebackhide__ = True
         try:
-            return passes.read(Plan(Source.of(cls), **plan))
+            return passes.read(Plan(cls.source(), **plan))
         except UserError as error:
             fail(f"The data cannot be read: {error}", "`settings` of the test class.")
 
@@ -58,7 +64,7 @@ class LoaderTests(ExperimentTests):
     def of_ranks(cls, processes: int) -> tuple[list[Reading], list[Reading]]:
         """Return the first epoch, without and with augmentation, as each rank reads it."""
         __tracebackhide__ = True
-        source = Source.of(cls)
+        source = cls.source()
         plans = tuple(Plan(source, processes=processes, still=still) for still in (True, False))
         try:
             found = ranks.read(plans)

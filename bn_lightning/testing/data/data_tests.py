@@ -22,8 +22,8 @@ class DataTests(
             experiment = "shoe_shop.experiment:EXPERIMENT"
 
     Nothing is trained. Lightning's Trainer passes the batches of the project's loaders to a
-    module that records them, in 1, 2 and 3 processes. A sample is known by its content: two
-    samples with the same input and the same target are the same. A run over a large data set
+    module that records them, in 1, 2 and 3 processes. Samples are recognized by their content:
+    samples with the same input and the same target are identical. With a large data set this
     takes long; `settings` can name a smaller one:
 
         class TestData(DataTests):
@@ -31,12 +31,13 @@ class DataTests(
             settings = ("--data.dataset_args.path", "some_pictures")
             processes = (1,)
 
-    A test that does not apply to the data is skipped, and gives the reason. Identical
-    samples in training and in validation or test are shown as a warning, and are a failure
-    if they are more than 1%.
+    A test that does not apply to the data is skipped, and gives the reason. Samples of the
+    validation or test set that are identical with training samples are shown as a warning.
+    The test fails if they are more than 1% of the set.
 
-    Not found: leaked samples that were changed, for example by another resizing; a random
-    augmentation in the Dataset of a plain DataLoader hides others, and is itself a failure.
+    Leaked samples that were changed, for example resized in another way, are not found. A
+    random augmentation in the Dataset of a plain DataLoader fails a test, and hides other
+    mistakes.
 
     Attributes:
         experiment: the string in `__main__.py`, `package.module:NAME`.

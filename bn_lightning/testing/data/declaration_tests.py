@@ -150,10 +150,7 @@ def _declared_shape(stated: Mapping[str, Any]) -> dict[str, tuple[slice, tuple[i
     """Return the axes of an input, without the batch dimension, that an attribute declares."""
     declared: dict[str, tuple[slice, tuple[int, ...]]] = {}
     if "image_size" in stated:
-        size = stated["image_size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        declared["image_size"] = slice(-len(size), None), size
-    for name in ("in_channels", "in_features", "num_features"):
-        if name in stated:
-            declared[name] = slice(0, 1), (stated[name],)
+        declared["image_size"] = slice(-2, None), tuple(stated["image_size"])
+    if "in_channels" in stated:
+        declared["in_channels"] = slice(0, 1), (stated["in_channels"],)
     return declared

@@ -27,7 +27,6 @@ class Loader:
     """Facts about a loader.
 
     Attributes:
-        kind: the name of its class.
         has_workers: whether it can read with worker processes.
         is_exact: whether it is a loader of bn_lightning.
         replaces: whether its sampler may draw a sample more than once.
@@ -40,7 +39,6 @@ class Loader:
         generators: random generators that the Dataset keeps, in words.
     """
 
-    kind: str
     has_workers: bool
     is_exact: bool
     replaces: bool = False
@@ -56,7 +54,7 @@ class Loader:
         """Return the facts about a loader. If it `reads`, `samples` is read too."""
         has_dataset = isinstance(loader, ExactDataLoader | DataLoader)
         is_exact = isinstance(loader, ShardedBatches)
-        found = cls(type(loader).__name__, has_dataset, is_exact)
+        found = cls(has_dataset, is_exact)
         if isinstance(loader, TensorBatches):
             found.storage = _key(loader.inputs)
             found.indices = loader.indices.tolist()

@@ -17,7 +17,7 @@ class OrderTests(LoaderTests):
         alone = self.augmented()
         loader = alone.loaders["train"]
         if not loader.has_workers:
-            pytest.skip(f"A {loader.kind} has no worker processes.")
+            pytest.skip("The training loader has no worker processes.")
         self._refuse_other_order(
             alone.samples("train"),
             self.reading(still=False, workers=2).samples("train"),
@@ -88,9 +88,9 @@ class OrderTests(LoaderTests):
     def test_the_augmentation_of_a_sample_does_not_depend_on_its_position_or_process(self) -> None:
         alone, raw = self.augmented(), self.still()
         where = (
-            f"{self.data_name()}.augmentation. The random numbers of a sample must be a function "
-            "of (seed, epoch, sample). Draw them for all samples at once, with "
-            "bn_lightning.training.seeds.for_samples, and index them by sample."
+            f"{self.data_name()}.augmentation, and transforms in the Dataset. The random numbers "
+            "of a sample must be a function of (seed, epoch, sample). Draw them for all samples at "
+            "once, with bn_lightning.training.seeds.for_samples, and index them by sample."
         )
         pairs = zip(alone.forwards, alone.backwards, strict=True)
         moved = sum(one != other for one, other in pairs)

@@ -78,7 +78,7 @@ def _read(plan: Plan) -> Reading:
 
 
 def _evaluate(trainer: pl.Trainer, reader: "Reader", data: DataModule) -> None:
-    if reader.passes["val"]:
+    if reader.found.passes["val"]:
         # The loader is another one, after another call of setup().
         trainer.validate(reader, datamodule=data, verbose=False)
     trainer.test(reader, datamodule=data, verbose=False)
@@ -100,7 +100,6 @@ class Reader(pl.LightningModule):
         self.weight = nn.Parameter(torch.zeros(1))
         self.plan, self.data = plan, data
         self.found = Reading()
-        self.passes = self.found.passes
 
     def configure_optimizers(self) -> None:
         return None
@@ -127,36 +126,41 @@ class Reader(pl.LightningModule):
         return [s.inputs for batch in batches for s in recorded(batch).samples]
 
     def on_train_epoch_start(self) -> None:
-        self.passes["train"].append([])
+        self.found.passes["train"].append([])
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        if self.found.first is None and self.plan.still:
+        if not self.found.passes["train"][0] and self.plan.still and self.plan.processes == 1:
             self.found.first = batch
-        self.passes["train"][-1].append(recorded(batch))
+        self._record("train", batch)
 
     # Evaluation
 
     def on_validation_start(self) -> None:
-        self._describe("val", self.trainer.val_dataloaders)
-        self.passes["val"].append([])
+        self._start("val", self.trainer.val_dataloaders)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["val"][-1].append(recorded(batch))
+        self._record("val", batch)
 
     def on_test_start(self) -> None:
-        self._describe("test", self.trainer.test_dataloaders)
-        self.passes["test"].append([])
+        self._start("test", self.trainer.test_dataloaders)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["test"][-1].append(recorded(batch))
+        self._record("test", batch)
         self._keep(self.found.tested, batch)
 
     def on_predict_start(self) -> None:
-        self.passes["predict"].append([])
+        self.found.passes["predict"].append([])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["predict"][-1].append(recorded(batch))
+        self._record("predict", batch)
         self._keep(self.found.predicted, batch)
+
+    def _start(self, stage: str, loader: Any) -> None:
+        self._describe(stage, loader)
+        self.found.passes[stage].append([])
+
+    def _record(self, stage: str, batch: Any) -> None:
+        self.found.passes[stage][-1].append(recorded(batch))
 
     def _keep(self, kept: list[Tensor], batch: Any) -> None:
         if sum(map(len, kept)) < NUM_KEPT:

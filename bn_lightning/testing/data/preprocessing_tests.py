@@ -11,7 +11,7 @@ from bn_lightning.errors import UserError
 from bn_lightning.testing.data.base import NOUNS, LoaderTests
 from bn_lightning.testing.data.contents import identified, recorded
 from bn_lightning.testing.data.reading import NUM_KEPT
-from bn_lightning.testing.data.source import Source, quiet
+from bn_lightning.testing.data.source import quiet
 from bn_lightning.testing.failures import describe, fail
 from bn_lightning.training.data_module import DataModule
 
@@ -24,7 +24,7 @@ class PreprocessingTests(LoaderTests):
     def test_preprocessing_is_the_same_in_the_loaders_export_and_predict(self) -> None:
         found, name = self.still(), self.data_name()
         # `export` and `predict` construct the data module from a checkpoint.
-        data = Source.of(type(self)).build()
+        data = self.source().build()
         with quiet():
             raw, targets = self._test_samples(data)
             served = Served(data.preprocessing, nn.Identity()).eval()

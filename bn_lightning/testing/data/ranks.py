@@ -69,17 +69,14 @@ def _wait(ranks: list[multiprocessing.Process], folder: Path) -> None:
         if any(rank.exitcode for rank in ranks):
             break
         if time.monotonic() > end:
-            raise RankFailed(f"The processes have not read all samples in {SECONDS} seconds.")
+            raise RankFailed(f"not all samples were read in {SECONDS} seconds")
         time.sleep(0.02)
     for number, rank in enumerate(ranks):
         if rank.exitcode:
             error = folder / f"{number}.txt"
-            cause = (
-                error.read_text(encoding="utf-8")
-                if error.exists()
-                else f"It ended with {rank.exitcode}."
-            )
-            raise RankFailed(f"Process {number}: {cause}")
+            is_known = error.exists()
+            cause = error.read_text(encoding="utf-8") if is_known else f"exit code {rank.exitcode}"
+            raise RankFailed(f"process {number}: {cause}")
 
 
 def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
@@ -96,6 +93,4 @@ def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
     except Exception as error:
         (folder / f"{rank}.txt").write_text(describe(error), encoding="utf-8")
         raise
-    for part in found:
-        part.first = None
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))

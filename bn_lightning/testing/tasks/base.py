@@ -6,8 +6,7 @@ from typing import ClassVar
 import pytest
 
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.tasks import trained
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.testing.tasks.runs import Runs
 
 # Lightning uses names that torch and jsonargparse have deprecated, and warns about arguments
@@ -31,7 +30,7 @@ class FittedTests(ExperimentTests):
         pytest.mark.filterwarnings(warning) for warning in WARNINGS
     ]
     overfits_to: ClassVar[float] = 0.5
-    _runs: ClassVar[tuple[type, Runs] | None] = None
+    _runs: ClassVar[Runs]
 
     @pytest.fixture
     def runs(
@@ -42,11 +41,11 @@ class FittedTests(ExperimentTests):
         for name in ("lightning.pytorch", "lightning.fabric"):
             caplog.set_level(logging.WARNING, name)
         cls = type(self)
-        if cls._runs is None or cls._runs[0] is not cls:
-            cls._runs = cls, Runs(cls, tmp_path_factory.mktemp("runs"), cls.overfits_to)
-        return cls._runs[1]
+        if "_runs" not in vars(cls):
+            cls._runs = Runs(cls, tmp_path_factory.mktemp("runs"), cls.overfits_to)
+        return cls._runs
 
     @pytest.fixture
     def fitted(self, runs: Runs) -> Fitted:
         """Return the task that was trained on one batch."""
-        return trained.fitted_of(runs)
+        return runs.fitted

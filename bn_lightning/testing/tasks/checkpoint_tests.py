@@ -3,9 +3,9 @@
 import torch
 
 from bn_lightning.testing.failures import describe, fail, listed
-from bn_lightning.testing.tasks import fitting, outcomes, steps, trained
+from bn_lightning.testing.tasks import outcomes, state, steps
 from bn_lightning.testing.tasks.base import FittedTests
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted, outputs_of
 from bn_lightning.training.task import Stage
 
 # Allowed rounding in bfloat16: steps at the largest value, and multiples of the change that
@@ -32,19 +32,19 @@ class CheckpointTests(FittedTests):
             )
 
     def test_a_checkpoint_restores_the_network(self, fitted: Fitted) -> None:
-        task = trained.restore(fitted).task
-        found = fitting.outputs_of(task, fitted.batch)
-        wrong = list(outcomes.differences(fitted.outputs, found, where="the output"))
+        task = fitted.restore().task
+        found = outputs_of(task, fitted.batch)
+        wrong = outcomes.differences(fitted.outputs, found, where="the output")
         if wrong:
             fail(
                 "A network that is restored from a checkpoint has other outputs in eval mode than "
                 f"the trained one:\n{listed(wrong)}",
                 "state that is not in the checkpoint, random numbers in eval mode, and methods "
-                f"that rename or skip weights.{trained.candidates(fitted.task, task)}",
+                f"that rename or skip weights.{state.candidates(fitted.task, task)}",
             )
 
     def test_a_step_in_bfloat16_is_near_that_in_float32(self, fitted: Fitted) -> None:
-        task, batch = trained.restore(fitted).task.requires_grad_(True), fitted.batch
+        task, batch = fitted.restore().task.requires_grad_(True), fitted.batch
         # The masks of dropout differ between the precisions.
         stage: Stage = "val" if steps.is_random(task, batch) else "train"
         precise = steps.training_step(task, batch, stage)

@@ -7,9 +7,9 @@ import torch
 
 from bn_lightning.testing import batches
 from bn_lightning.testing.failures import fail, listed
-from bn_lightning.testing.tasks import outcomes, steps, trained
+from bn_lightning.testing.tasks import outcomes, steps
 from bn_lightning.testing.tasks.base import FittedTests
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.training.task import Stage
 
 # Metrics are sums in float32. A mean of batch means differs by a percent or more.
@@ -23,13 +23,13 @@ class EvaluationTests(FittedTests):
 
     @pytest.mark.parametrize("stage", ["val", "test"])
     def test_metrics_equal_those_of_all_samples_at_once(self, fitted: Fitted, stage: Stage) -> None:
-        batch = trained.evaluation_batch(fitted, stage)
+        batch = fitted.evaluation_batch(stage)
         parts = batches.unequal_parts(batch)
-        logged = trained.evaluate(fitted, stage, parts)
+        logged = fitted.evaluate(stage, parts)
         # Values that the task logs by itself are compared with those of one batch.
-        at_once = trained.evaluate(fitted, stage, [batch])
+        at_once = fitted.evaluate(stage, [batch])
         at_once |= steps.metrics_at_once(fitted, stage, batch)
-        wrong = list(outcomes.differences(at_once, logged, *METRICS))
+        wrong = outcomes.differences(at_once, logged, *METRICS)
         if wrong:
             sizes = ", ".join(str(batches.count(part)) for part in parts)
             fail(
@@ -42,13 +42,13 @@ class EvaluationTests(FittedTests):
             )
 
     def test_metrics_start_anew_in_each_evaluation(self, fitted: Fitted) -> None:
-        batch = trained.evaluation_batch(fitted, "val")
+        batch = fitted.evaluation_batch("val")
         half = batches.part(batch, 0, batches.count(batch) // 2)
-        trained.evaluate(fitted, "val", [batch])
-        logged = trained.evaluate(fitted, "val", [half])
+        fitted.evaluate("val", [batch])
+        logged = fitted.evaluate("val", [half])
         expected = steps.metrics_at_once(fitted, "val", half)
         common = {name: logged[name] for name in expected}
-        wrong = list(outcomes.differences(expected, common, *METRICS))
+        wrong = outcomes.differences(expected, common, *METRICS)
         if wrong:
             fail(
                 "After an evaluation of other samples, metrics have other values (the value of a "
@@ -58,10 +58,10 @@ class EvaluationTests(FittedTests):
             )
 
     def test_an_evaluation_leaves_the_network_unchanged(self, fitted: Fitted) -> None:
-        batch = trained.evaluation_batch(fitted, "val")
+        batch = fitted.evaluation_batch("val")
         before = copy.deepcopy(fitted.task.network.state_dict())
-        trained.evaluate(fitted, "val", batches.unequal_parts(batch))
-        changed = list(outcomes.differences(before, fitted.task.network.state_dict()))
+        fitted.evaluate("val", batches.unequal_parts(batch))
+        changed = outcomes.differences(before, fitted.task.network.state_dict())
         if changed:
             fail(
                 f"A validation changes the network:\n{listed(changed)}",
@@ -70,9 +70,9 @@ class EvaluationTests(FittedTests):
 
     def test_the_output_of_a_sample_does_not_depend_on_its_batch(self, fitted: Fitted) -> None:
         size = batches.count(fitted.batch)
-        whole = trained.outputs(fitted, fitted.batch)
+        whole = fitted.outputs_for(fitted.batch)
         for start, stop in ((0, 1), (1, 3), (size // 2, size)):
-            alone = trained.outputs(fitted, batches.part(fitted.batch, start, stop))
+            alone = fitted.outputs_for(batches.part(fitted.batch, start, stop))
             found = outcomes.differences(whole[start:stop], alone, *OUTPUTS, "the output")
             wrong = list(found)
             if wrong:
@@ -90,7 +90,7 @@ class EvaluationTests(FittedTests):
         with torch.no_grad():
             fitted.task.step(batch, "val")
         before, after = batches.tensors_in(fitted.batch), batches.tensors_in(batch)
-        if list(outcomes.differences(before, after)):
+        if outcomes.differences(before, after):
             fail(
                 "step() changes the batch that it is given, so a second use of the same samples "
                 "has another result.",

@@ -9,8 +9,7 @@ from bn_lightning.deploy.verification import Verification
 from bn_lightning.errors import RunFailed, UserError
 from bn_lightning.testing.failures import describe, fail
 from bn_lightning.testing.tasks.base import FittedTests
-from bn_lightning.testing.tasks.fitting import Fitted
-from bn_lightning.testing.tasks.trained import restore
+from bn_lightning.testing.tasks.fitted import Fitted
 
 # Raw samples for the comparison of exported files.
 EXPORTED_SAMPLES = 40
@@ -42,7 +41,7 @@ class ExportTests(FittedTests):
 
 def _verify_export(fitted: Fitted, form: formats.Format, inputs: Tensor) -> None:
     """Export the network as `export` does, and compare outputs for several batch sizes."""
-    restored = restore(fitted)
+    restored = fitted.restore()
     data_class = served.Served if fitted.data.classes is None else served.ServedClassifier
     eager = data_class(fitted.data.preprocessing, restored.task.network).eval()
     verification = Verification(eager, inputs)

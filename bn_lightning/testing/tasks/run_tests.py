@@ -4,15 +4,14 @@ import json
 
 import pytest
 
-from bn_lightning.deploy import served
 from bn_lightning.errors import UserError
 from bn_lightning.norms.sync import LayerSync
 from bn_lightning.testing.failures import fail, listed
 from bn_lightning.testing.tasks import outcomes, steps
 from bn_lightning.testing.tasks.base import FittedTests
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.testing.tasks.runs import Run, Runs
-from bn_lightning.testing.tasks.trained import candidates, restore
+from bn_lightning.testing.tasks.state import candidates
 from bn_lightning.training.task import Stage
 
 # Two runs in float64. Metrics are sums in float32.
@@ -44,13 +43,8 @@ class RunTests(FittedTests):
                 "methods of Task that are overridden and do not call super(), such as "
                 "on_validation_epoch_end(), and metrics that are not one number.",
             )
-        for name in names[2:]:
-            try:
-                served.restore(str(run.folder / name), self.experiment, fitted.trusted)
-            except UserError as error:
-                fail(f"{name} of a finished run cannot be loaded: {error}", f"{run.folder}.")
 
-    def test_a_killed_run_is_resumed_bit_identically(self, runs: Runs) -> None:
+    def test_a_killed_run_is_resumed_bit_identically(self, runs: Runs, fitted: Fitted) -> None:
         first, killed = _finished(runs), runs.killed
         if not runs.was_killed and not killed.has_failed:
             pytest.skip(
@@ -67,34 +61,37 @@ class RunTests(FittedTests):
                 f"A run that was killed cannot be resumed:\n{resumed.error}",
                 "methods that save and load checkpoints, such as on_load_checkpoint().",
             )
-        wrong = _differences(first, resumed)
+        wrong = outcomes.differences(first.outcome, resumed.outcome)
         if wrong:
             fail(
                 "A run that was killed and resumed has another outcome than the uninterrupted one "
                 f"(the uninterrupted run, and the resumed one):\n{listed(wrong)}",
                 "state that is not in the checkpoint: attributes that change from step to step, "
                 "and generators of your own. Random numbers of a step must come from the global "
-                f"generators of torch, NumPy and Python.{_candidates(runs)}",
+                f"generators of torch, NumPy and Python.{candidates(fitted.task)}",
             )
 
-    def test_the_settings_of_a_run_reproduce_it(self, runs: Runs) -> None:
-        first, resumed = _finished(runs), vars(runs).get("resumed")
+    def test_the_settings_of_a_run_reproduce_it(self, runs: Runs, fitted: Fitted) -> None:
+        first = _finished(runs)
+        resumed: Run | None = vars(runs).get("resumed")
         # The resumed run has the same settings. If it is equal, nothing more is to be run.
-        if resumed and not resumed.has_failed and not _differences(first, resumed):
-            return
+        if resumed and not resumed.has_failed:
+            wrong = outcomes.differences(first.outcome, resumed.outcome)
+            if not wrong:
+                return
         again = runs.repeated
         if again.has_failed:
             fail(
                 f"`fit --config config.yaml` fails with a run's file:\n{again.error}",
                 "the code that raises this error.",
             )
-        wrong = _differences(first, again)
+        wrong = outcomes.differences(first.outcome, again.outcome)
         if wrong:
             fail(
                 "`fit --config config.yaml` with the file of a run has another outcome (the first "
                 f"run, and the second one):\n{listed(wrong)}",
                 "random numbers without a seed, such as those of numpy.random.default_rng(), the "
-                f"time, hash(), and the order of a set.{_candidates(runs)}",
+                f"time, hash(), and the order of a set.{candidates(fitted.task)}",
             )
 
     def test_two_processes_train_as_one(self, runs: Runs, fitted: Fitted) -> None:
@@ -112,9 +109,7 @@ class RunTests(FittedTests):
                 f"A run with --trainer.devices 2 fails:\n{two.error}",
                 "the code that raises this error.",
             )
-        for run in (one, two):
-            run.outcome["result"].pop("processes", None)
-        wrong = list(outcomes.differences(one.outcome, two.outcome, *PROCESSES))
+        wrong = outcomes.differences(one.outcome, two.outcome, *PROCESSES)
         if wrong:
             fail(
                 "Two processes that share each batch have another outcome than one (one process, "
@@ -136,14 +131,6 @@ def _finished(runs: Runs) -> Run:
     return run
 
 
-def _differences(one: Run, other: Run) -> list[str]:
-    return list(outcomes.differences(one.outcome, other.outcome))
-
-
-def _candidates(runs: Runs) -> str:
-    return "" if isinstance(runs.fitted, Exception) else candidates(runs.fitted.task)
-
-
 def _skip_unless_shared(fitted: Fitted) -> None:
     """Skip the test if two processes need not equal one."""
     if not fitted.is_exact:
@@ -151,11 +138,10 @@ def _skip_unless_shared(fitted: Fitted) -> None:
             "The training loader is not an ExactLoader, so two processes get other batches than "
             "one. bn_lightning.ExactDataLoader shares them."
         )
-    task = restore(fitted).task
     try:
-        LayerSync().synchronize(task.network, "cpu")
+        LayerSync().synchronize(fitted.restore().task.network, "cpu")
     except UserError as error:
         pytest.skip(str(error).partition("\n")[0])
     # Each process has random numbers of its own.
-    if steps.is_random(restore(fitted).task, fitted.batch):
+    if steps.is_random(fitted.restore().task, fitted.batch):
         pytest.skip("The loss in training is random (dropout?), so that of two processes differs.")

@@ -8,9 +8,9 @@ from typing import Any
 
 from bn_lightning.runs import run
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.failures import describe
+from bn_lightning.testing.failures import describe, fail
 from bn_lightning.testing.tasks import fitting, outcomes
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 
 # Two epochs of four batches. All else is as in the experiment.
 BRIEF = (
@@ -67,9 +67,16 @@ class Runs:
         self.folder = folder
         self.fraction = fraction
 
+    @property
+    def fitted(self) -> Fitted:
+        """A task that was trained on one batch in this process. If it cannot be, the test fails."""
+        if isinstance(self._fitted, Exception):
+            what = f"Training on one batch fails: {describe(self._fitted)}"
+            fail(what, "the code that raises this error.")
+        return self._fitted
+
     @cached_property
-    def fitted(self) -> Fitted | Exception:
-        """A task that was trained on one batch in this process, or why it cannot be."""
+    def _fitted(self) -> Fitted | Exception:
         try:
             return fitting.fit(self.tests, self.folder, self.fraction)
         except Exception as error:

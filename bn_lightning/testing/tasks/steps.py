@@ -7,7 +7,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.training import seeds
 from bn_lightning.training.task import Stage, Step, Task
 

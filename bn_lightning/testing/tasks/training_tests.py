@@ -6,9 +6,8 @@ import pytest
 
 from bn_lightning.testing import batches
 from bn_lightning.testing.failures import fail, listed
-from bn_lightning.testing.tasks import trained
 from bn_lightning.testing.tasks.base import FittedTests
-from bn_lightning.testing.tasks.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.testing.tasks.runs import Runs
 
 
@@ -16,7 +15,7 @@ class TrainingTests(FittedTests):
     """One batch can be overfitted, with all parameters."""
 
     def test_one_batch_can_be_overfitted(self, runs: Runs) -> None:
-        fitted = trained.fitted_of(runs)
+        fitted = runs.fitted
         watch, size = fitted.watch, batches.count(fitted.batch)
         if not watch.losses:
             pytest.skip("training_step() returns no loss.")
