@@ -1,19 +1,45 @@
-"""Failures of inherited tests, in the terms of the user."""
+"""How an inherited test reports a failure: what is wrong, and where to look for the cause."""
 
-import traceback
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import pytest
 
+from bn_lightning import lookup
+from bn_lightning.errors import describe_error
+
+MOST_NAMES, MOST_LINES = 5, 4
+
 
 def fail(what: str, where: str) -> NoReturn:
-    """Let the running test fail, and say what is wrong and where to look for the cause."""
+    """Fail the running test, without a traceback and without an error that is being handled."""
     __tracebackhide__ = True
-    pytest.fail(f"{what}\nLook at: {where}", pytrace=False)
+    raise pytest.fail.Exception(f"{what}\nLook at: {where}", pytrace=False) from None
 
 
-def text_of(error: Exception) -> str:
-    """Return the first lines of an error, and the line of code that raised it."""
-    lines = str(error).strip().splitlines()[:3]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(lines)} ({place.filename}, line {place.lineno})"
+def describe(error: Exception) -> str:
+    """Return an error in one line, and the line of the user's code that raised it."""
+    return "\n".join([describe_error(error), *lookup.users_lines(error)[-1:]])
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 training sample`."""
+    return f"{number:,} {noun} sample{'s' * (number != 1)}"
+
+
+def shown(values: Iterable[Any]) -> str:
+    """Return the first values in one line, and the number of the others."""
+    first, more = _shortened(values, MOST_NAMES)
+    return ", ".join(first) + (f" and {more:,} more" if more else "")
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Return the first values in indented lines, and the number of the others."""
+    first, more = _shortened(values, MOST_LINES)
+    return "\n".join(f"    {line}" for line in [*first, *[f"and {more:,} more"] * bool(more)])
+
+
+def _shortened(values: Iterable[Any], most: int) -> tuple[list[str], int]:
+    """Return the first values as text, and the number of the others."""
+    texts = [str(value) for value in values]
+    return texts[:most], max(0, len(texts) - most)

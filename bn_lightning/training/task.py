@@ -47,15 +47,16 @@ class Task(pl.LightningModule):
     All of its own arguments must be plain data: they become flags such as
     `--model.width`, and are saved in checkpoints, which load with `weights_only=True`.
     `**training` forwards the arguments of this class, so a subclass also accepts
-    arguments that are added to it later:
+    arguments that are added to it later. Pass the network and the metrics by keyword.
+    With positional arguments, a class that inherits this `__init__` may lack a flag, such
+    as `--model.lr`, because jsonargparse counts them as arguments of the subclass:
 
         class Regression(Task):
             selects = ("val_rmse", "min")
 
             def __init__(self, width: int = 32, **training: Any) -> None:
-                super().__init__(
-                    MLP(width), {"rmse": MeanSquaredError(squared=False)}, **training
-                )
+                metrics = {"rmse": MeanSquaredError(squared=False)}
+                super().__init__(network=MLP(width), metrics=metrics, **training)
 
             def step(self, batch, stage):
                 inputs, targets = batch

@@ -4,9 +4,8 @@ import inspect
 
 import pytest
 
-from bn_lightning.testing import trained
-from bn_lightning.testing.task_runs import Runs
-from bn_lightning.testing.tasks import TaskTests
+from bn_lightning.testing import TaskTests
+from bn_lightning.testing.tasks.runs import Runs
 
 # Tests that start processes or export.
 LONG = ("killed", "reproduce", "processes", "leaves_its_results", "exported")
@@ -38,7 +37,7 @@ class Inherited:
         arguments = {"runs": self.runs, "stage": "val"} | values
         try:
             if "fitted" in wanted:
-                arguments["fitted"] = trained.fitted_of(self.runs)
+                arguments["fitted"] = self.runs.fitted
             test(**{key: value for key, value in arguments.items() if key in wanted})
         except pytest.fail.Exception as failure:
             return str(failure)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bn_lightning.testing import DataTests, split_tests
+from bn_lightning.testing import DataTests
+from bn_lightning.testing.data import split_tests
 from tests.testing import data_mutants, loader_mutants
 
 DECLARED = "batches_have_the_declared_shape_and_type"

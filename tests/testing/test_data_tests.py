@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from bn_lightning.testing import DataTests
-from tests.conftest import PROJECTS, needs_all_images
+from tests.conftest import needs_all_images
 
 
 @pytest.fixture(scope="class")
@@ -19,13 +19,6 @@ def pictures(tmp_path_factory):
             Image.fromarray(pixels).save(folder / "pictures" / name / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield
-
-
-@pytest.fixture(scope="class")
-def projects_on_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PROJECTS)
         yield
 
 
@@ -54,7 +47,6 @@ class TestFolder(DataTests):
     )
 
 
-@pytest.mark.usefixtures("projects_on_path")
 class TestTable(DataTests):
     experiment = "friedman.experiment:EXPERIMENT"
     settings = ("--data.rows", "200")

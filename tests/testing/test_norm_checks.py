@@ -1,5 +1,8 @@
 """The cases of `norm_checks`. tests/test_own_norm.py runs them in the tests of a project."""
 
+import subprocess
+import sys
+
 from bn_lightning.norms.check.examination import properties
 from bn_lightning.testing import norm_checks
 
@@ -21,3 +24,13 @@ def decorate(decorator):
         check()
 
     return test
+
+
+def test_tests_of_a_norm_do_not_import_lightning():
+    script = (
+        "import sys\n"
+        "from bn_lightning.testing import norm_checks\n"
+        "assert 'lightning' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,11 +1,8 @@
 """Broken networks and tasks: `TaskTests` finds each of them, and says where to look."""
 
-import os
-
 import pytest
 
-from bn_lightning.testing.tasks import TaskTests
-from tests.conftest import PROJECTS
+from bn_lightning.testing import TaskTests
 from tests.support.inherited_tests import Inherited
 
 OVERFITTED = "one_batch_can_be_overfitted"
@@ -63,13 +60,6 @@ IN_PROCESSES = {
     "SumOfLosses": (PROCESSES, "a loss in step() that is not the mean over the samples"),
     "LogsOneProcess": (PROCESSES, "val_share"),
 }
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """Let this process and those of runs import the projects."""
-    monkeypatch.syspath_prepend(PROJECTS)
-    monkeypatch.setenv("PYTHONPATH", str(PROJECTS), prepend=os.pathsep)
 
 
 @pytest.fixture

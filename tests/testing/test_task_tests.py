@@ -1,21 +1,11 @@
 """`TaskTests` for the tasks of this repository. test_task_mutants.py has broken ones."""
 
-import os
-
 import pytest
 
 from bn_lightning.testing import TaskTests
-from bn_lightning.testing.network_tests import NetworkTests
-from tests.conftest import PROJECTS
+from bn_lightning.testing.tasks.task_tests import NetworkTests
 
 SAMPLE = ("--data.source", "sample", "--data.batch_size", "32")
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """Let this process and those of runs import the projects."""
-    monkeypatch.syspath_prepend(PROJECTS)
-    monkeypatch.setenv("PYTHONPATH", str(PROJECTS), prepend=os.pathsep)
 
 
 class TestLeNetHere(NetworkTests):

@@ -65,7 +65,7 @@ class Classification(Task):
     network_class: type[nn.Module] = Network
 
     def __init__(self, width: int = 6, **training: Any) -> None:
-        # With positional arguments, jsonargparse does not find the flag lr of a subclass.
+        # With positional arguments, variants that inherit this would have no flag --model.lr.
         metrics = {"acc": self.make_metric()}
         super().__init__(network=self.network_class(width), metrics=metrics, **training)
 

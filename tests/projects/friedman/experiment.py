@@ -44,7 +44,7 @@ class Regression(Task):
 
     def __init__(self, width: int = 32, norm: str = "custom", **training: Any) -> None:
         metrics = {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
-        super().__init__(Perceptron(width, norm), metrics, **training)
+        super().__init__(network=Perceptron(width, norm), metrics=metrics, **training)
 
     def step(self, batch: tuple[Tensor, Tensor], stage: str) -> Step:
         inputs, targets = batch

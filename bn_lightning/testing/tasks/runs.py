@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.runs import run
-from bn_lightning.testing import fitting, outcomes
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.failures import text_of
-from bn_lightning.testing.fitting import Fitted
+from bn_lightning.testing.failures import describe, fail
+from bn_lightning.testing.tasks import fitting, outcomes
+from bn_lightning.testing.tasks.fitted import Fitted
 
 # Two epochs of four batches. All else is as in the experiment.
 BRIEF = (
@@ -22,7 +22,7 @@ BRIEF = (
 )
 # last.ckpt is written after an even number of steps, so a step is repeated.
 KILLED_AFTER = 7
-KILL = "--trainer.callbacks+=bn_lightning.testing.interruption.KillOnce"
+KILL = "--trainer.callbacks+=bn_lightning.testing.tasks.interruption.KillOnce"
 EXACT = ("--trainer.precision", "64-true", "--trainer.sync_batchnorm", "true")
 
 
@@ -67,9 +67,16 @@ class Runs:
         self.folder = folder
         self.fraction = fraction
 
+    @property
+    def fitted(self) -> Fitted:
+        """A task that was trained on one batch in this process. If it cannot be, the test fails."""
+        if isinstance(self._fitted, Exception):
+            what = f"Training on one batch fails: {describe(self._fitted)}"
+            fail(what, "the code that raises this error.")
+        return self._fitted
+
     @cached_property
-    def fitted(self) -> Fitted | Exception:
-        """A task that was trained on one batch in this process, or why it cannot be."""
+    def _fitted(self) -> Fitted | Exception:
         try:
             return fitting.fit(self.tests, self.folder, self.fraction)
         except Exception as error:
@@ -105,7 +112,7 @@ class Runs:
             run.command_line(["fit", *flags], self.tests.experiment)
         except Exception as found:
             # The code of the user may raise anything.
-            code, error = 1, text_of(found)
+            code, error = 1, describe(found)
         return self._run("one", subprocess.CompletedProcess(flags, code, "", error))
 
     @cached_property

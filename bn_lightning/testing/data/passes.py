@@ -1,9 +1,6 @@
 """Passes over the loaders of an experiment, with Lightning's Trainer and without training."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -15,72 +12,15 @@ from torch import Tensor, nn
 from bn_lightning import generators
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
-from bn_lightning.testing.contents import Batch, Sample, inputs_of, recorded
-from bn_lightning.testing.data_source import Source, quiet
-from bn_lightning.testing.loaders import Loader, prepare
+from bn_lightning.testing.batches import inputs_and_targets
+from bn_lightning.testing.data.changes import change_loaders
+from bn_lightning.testing.data.contents import recorded
+from bn_lightning.testing.data.loaders import Loader
+from bn_lightning.testing.data.reading import NUM_KEPT, Plan, Reading
+from bn_lightning.testing.data.source import quiet
 from bn_lightning.training import lightning_internals, seeds
 from bn_lightning.training.batches import ShardedBatches
 from bn_lightning.training.data_module import DataModule
-
-STAGES = ("train", "val", "test", "predict")
-# Samples whose values are kept, and samples that are augmented in two orders.
-NUM_KEPT = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which passes are made.
-
-    Attributes:
-        source: the data module.
-        epochs: the epochs of training, in order and without a gap.
-        still: without augmentation; otherwise only the training samples are read.
-        workers: worker processes of each loader.
-        processes: number of processes (ranks).
-        disturbed: whether the global generators are in another state, and `setup` is
-            called once more.
-    """
-
-    source: Source
-    epochs: tuple[int, ...] = (0,)
-    still: bool = True
-    workers: int = 0
-    processes: int = 1
-    disturbed: bool = False
-
-
-@dataclass
-class Reading:
-    """What was read on one rank.
-
-    Attributes:
-        passes: the passes of each stage, each a list of batches.
-        loaders: facts about the loader of each stage.
-        stated: the attributes of the data module that the task needs, by name.
-        classes: names of the classes.
-        identity, class_counts: what the data module returns.
-        first: the first batch of training.
-        tested, predicted: the inputs of the first test samples, from two loaders.
-        forwards, backwards: digests of the same augmented samples, read in two orders.
-    """
-
-    passes: dict[str, list[list[Batch]]] = field(default_factory=lambda: {s: [] for s in STAGES})
-    loaders: dict[str, Loader] = field(default_factory=dict)
-    stated: dict[str, Any] = field(default_factory=dict)
-    classes: list[Any] | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    class_counts: list[int] | None = None
-    first: Any = None
-    tested: list[Tensor] = field(default_factory=list)
-    predicted: list[Tensor] = field(default_factory=list)
-    forwards: list[int] = field(default_factory=list)
-    backwards: list[int] = field(default_factory=list)
-
-    def samples(self, stage: str, number: int = 0) -> list[Sample]:
-        """Return the samples of a pass, in order; empty if there was no such pass."""
-        passes = self.passes[stage]
-        batches = passes[number] if passes else []
-        return [sample for batch in batches for sample in batch.samples]
 
 
 @cache
@@ -90,7 +30,7 @@ def read(plan: Plan) -> Reading:
     Raises:
         UserError: the settings or the data are refused.
     """
-    with generators.unchanged(), quiet(), one_thread():
+    with generators.unchanged(), quiet():
         return _read(plan)
 
 
@@ -102,7 +42,7 @@ def _read(plan: Plan) -> Reading:
         gc.collect()
         seeds.seed_read(20)
     data = plan.source.build()
-    _change(data, plan)
+    change_loaders(data, plan.workers, plan.still)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=plan.processes,
@@ -138,7 +78,7 @@ def _read(plan: Plan) -> Reading:
 
 
 def _evaluate(trainer: pl.Trainer, reader: "Reader", data: DataModule) -> None:
-    if reader.passes["val"]:
+    if reader.found.passes["val"]:
         # The loader is another one, after another call of setup().
         trainer.validate(reader, datamodule=data, verbose=False)
     trainer.test(reader, datamodule=data, verbose=False)
@@ -148,21 +88,6 @@ def _evaluate(trainer: pl.Trainer, reader: "Reader", data: DataModule) -> None:
         except UserError:
             return
         trainer.predict(reader, datamodule=data, return_predictions=False)
-
-
-def _change(data: DataModule, plan: Plan) -> None:
-    """Give the loaders of a data module the workers of a plan, and remove the augmentation."""
-    for stage in STAGES:
-        original = getattr(data, f"{stage}_dataloader")
-
-        def changed(original: Any = original) -> Any:
-            return prepare(original(), plan.workers, plan.still)
-
-        # Lightning asks whether a data module has this method.
-        changed.__wrapped__ = original  # type: ignore[attr-defined]
-        setattr(data, f"{stage}_dataloader", changed)
-    if plan.still:
-        data.augmentation = lambda epoch: None  # type: ignore[method-assign]
 
 
 class Reader(pl.LightningModule):
@@ -175,7 +100,6 @@ class Reader(pl.LightningModule):
         self.weight = nn.Parameter(torch.zeros(1))
         self.plan, self.data = plan, data
         self.found = Reading()
-        self.passes = self.found.passes
 
     def configure_optimizers(self) -> None:
         return None
@@ -202,40 +126,45 @@ class Reader(pl.LightningModule):
         return [s.inputs for batch in batches for s in recorded(batch).samples]
 
     def on_train_epoch_start(self) -> None:
-        self.passes["train"].append([])
+        self.found.passes["train"].append([])
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        if self.found.first is None and self.plan.still:
+        if not self.found.passes["train"][0] and self.plan.still and self.plan.processes == 1:
             self.found.first = batch
-        self.passes["train"][-1].append(recorded(batch))
+        self._record("train", batch)
 
     # Evaluation
 
     def on_validation_start(self) -> None:
-        self._describe("val", self.trainer.val_dataloaders)
-        self.passes["val"].append([])
+        self._start("val", self.trainer.val_dataloaders)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["val"][-1].append(recorded(batch))
+        self._record("val", batch)
 
     def on_test_start(self) -> None:
-        self._describe("test", self.trainer.test_dataloaders)
-        self.passes["test"].append([])
+        self._start("test", self.trainer.test_dataloaders)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["test"][-1].append(recorded(batch))
+        self._record("test", batch)
         self._keep(self.found.tested, batch)
 
     def on_predict_start(self) -> None:
-        self.passes["predict"].append([])
+        self.found.passes["predict"].append([])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.passes["predict"][-1].append(recorded(batch))
+        self._record("predict", batch)
         self._keep(self.found.predicted, batch)
+
+    def _start(self, stage: str, loader: Any) -> None:
+        self._describe(stage, loader)
+        self.found.passes[stage].append([])
+
+    def _record(self, stage: str, batch: Any) -> None:
+        self.found.passes[stage][-1].append(recorded(batch))
 
     def _keep(self, kept: list[Tensor], batch: Any) -> None:
         if sum(map(len, kept)) < NUM_KEPT:
-            kept.append(inputs_of(batch).clone())
+            kept.append(inputs_and_targets(batch)[0][0].clone())
 
     def _describe(self, stage: str, loader: Any) -> None:
         if stage not in self.found.loaders:
@@ -243,17 +172,6 @@ class Reader(pl.LightningModule):
             # Reading draws random numbers.
             with generators.unchanged():
                 self.found.loaders[stage] = Loader.of(loader, reads)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread. Batches are small, and worker processes may be forked."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _listed(counts: Tensor | None) -> list[int] | None:

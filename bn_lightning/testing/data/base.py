@@ -1,22 +1,20 @@
-"""What the tests of data share: passes over the loaders, and how a failure is reported."""
+"""The base class of the tests of data: the passes over the loaders that they compare."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
-from typing import Any, ClassVar, NoReturn
-
-import pytest
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
 
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
-from bn_lightning.testing import ranks, reading
-from bn_lightning.testing.contents import Sample
-from bn_lightning.testing.data_source import Source
+from bn_lightning.testing.data import passes, ranks
+from bn_lightning.testing.data.contents import identified
+from bn_lightning.testing.data.reading import Plan, Reading
+from bn_lightning.testing.data.source import Source, source_of
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.loaders import Loader
-from bn_lightning.testing.reading import Plan, Reading
+from bn_lightning.testing.failures import fail
 
 NOUNS = {"train": "training", "val": "validation", "test": "test", "predict": "predict"}
-MAX_SHOWN = 5
 # At least this share of the samples that a loader returns must be known by their content.
 KNOWN_SHARE = 0.9
 
@@ -31,13 +29,18 @@ class LoaderTests(ExperimentTests):
     processes: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     @classmethod
+    def source(cls) -> Source:
+        """Return the data module of the experiment."""
+        return source_of(cls, str(Path.cwd()))  # type: ignore[arg-type]
+
+    @classmethod
     def reading(cls, **plan: Any) -> Reading:
         """Make the passes of a plan in this process; see `reading.Plan`."""
         __tracebackhide__ = True
         try:
-            return reading.read(Plan(Source.of(cls), **plan))
+            return passes.read(Plan(cls.source(), **plan))
         except UserError as error:
-            fail(f"The data cannot be read: {error}")
+            fail(f"The data cannot be read: {error}", "`settings` of the test class.")
 
     @classmethod
     def still(cls) -> Reading:
@@ -61,15 +64,15 @@ class LoaderTests(ExperimentTests):
     def of_ranks(cls, processes: int) -> tuple[list[Reading], list[Reading]]:
         """Return the first epoch, without and with augmentation, as each rank reads it."""
         __tracebackhide__ = True
-        source = Source.of(cls)
+        source = cls.source()
         plans = tuple(Plan(source, processes=processes, still=still) for still in (True, False))
         try:
             found = ranks.read(plans)
         except ranks.RankFailed as error:
             fail(
-                f"With {processes} processes, the data cannot be read.\n{error}\n"
-                f"If the project never trains with {processes} processes, set "
-                "`processes = (1,)` in the class of the test."
+                f"With {processes} processes, the data cannot be read: {error}",
+                "the code that raises this error. If the project never trains with "
+                f"{processes} processes, set `processes = (1,)` in the test class.",
             )
         still, augmented = zip(*found, strict=True)
         return list(still), list(augmented)
@@ -80,30 +83,14 @@ class LoaderTests(ExperimentTests):
         return experiments.load(cls.experiment).data.__name__
 
 
-def fail(text: str) -> NoReturn:
-    """Fail the running test without a traceback and without the error that is described."""
-    __tracebackhide__ = True
-    raise pytest.fail.Exception(text, pytrace=False) from None
-
-
-def identified(samples: Iterable[Sample], what: str) -> list[Hashable]:
-    """Return what identifies each sample: its content, its `inputs` or its `targets`."""
-    if what == "content":
-        return list(samples)
-    return [getattr(sample, what) for sample in samples]
-
-
 def identity_in(found: Reading, stage: str) -> str | None:
     """Return what identifies the samples of a stage, or None.
 
     It is their content, if the pass returns what the loader's Dataset contains. A random
     transform changes inputs, and a plain DataLoader cannot be told to leave it out.
     """
-    samples = found.samples(stage)
-    loader = found.loaders[stage]
-    known = loader.samples
-    if known is None:
-        known = found.samples(stage, 1) if stage == "train" else samples
+    samples, loader = found.samples(stage), found.loaders[stage]
+    known = loader.samples or (found.samples(stage, 1) if stage == "train" else samples)
     for what in ("content", "inputs", "targets"):
         contained = set(identified(known, what))
         values = identified(samples, what)
@@ -113,26 +100,6 @@ def identity_in(found: Reading, stage: str) -> str | None:
     return None
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, such as `1 training sample`."""
-    return f"{number:,} {noun} sample{'s' * (number != 1)}"
-
-
-def shown(names: Iterable[Any]) -> str:
-    """Return the first names, and the number of the others."""
-    names = list(map(str, names))
-    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(names[:MAX_SHOWN]) + more
-
-
-def named(loader: Loader, values: Iterable[Hashable], what: str) -> list[str]:
-    """Return the names of the samples with one of these values, by the loader's own indices."""
-    if loader.samples is None:
-        return []
-    wanted = set(values)
-    found = identified(loader.samples, what)
-    return [loader.name(position) for position, value in enumerate(found) if value in wanted]
-
-
-def same_counts(one: Iterable[Hashable], other: Iterable[Hashable]) -> bool:
-    return Counter(one) == Counter(other)
+def inputs_over(ranks: Iterable[Reading], stage: str) -> Counter[int]:
+    """Return the inputs that several ranks have read together, and how often."""
+    return sum((rank.inputs(stage) for rank in ranks), Counter())

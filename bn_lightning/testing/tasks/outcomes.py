@@ -12,7 +12,7 @@ from torch import Tensor
 from bn_lightning.training import checkpoints
 
 # Entries of result.json that differ between equal runs.
-MEASURED = ("images_per_second", "train_seconds", "resumed_at_steps", "commit")
+MEASURED = ("images_per_second", "train_seconds", "resumed_at_steps", "commit", "processes")
 # Entries of last.ckpt that are equal in equal runs.
 COMPARED = (
     *("state_dict", "current_model_state", "averaging_state", "precise_statistics"),
@@ -43,27 +43,34 @@ def read(folder: Path) -> dict[str, Any]:
 
 def differences(
     one: Any, other: Any, relative: float = 0.0, absolute: float = 0.0, where: str = ""
-) -> Iterator[str]:
-    """Yield the differences between two nested outcomes, one line for each.
+) -> list[str]:
+    """Return the differences between two nested outcomes, in words.
 
     Args:
         relative: the allowed difference of two numbers or tensors, relative to the
             largest value.
         absolute: the allowed difference in addition.
+        where: the name of the outcome, if it is not nested.
     """
+    return list(_differences(one, other, relative, absolute, where))
+
+
+def _differences(
+    one: Any, other: Any, relative: float, absolute: float, where: str
+) -> Iterator[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(key for key in other if key not in one)]:
             place = f"{where} {key}".strip()
             if key not in one or key not in other:
                 yield f"{place} is missing in one of them"
             else:
-                yield from differences(one[key], other[key], relative, absolute, place)
+                yield from _differences(one[key], other[key], relative, absolute, place)
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             yield f"{where} has {len(one)} entries, and {len(other)}"
             return
         for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from differences(*pair, relative, absolute, f"{where} {index}")
+            yield from _differences(*pair, relative, absolute, f"{where} {index}")
     elif isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape or one.dtype != other.dtype:
             yield f"{where} is {_kind(one)}, and {_kind(other)}"
@@ -92,10 +99,3 @@ def _of_tensors(
     scale = float(precise[0].abs().max())
     if math.isnan(largest) or largest > relative * scale + absolute:
         yield f"{where} differs by up to {largest:.2g} (its largest value is {scale:.2g})"
-
-
-def listed(lines: list[str], most: int = 4) -> str:
-    """Return the first lines, indented, and the number of the others."""
-    shown = [f"    {line}" for line in lines[:most]]
-    more = len(lines) - most
-    return "\n".join(shown + ([f"    and {more} more"] if more > 0 else []))

@@ -1,23 +1,20 @@
 """Single steps of a task: their outputs, metrics and random numbers."""
 
 import copy
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from bn_lightning.testing.fitting import Fitted
+from bn_lightning.testing.tasks.fitted import Fitted
+from bn_lightning.training import seeds
 from bn_lightning.training.task import Stage, Step, Task
 
 
 def step(task: Task, batch: Any, stage: Stage, seed: int = 0) -> Step:
     """Return the step of a task for a copy of a batch, in the mode of the stage."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+    seeds.seed_read(seed)
     task.train(stage == "train")
     return task.step(copy.deepcopy(batch), stage)
 
@@ -58,13 +55,6 @@ def round_to_bfloat16(values: Any) -> Any:
     return apply_to_collection(
         values, Tensor, lambda it: it.bfloat16().to(it.dtype) if it.is_floating_point() else it
     )
-
-
-def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
-    return found
 
 
 def is_plain(value: Any) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.experiments import ExperimentTests
@@ -32,40 +33,37 @@ class Source:
     arguments: dict[str, Any] = field(compare=False, repr=False)
     options: dict[str, Any] = field(compare=False, repr=False)
 
-    @classmethod
-    def of(cls, tests: type[ExperimentTests]) -> "Source":
-        """Return the source that tests use, in the current folder."""
-        with quiet():
-            return _source(tests.experiment, tuple(tests.settings), str(Path.cwd()))
-
     def build(self) -> DataModule:
         """Construct the data module as `export` and `predict` do."""
         return experiments.load(self.experiment).data(**copy.deepcopy(self.arguments))
 
 
 @cache
-def _source(experiment: str, settings: tuple[str, ...], cwd: str) -> Source:
-    class Built(ExperimentTests):
-        pass
-
-    Built.experiment, Built.settings = experiment, settings
-    cli = Built.build("--trainer.devices", "1")
+def source_of(tests: type[ExperimentTests], cwd: str) -> Source:
+    """Return the source that a class of tests uses in a folder, which is the current one."""
+    with quiet():
+        cli = tests.build("--trainer.devices", "1")
     data, trainer = cli.datamodule, cli.config.fit.trainer
     arguments = {n: value for n, value in data.hparams.items() if n not in data.found_in_data}
     names = ("use_distributed_sampler", "reload_dataloaders_every_n_epochs")
     options = {name: trainer[name] for name in names}
-    return Source(experiment, settings, cwd, arguments, options)
+    return Source(tests.experiment, tuple(tests.settings), cwd, arguments, options)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide Lightning's messages and all warnings."""
+    """Hide Lightning's messages and all warnings, and compute with one thread.
+
+    Batches are small, and worker processes may be forked.
+    """
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch.set_num_threads(threads)

@@ -1,16 +1,19 @@
-"""Batches of any structure: the number of their samples, and parts of them."""
+"""Batches of any nested structure: their tensors, the number of samples, and parts of them.
+
+A batch is (inputs, targets, ...), a dict, or the inputs alone.
+"""
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
-class Loader:
-    """A loader of the given batches. Each pass has new copies, which may be changed."""
+class FixedBatches:
+    """A loader of the given batches. Each pass returns new copies, which may be changed."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -22,15 +25,28 @@ class Loader:
         return map(copy.deepcopy, self.batches)
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors of a nested structure, in order."""
+    found: list[Tensor] = []
+    apply_to_collection(values, Tensor, found.append)
+    return found
+
+
+def inputs_and_targets(batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of the inputs, which are the first element or value, and all others."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(values, list | tuple):
+        values = [values]
+    return tensors_in(values[0]), tensors_in(values[1:])
+
+
 def count(batch: Any) -> int:
     """Return the number of samples of a batch: the length of its first tensor.
 
     Raises:
         ValueError: the batch contains no tensor with a row per sample.
     """
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
-    for tensor in tensors:
+    for tensor in tensors_in(batch):
         if tensor.ndim:
             return len(tensor)
     raise ValueError("The batch contains no tensor with a row per sample.")

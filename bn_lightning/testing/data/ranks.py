@@ -6,14 +6,14 @@ import pickle
 import socket
 import tempfile
 import time
-import traceback
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from bn_lightning.testing import reading
-from bn_lightning.testing.reading import Plan, Reading
+from bn_lightning.testing.data import passes
+from bn_lightning.testing.data.reading import Plan, Reading
+from bn_lightning.testing.failures import describe
 
 # How long the processes of a plan may take.
 SECONDS = 240
@@ -69,13 +69,14 @@ def _wait(ranks: list[multiprocessing.Process], folder: Path) -> None:
         if any(rank.exitcode for rank in ranks):
             break
         if time.monotonic() > end:
-            raise RankFailed(f"The processes have not read all samples in {SECONDS} seconds.")
+            raise RankFailed(f"not all samples were read in {SECONDS} seconds")
         time.sleep(0.02)
     for number, rank in enumerate(ranks):
         if rank.exitcode:
             error = folder / f"{number}.txt"
-            cause = error.read_text() if error.exists() else f"It ended with {rank.exitcode}."
-            raise RankFailed(f"Process {number}: {cause}")
+            is_known = error.exists()
+            cause = error.read_text(encoding="utf-8") if is_known else f"exit code {rank.exitcode}"
+            raise RankFailed(f"process {number}: {cause}")
 
 
 def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
@@ -88,11 +89,8 @@ def _run(plans: tuple[Plan, ...], rank: int, port: int, folder: Path) -> None:
     }
     torch.set_num_threads(1)
     try:
-        found = [reading.read(plan) for plan in plans]
-    except BaseException as error:
-        last = traceback.format_exception_only(error)[-1].strip()
-        (folder / f"{rank}.txt").write_text(last)
+        found = [passes.read(plan) for plan in plans]
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(describe(error), encoding="utf-8")
         raise
-    for part in found:
-        part.first = None
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))

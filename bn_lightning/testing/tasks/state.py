@@ -1,20 +1,24 @@
 """State of a task that a checkpoint does not contain."""
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from bn_lightning.testing.failures import listed
+from bn_lightning.testing.own_generators import GENERATORS, kind_of
 from bn_lightning.training.task import Task
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+def candidates(task: Task, restored: Task | None = None) -> str:
+    """Return the state of a task that is not in its state dict, for a message."""
+    found = _changed_attributes(task, restored) if restored is not None else []
+    found += _outside(task)
+    return f" Found:\n{listed(found)}" if found else ""
 
 
-def outside(task: Task) -> list[str]:
+def _outside(task: Task) -> list[str]:
     """Return descriptions of the state of a task that is not in its state dict.
 
     This is a list of candidates: tensors, modules and generators that are attributes or
@@ -29,7 +33,7 @@ def outside(task: Task) -> list[str]:
                 kind = type(inner).__name__
                 lines.append(f"{name} has a {kind} in a Python container: use nn.ModuleList")
             elif isinstance(inner, GENERATORS):
-                kind = f"{type(inner).__module__}.{type(inner).__name__}"
+                kind = kind_of(inner)
                 lines.append(f"{name} is a generator of its own ({kind}): use the global ones")
             else:
                 continue
@@ -37,7 +41,7 @@ def outside(task: Task) -> list[str]:
     return lines
 
 
-def changed_attributes(one: Task, other: Task) -> list[str]:
+def _changed_attributes(one: Task, other: Task) -> list[str]:
     """Return the numbers that are attributes of two tasks and differ, in words."""
     others = dict(_attributes(other))
     return [

@@ -1,0 +1,1 @@
+"""Tests of the task of a project, and the training and the runs that they compare."""
