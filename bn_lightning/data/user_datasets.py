@@ -54,7 +54,7 @@ def _part(
     labels = images.targets
     if labels is None:
         labels = _read_labels(images, num_workers)
-    return images, checked_labels(name, f"{part}_labels", labels, len(images), classes)
+    return images, checked_labels(name, f"{part}_dataset labels", labels, len(images), classes)
 
 
 def _read_labels(images: "UserImages", num_workers: int) -> np.ndarray:

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from bn_lightning.runs import experiment, run
+from bn_lightning.testing.failures import fail
+
+# Seconds. The runs of the tests take seconds.
+TIMEOUT = 600
 
 
 class ExperimentTests:
@@ -29,5 +33,11 @@ class ExperimentTests:
     @classmethod
     def run(cls, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a command of the project, `python -m PACKAGE`, in a folder and in its own process."""
-        program = [sys.executable, "-m", experiment.package_of(cls.experiment)]
-        return subprocess.run([*program, *arguments], capture_output=True, text=True, cwd=cwd)
+        command = [sys.executable, "-m", experiment.package_of(cls.experiment), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            fail(
+                f"A run has not ended after {TIMEOUT} seconds: {' '.join(command[1:])}",
+                "code that waits, or that only one of several processes executes.",
+            )

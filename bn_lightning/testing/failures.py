@@ -39,6 +39,11 @@ def listed(values: Iterable[Any]) -> str:
     return "\n".join(f"    {line}" for line in [*first, *[f"and {more:,} more"] * bool(more)])
 
 
+def found(values: list[str]) -> str:
+    """Return the end of a message: what was found at the place to look at, or nothing."""
+    return f" Found:\n{listed(values)}" if values else ""
+
+
 def _shortened(values: Iterable[Any], most: int) -> tuple[list[str], int]:
     """Return the first values as text, and the number of the others."""
     texts = [str(value) for value in values]

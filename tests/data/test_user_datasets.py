@@ -126,7 +126,7 @@ WRONG = [
         (IMAGE[:, :5], 0),
         r"an image of shape \(3, 5, 9\) as test_dataset\[9\]\.\nAll images must have one size",
     ),
-    ((IMAGE, 3), "label 3 at index 9 of test_labels"),
+    ((IMAGE, 3), "label 3 at index 9 of test_dataset labels"),
 ]
 
 

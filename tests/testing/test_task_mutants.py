@@ -36,7 +36,7 @@ QUICK = {
     "WrongLabels": (OVERFITTED, "the labels", (METRICS, ANEW)),
     "Half": (OVERFITTED, "The loss of 32 samples is nan in the first step", (BFLOAT16,)),
     "SumOfLosses": (METRICS, "a loss that is a sum instead of a mean", ()),
-    "MeanOfMeans": (METRICS, "val_acc is 0.425, and 0.30", ()),
+    "MeanOfMeans": (METRICS, "val_acc is 0.425 in one and 0.30", ()),
     "LogsMeans": (METRICS, "self.log() needs batch_size", ()),
     "KeepsCounts": (ANEW, "reset() of these metrics", (METRICS,)),
     "TrainMode": (UNCHANGED, "norm.running_mean differs", (METRICS, ALONE)),
@@ -46,7 +46,7 @@ QUICK = {
     "OverBatch": (ALONE, "operations over dimension 0", (METRICS,)),
     # No evaluation is possible.
     "FixedBatchSize": (ALONE, "fails for a batch of 1 sample(s)", (METRICS, ANEW, UNCHANGED)),
-    "Squeezed": (ALONE, "float32 (1, 5), and float32 (5,)", (METRICS, UNCHANGED)),
+    "Squeezed": (ALONE, "float32 (1, 5) in one and float32 (5,)", (METRICS, UNCHANGED)),
     "ChangesInput": (INPUT, "operations in place at the start of the network", ()),
     "FixedBuffer": (BFLOAT16, "tensors with a fixed dtype", ()),
 }

@@ -50,13 +50,6 @@ def test_the_norm_equals_that_of_torch(shape):
     torch.testing.assert_close(norm(x), expected.movedim(-1, 1))
 
 
-def test_the_data_have_a_label_for_each_image_and_every_class_in_both_parts():
-    *parts, classes = data.load()
-    for images, labels in (parts[:2], parts[2:]):
-        assert len(images) == len(labels)
-        assert set(labels.tolist()) == set(range(len(classes)))
-
-
 class TestData(DataTests):
     experiment = "my_project.experiment:EXPERIMENT"
 

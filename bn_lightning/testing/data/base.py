@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from bn_lightning.errors import UserError
 from bn_lightning.runs import experiment as experiments
 from bn_lightning.testing.data import passes, ranks
@@ -12,7 +14,7 @@ from bn_lightning.testing.data.contents import identified
 from bn_lightning.testing.data.reading import Plan, Reading
 from bn_lightning.testing.data.source import Source, source_of
 from bn_lightning.testing.experiments import ExperimentTests
-from bn_lightning.testing.failures import fail
+from bn_lightning.testing.failures import fail, shown
 
 NOUNS = {"train": "training", "val": "validation", "test": "test", "predict": "predict"}
 # At least this share of the samples that a loader returns must be known by their content.
@@ -27,6 +29,7 @@ class LoaderTests(ExperimentTests):
     """
 
     processes: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    _cannot_be_read: ClassVar[bool] = False
 
     @classmethod
     def source(cls) -> Source:
@@ -40,6 +43,9 @@ class LoaderTests(ExperimentTests):
         try:
             return passes.read(Plan(cls.source(), **plan))
         except UserError as error:
+            if cls._cannot_be_read:
+                pytest.skip("The data cannot be read. The first failure says why.")
+            cls._cannot_be_read = True
             fail(f"The data cannot be read: {error}", "`settings` of the test class.")
 
     @classmethod
@@ -98,6 +104,17 @@ def identity_in(found: Reading, stage: str) -> str | None:
             # A single value, such as that of missing targets, identifies no sample.
             return what if len(contained) > 1 else None
     return None
+
+
+def likely_cause(found: Reading, stage: str) -> str:
+    """Return a line about the random generators that the Dataset of a stage keeps, or nothing."""
+    kept = found.loaders[stage].generators
+    if not kept:
+        return ""
+    return (
+        f"\nLikely cause: {shown(kept)}. Draw from the global generators of NumPy, torch and "
+        "Python instead, such as numpy.random.normal()."
+    )
 
 
 def inputs_over(ranks: Iterable[Reading], stage: str) -> Counter[int]:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from bn_lightning.testing.data.base import NOUNS, LoaderTests
+from bn_lightning.testing.data.base import NOUNS, LoaderTests, likely_cause
 from bn_lightning.testing.data.contents import Sample, identified
 from bn_lightning.testing.failures import counted, fail
 
@@ -21,10 +21,10 @@ class EvaluationTests(LoaderTests):
         for stage in ("val", "test"):
             passes = found.all_samples(stage) + again.all_samples(stage)
             for one, other in pairwise(passes):
-                self._refuse_other_pass(stage, one, other, trained)
+                self._refuse_other_pass(stage, one, other, trained, likely_cause(found, stage))
 
     def _refuse_other_pass(
-        self, stage: str, one: list[Sample], other: list[Sample], trained: Counter[int]
+        self, stage: str, one: list[Sample], other: list[Sample], trained: Counter[int], cause: str
     ) -> None:
         __tracebackhide__ = True
         if one == other:
@@ -42,9 +42,9 @@ class EvaluationTests(LoaderTests):
         if Counter(identified(one, "inputs")) == Counter(identified(other, "inputs")):
             pytest.skip("The targets change. The test of the targets reports it.")
         fail(
-            f"{counted(len(new), noun)} of {len(other):,} have other inputs in another pass. "
-            "Evaluation must not be random: two networks would be compared on different inputs.",
-            f"{where}. Is the augmentation of the training applied here too?",
+            f"{counted(len(new), noun)} of {len(other):,} differ when they are read a second time. "
+            f"Evaluation must not be random: networks would be compared on other inputs.{cause}",
+            f"random transforms in {where} and its Dataset.",
         )
 
     def test_each_input_keeps_its_target(self) -> None:

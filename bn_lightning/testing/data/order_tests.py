@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from bn_lightning.testing.data.base import LoaderTests, identity_in, inputs_over
+from bn_lightning.testing.data.base import LoaderTests, identity_in, inputs_over, likely_cause
 from bn_lightning.testing.data.contents import Sample, identified
-from bn_lightning.testing.data.loaders import Loader
-from bn_lightning.testing.failures import counted, fail, shown
+from bn_lightning.testing.data.reading import Reading
+from bn_lightning.testing.failures import counted, fail
 
 
 class OrderTests(LoaderTests):
@@ -15,29 +15,28 @@ class OrderTests(LoaderTests):
 
     def test_training_samples_do_not_depend_on_the_number_of_workers(self) -> None:
         alone = self.augmented()
-        loader = alone.loaders["train"]
-        if not loader.has_workers:
+        if not alone.loaders["train"].has_workers:
             pytest.skip("The training loader has no worker processes.")
         self._refuse_other_order(
+            alone,
             alone.samples("train"),
             self.reading(still=False, workers=2).samples("train"),
-            "with 2 workers than with 0 workers, in the same epoch with the same seed",
-            loader,
+            "with 2 workers and with 0 workers, in the same epoch with the same seed",
             "the worker",
         )
 
     def test_training_samples_depend_only_on_seed_and_epoch(self) -> None:
         alone = self.augmented()
         self._refuse_other_order(
+            alone,
             alone.samples("train", 1),
             self.reading(epochs=(1,), still=False, disturbed=True).samples("train"),
-            "when the second epoch is read again by a new data module, as by a resumed run",
-            alone.loaders["train"],
-            "what was read before, the time or the state of a generator",
+            "when a new data module reads the second epoch again, as a resumed run does",
+            "earlier reads, on the time, or on a generator that is kept",
         )
 
     def _refuse_other_order(
-        self, before: list[Sample], now: list[Sample], when: str, loader: Loader, cause: str
+        self, alone: Reading, before: list[Sample], now: list[Sample], when: str, cause: str
     ) -> None:
         __tracebackhide__ = True
         if before == now:
@@ -51,13 +50,11 @@ class OrderTests(LoaderTests):
         if [sample.targets for sample in before] == [sample.targets for sample in now]:
             pairs = zip(before, now, strict=True)
             count = sum(one.inputs != other.inputs for one, other in pairs)
-            kept = f"\nLikely cause: {shown(loader.generators)}." if loader.generators else ""
             fail(
-                f"{counted(count, 'training')} of {len(now):,} are augmented in another way "
-                f"{when}.\nThe random numbers of a transform depend on {cause}.{kept}",
-                f"the Dataset and the transforms of {where}. Draw random numbers from the global "
-                "generators of torch, NumPy and Python, which bn_lightning.ExactDataLoader seeds "
-                "for each sample, and keep no generator.",
+                f"{counted(count, 'training')} of {len(now):,} differ {when}.\nTheir random "
+                f"numbers depend on {cause}.{likely_cause(alone, 'train')}",
+                f"the Dataset and the transforms of {where}. bn_lightning.ExactDataLoader seeds "
+                "the global generators for each sample.",
             )
         if Counter(before) == Counter(now):
             fail(
@@ -87,17 +84,20 @@ class OrderTests(LoaderTests):
 
     def test_the_augmentation_of_a_sample_does_not_depend_on_its_position_or_process(self) -> None:
         alone, raw = self.augmented(), self.still()
+        cause = likely_cause(alone, "train")
         where = (
-            f"{self.data_name()}.augmentation, and transforms in the Dataset. The random numbers "
-            "of a sample must be a function of (seed, epoch, sample). Draw them for all samples at "
-            "once, with bn_lightning.training.seeds.for_samples, and index them by sample."
+            f"{self.data_name()}.augmentation. Its random numbers must be a function of (seed, "
+            "epoch, sample). Draw them for all samples at once, with "
+            "bn_lightning.training.seeds.for_samples, and index them by sample."
         )
+        if cause:
+            where = "the Dataset and its transforms."
         pairs = zip(alone.forwards, alone.backwards, strict=True)
         moved = sum(one != other for one, other in pairs)
         if moved:
             fail(
-                f"{moved:,} of {len(alone.forwards):,} training samples are augmented in another "
-                "way if the samples are read in reverse order.",
+                f"{moved:,} of {len(alone.forwards):,} training samples differ if they are read in "
+                f"reverse order.{cause}",
                 where,
             )
         samples, raw_samples = alone.inputs("train"), raw.inputs("train")
@@ -113,7 +113,7 @@ class OrderTests(LoaderTests):
             changed = (samples - inputs_over(augmented, "train")).total()
             if changed:
                 fail(
-                    f"{changed:,} of {samples.total():,} training samples are augmented in another "
-                    f"way by {processes} processes.",
+                    f"{changed:,} of {samples.total():,} training samples differ if {processes} "
+                    f"processes read them.{cause}",
                     where,
                 )

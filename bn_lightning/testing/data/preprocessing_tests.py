@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bn_lightning.deploy.served import Served
 from bn_lightning.errors import UserError
-from bn_lightning.testing.data.base import NOUNS, LoaderTests
+from bn_lightning.testing.data.base import NOUNS, LoaderTests, likely_cause
 from bn_lightning.testing.data.contents import identified, recorded
 from bn_lightning.testing.data.reading import NUM_KEPT
 from bn_lightning.testing.data.source import quiet
@@ -48,9 +48,10 @@ class PreprocessingTests(LoaderTests):
                     f"{name}.{stage}_dataloader and {name}.test_samples.",
                 )
             fail(
-                f"The {NOUNS[stage]} loader returns other inputs than `export` and `predict` give "
-                f"to the network, which is preprocessing(test_samples()).\n"
-                f"Loader: {_described(loaded)}\nExport: {_described(exported)}",
+                "`export` and `predict` give preprocessing(test_samples()) to the network, but the "
+                f"{NOUNS[stage]} loader returns other inputs.\n"
+                f"Loader: {_described(loaded)}\nExport: {_described(exported)}\nThe largest "
+                f"difference is {_distance(loaded, exported)}.{likely_cause(found, stage)}",
                 self._cause_of_difference(data, raw[: len(loaded)], loaded),
             )
 
@@ -83,8 +84,8 @@ class PreprocessingTests(LoaderTests):
                 "must return raw samples."
             )
         return (
-            f"transforms in the Dataset and the loaders of {name}. They belong into "
-            f"{name}.preprocessing, and preprocessing must not depend on setup('fit')."
+            f"transforms in the Dataset and the loaders of {name}, which belong in "
+            f"{name}.preprocessing. Preprocessing must not need training data."
         )
 
 
@@ -94,6 +95,12 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
     return is_same_kind and torch.allclose(
         one.double(), other.double(), rtol=1e-5, atol=1e-6, equal_nan=True
     )
+
+
+def _distance(one: Tensor, other: Tensor) -> str:
+    if one.shape != other.shape:
+        return "in the shape"
+    return f"{(one.double() - other.double()).abs().max():.2g}"
 
 
 def _described(inputs: Tensor) -> str:

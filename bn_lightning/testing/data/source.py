@@ -56,14 +56,16 @@ def quiet() -> Iterator[None]:
 
     Batches are small, and worker processes may be forked.
     """
-    logger = logging.getLogger("lightning.pytorch")
-    level, threads = logger.level, torch.get_num_threads()
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         torch.set_num_threads(threads)

@@ -84,6 +84,13 @@ class SplitTests(LoaderTests):
 
     def test_few_samples_of_the_evaluation_are_identical_with_training_samples(self) -> None:
         found = self.still()
+        trained = found.inputs("train")
+        if len(trained) == 1 and trained.total() > 1:
+            fail(
+                f"All {trained.total():,} training samples have the same input.",
+                "how inputs are read and converted. For example, a division by 255 before a "
+                "conversion to integers makes all pixels 0.",
+            )
         for stage in ("val", "test"):
             copies = _copies(found, stage)
             if not copies:
@@ -97,9 +104,10 @@ class SplitTests(LoaderTests):
             if len(copies) > MAX_IDENTICAL * number:
                 fail(
                     "\n".join(lines)
-                    + f"\nAt most {MAX_IDENTICAL:.0%} may be. The {noun} metrics are too good.",
-                    f"how the function of the data, or {self.data_name()}.setup, puts samples into "
-                    "the parts. Are there copies, or does one part contain another?",
+                    + f"\nAt most {MAX_IDENTICAL:.0%} are allowed: {noun} metrics are too good.",
+                    "the function that returns the data. Does it repeat samples (oversampling, "
+                    "files that exist twice), or return the same ones for training and test? "
+                    "--model.class_weights balanced needs no copies of rare classes.",
                 )
             warnings.warn("\n".join(lines), stacklevel=1)
 
@@ -115,8 +123,8 @@ def _copies(found: Reading, stage: str) -> list[str]:
         is_shared = shared and loader.indices[position] in shared
         if sample.inputs in trained and not is_shared:
             names = train.names_of([sample.inputs], "inputs")
-            of_train = f" = training sample {shown(names)}" if names else ""
-            lines.append(f"  {NOUNS[stage]} sample {loader.name(position)}{of_train}")
+            of_train = f" = sample {shown(names)} (training)" if names else ""
+            lines.append(f"  sample {loader.name(position)} ({NOUNS[stage]}){of_train}")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bn_lightning.testing.failures import describe, fail, listed
+from bn_lightning.testing.failures import describe, fail, found, listed
 from bn_lightning.testing.tasks import outcomes, state, steps
 from bn_lightning.testing.tasks.base import FittedTests
 from bn_lightning.testing.tasks.fitted import Fitted, outputs_of
@@ -33,14 +33,15 @@ class CheckpointTests(FittedTests):
 
     def test_a_checkpoint_restores_the_network(self, fitted: Fitted) -> None:
         task = fitted.restore().task
-        found = outputs_of(task, fitted.batch)
-        wrong = outcomes.differences(fitted.outputs, found, where="the output")
+        outputs = outputs_of(task, fitted.batch)
+        wrong = outcomes.differences(fitted.outputs, outputs, where="the output")
         if wrong:
+            changed = state.changed_attributes(fitted.task, task)
             fail(
                 "A network that is restored from a checkpoint has other outputs in eval mode than "
                 f"the trained one:\n{listed(wrong)}",
                 "state that is not in the checkpoint, random numbers in eval mode, and methods "
-                f"that rename or skip weights.{state.candidates(fitted.task, task)}",
+                f"that rename or skip weights.{found([*changed, *state.outside(fitted.task)])}",
             )
 
     def test_a_step_in_bfloat16_is_near_that_in_float32(self, fitted: Fitted) -> None:
@@ -54,14 +55,14 @@ class CheckpointTests(FittedTests):
         )
         try:
             with torch.autocast("cpu", torch.bfloat16):
-                found = steps.training_step(task, batch, stage)
+                rounded = steps.training_step(task, batch, stage)
         except Exception as error:
             fail(f"A step with --trainer.precision bf16-mixed fails: {describe(error)}", where)
         task.load_state_dict(steps.round_to_bfloat16(dict(task.state_dict())))
         changed = steps.training_step(task, steps.round_to_bfloat16(batch), stage)
         wrong = []
         for name in ("loss", "outputs"):
-            tensors = [getattr(it, name).detach().float() for it in (precise, found, changed)]
+            tensors = [getattr(it, name).detach().float() for it in (precise, rounded, changed)]
             expected, largest = tensors[0], float(tensors[0].abs().max())
             if not all(bool(it.isfinite().all()) for it in tensors):
                 wrong.append(f"{name}: NaN or infinite")

@@ -39,6 +39,7 @@ class Fitted:
         checkpoint: the checkpoint of the trained task.
         outputs: the outputs of the trained task for the batch, in eval mode.
         is_exact: whether the training loader can be resumed and shared exactly.
+        generators: random generators that the Dataset of training keeps, in words.
         tried: the settings that were tried, in words.
     """
 
@@ -49,6 +50,7 @@ class Fitted:
     checkpoint: Path
     outputs: Tensor
     is_exact: bool
+    generators: list[str]
     tried: list[str] = field(default_factory=list)
 
     @property

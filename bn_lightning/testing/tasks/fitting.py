@@ -7,6 +7,7 @@ from torchmetrics import Metric
 
 from bn_lightning.testing import batches
 from bn_lightning.testing.experiments import ExperimentTests
+from bn_lightning.testing.own_generators import generators_in
 from bn_lightning.testing.tasks.fitted import Fitted, outputs_of
 from bn_lightning.testing.tasks.watch import Watch
 from bn_lightning.training.batches import ExactLoader
@@ -87,4 +88,5 @@ def _fit_once(
     task.trainer = None
     outputs = outputs_of(task, batch)
     is_exact = isinstance(loader, ExactLoader)
-    return Fitted(cli, batch, watch, new_metrics, checkpoint, outputs, is_exact)
+    generators = generators_in(getattr(loader, "dataset", None))
+    return Fitted(cli, batch, watch, new_metrics, checkpoint, outputs, is_exact, generators)

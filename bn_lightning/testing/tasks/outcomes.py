@@ -67,21 +67,21 @@ def _differences(
                 yield from _differences(one[key], other[key], relative, absolute, place)
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
-            yield f"{where} has {len(one)} entries, and {len(other)}"
+            yield f"{where} has {len(one)} entries in one and {len(other)} in the other"
             return
         for index, pair in enumerate(zip(one, other, strict=True)):
             yield from _differences(*pair, relative, absolute, f"{where} {index}")
     elif isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape or one.dtype != other.dtype:
-            yield f"{where} is {_kind(one)}, and {_kind(other)}"
+            yield f"{where} is {_kind(one)} in one and {_kind(other)} in the other"
         else:
             yield from _of_tensors(one, other, relative, absolute, where)
     elif isinstance(one, float) and isinstance(other, float):
         is_close = math.isclose(one, other, rel_tol=relative, abs_tol=absolute)
         if not is_close and not (math.isnan(one) and math.isnan(other)):
-            yield f"{where} is {one:.6g}, and {other:.6g}"
+            yield f"{where} is {one:.6g} in one and {other:.6g} in the other"
     elif one != other:
-        yield f"{where} is {str(one)[:40]}, and {str(other)[:40]}"
+        yield f"{where} is {str(one)[:40]} in one and {str(other)[:40]} in the other"
 
 
 def _kind(tensor: Tensor) -> str:

@@ -6,12 +6,11 @@ import pytest
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms.sync import LayerSync
-from bn_lightning.testing.failures import fail, listed
-from bn_lightning.testing.tasks import outcomes, steps
+from bn_lightning.testing.failures import fail, found, listed
+from bn_lightning.testing.tasks import outcomes, state, steps
 from bn_lightning.testing.tasks.base import FittedTests
 from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.testing.tasks.runs import Run, Runs
-from bn_lightning.testing.tasks.state import candidates
 from bn_lightning.training.task import Stage
 
 # Two runs in float64. Metrics are sums in float32.
@@ -64,11 +63,11 @@ class RunTests(FittedTests):
         wrong = outcomes.differences(first.outcome, resumed.outcome)
         if wrong:
             fail(
-                "A run that was killed and resumed has another outcome than the uninterrupted one "
-                f"(the uninterrupted run, and the resumed one):\n{listed(wrong)}",
-                "state that is not in the checkpoint: attributes that change from step to step, "
-                "and generators of your own. Random numbers of a step must come from the global "
-                f"generators of torch, NumPy and Python.{candidates(fitted.task)}",
+                "A run that was killed and resumed has another outcome than the uninterrupted one:"
+                f"\n{listed(wrong)}",
+                "state that is not in the checkpoint, such as attributes that change from step to "
+                "step, and generators of your own. Random numbers must come from the global "
+                f"generators of torch, NumPy and Python.{_candidates(fitted)}",
             )
 
     def test_the_settings_of_a_run_reproduce_it(self, runs: Runs, fitted: Fitted) -> None:
@@ -88,10 +87,10 @@ class RunTests(FittedTests):
         wrong = outcomes.differences(first.outcome, again.outcome)
         if wrong:
             fail(
-                "`fit --config config.yaml` with the file of a run has another outcome (the first "
-                f"run, and the second one):\n{listed(wrong)}",
+                "`fit --config config.yaml` with the file of a run has another outcome than the "
+                f"run:\n{listed(wrong)}",
                 "random numbers without a seed, such as those of numpy.random.default_rng(), the "
-                f"time, hash(), and the order of a set.{candidates(fitted.task)}",
+                f"time, hash(), and the order of a set.{_candidates(fitted)}",
             )
 
     def test_two_processes_train_as_one(self, runs: Runs, fitted: Fitted) -> None:
@@ -112,12 +111,17 @@ class RunTests(FittedTests):
         wrong = outcomes.differences(one.outcome, two.outcome, *PROCESSES)
         if wrong:
             fail(
-                "Two processes that share each batch have another outcome than one (one process, "
-                f"and two):\n{listed(wrong)}",
+                "Two processes that share each batch have another outcome than one:\n"
+                f"{listed(wrong)}",
                 "a loss in step() that is not the mean over the samples, values that are not "
-                "reduced (self.log() needs sync_dist=True), and layers that use statistics of "
-                "the batch.",
+                "reduced (self.log() needs sync_dist=True), layers that use statistics of the "
+                f"batch, and random numbers of the data.{_candidates(fitted)}",
             )
+
+
+def _candidates(fitted: Fitted) -> str:
+    """Return the state that is not in the checkpoint, and the generators of the data."""
+    return found([*state.outside(fitted.task), *fitted.generators])
 
 
 def _finished(runs: Runs) -> Run:

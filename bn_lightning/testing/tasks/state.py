@@ -6,19 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from bn_lightning.testing.failures import listed
 from bn_lightning.testing.own_generators import GENERATORS, kind_of
 from bn_lightning.training.task import Task
 
 
-def candidates(task: Task, restored: Task | None = None) -> str:
-    """Return the state of a task that is not in its state dict, for a message."""
-    found = _changed_attributes(task, restored) if restored is not None else []
-    found += _outside(task)
-    return f" Found:\n{listed(found)}" if found else ""
-
-
-def _outside(task: Task) -> list[str]:
+def outside(task: Task) -> list[str]:
     """Return descriptions of the state of a task that is not in its state dict.
 
     This is a list of candidates: tensors, modules and generators that are attributes or
@@ -41,7 +33,7 @@ def _outside(task: Task) -> list[str]:
     return lines
 
 
-def _changed_attributes(one: Task, other: Task) -> list[str]:
+def changed_attributes(one: Task, other: Task) -> list[str]:
     """Return the numbers that are attributes of two tasks and differ, in words."""
     others = dict(_attributes(other))
     return [
@@ -62,7 +54,7 @@ def _attributes(task: Task) -> Iterator[tuple[str, Any]]:
             # Private attributes of the task are those of Lightning and of this project.
             if name.startswith("_") and (module is task or name in vars(nn.Module())):
                 continue
-            if name in ("training", "step_samples"):
+            if name in ("training", "step_samples", "confusion"):
                 continue
             yield f"{prefix}.{name}".removeprefix("."), value
 
