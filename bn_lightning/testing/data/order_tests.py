@@ -39,7 +39,6 @@ class OrderTests(LoaderTests):
     def _refuse_other_order(
         self, before: list[Sample], now: list[Sample], when: str, loader: Loader, cause: str
     ) -> None:
-        __tracebackhide__ = True
         if before == now:
             return
         where = f"{self.data_name()}.train_dataloader"
