@@ -13,8 +13,13 @@ MOST_NAMES, MOST_LINES = 5, 4
 
 def fail(what: str, where: str) -> NoReturn:
     """Fail the running test, without a traceback and without an error that is being handled."""
-    __tracebackhide__ = True
     raise pytest.fail.Exception(f"{what}\nLook at: {where}", pytrace=False) from None
+
+
+def fail_if(wrong: list[str], what: str, where: str) -> None:
+    """Fail the running test if anything is wrong, and list it."""
+    if wrong:
+        fail(f"{what}:\n{listed(wrong)}", where)
 
 
 def describe(error: Exception) -> str:

@@ -39,7 +39,6 @@ class LoaderTests(ExperimentTests):
     @classmethod
     def reading(cls, **plan: Any) -> Reading:
         """Make the passes of a plan in this process; see `reading.Plan`."""
-        __tracebackhide__ = True
         try:
             return passes.read(Plan(cls.source(), **plan))
         except UserError as error:
@@ -51,25 +50,21 @@ class LoaderTests(ExperimentTests):
     @classmethod
     def still(cls) -> Reading:
         """Return two epochs without augmentation, and what is read in evaluation."""
-        __tracebackhide__ = True
         return cls.reading(epochs=(0, 1))
 
     @classmethod
     def still_again(cls) -> Reading:
         """Return the first epoch without augmentation of a second data module."""
-        __tracebackhide__ = True
         return cls.reading(disturbed=True)
 
     @classmethod
     def augmented(cls) -> Reading:
         """Return two epochs of training."""
-        __tracebackhide__ = True
         return cls.reading(epochs=(0, 1), still=False)
 
     @classmethod
     def of_ranks(cls, processes: int) -> tuple[list[Reading], list[Reading]]:
         """Return the first epoch, without and with augmentation, as each rank reads it."""
-        __tracebackhide__ = True
         source = cls.source()
         plans = tuple(Plan(source, processes=processes, still=still) for still in (True, False))
         try:

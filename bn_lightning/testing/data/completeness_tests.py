@@ -27,7 +27,6 @@ class CompletenessTests(LoaderTests):
             self._refuse_other_samples(alone, ranks, stage)
 
     def _refuse_other_samples(self, alone: Reading, ranks: list[Reading], stage: str) -> None:
-        __tracebackhide__ = True
         loader, what = alone.loaders[stage], identity_in(alone, stage)
         expected = loader.samples or alone.samples(stage)
         read = [sample for rank in ranks for sample in rank.samples(stage)]

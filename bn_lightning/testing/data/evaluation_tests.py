@@ -26,7 +26,6 @@ class EvaluationTests(LoaderTests):
     def _refuse_other_pass(
         self, stage: str, one: list[Sample], other: list[Sample], trained: Counter[int], cause: str
     ) -> None:
-        __tracebackhide__ = True
         if one == other:
             return
         noun, where = NOUNS[stage], f"{self.data_name()}.{stage}_dataloader"

@@ -38,7 +38,6 @@ class OrderTests(LoaderTests):
     def _refuse_other_order(
         self, alone: Reading, before: list[Sample], now: list[Sample], when: str, cause: str
     ) -> None:
-        __tracebackhide__ = True
         if before == now:
             return
         where = f"{self.data_name()}.train_dataloader"

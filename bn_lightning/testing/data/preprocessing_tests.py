@@ -56,7 +56,6 @@ class PreprocessingTests(LoaderTests):
             )
 
     def _test_samples(self, data: DataModule) -> tuple[Tensor, Tensor]:
-        __tracebackhide__ = True
         try:
             data.prepare_data()
             data.setup("test")

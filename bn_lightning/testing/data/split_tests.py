@@ -69,7 +69,6 @@ class SplitTests(LoaderTests):
         where: str,
     ) -> None:
         """Refuse inputs that are trained on and held out, unless they are so in each pass."""
-        __tracebackhide__ = True
         train, val = found.inputs("train"), found.inputs("val")
         moved = (trained.keys() & held_out.keys()) - (train.keys() & val.keys())
         if not moved:

@@ -2,7 +2,7 @@
 
 import torch
 
-from bn_lightning.testing.failures import describe, fail, found, listed
+from bn_lightning.testing.failures import describe, fail, fail_if, found
 from bn_lightning.testing.tasks import outcomes, state, steps
 from bn_lightning.testing.tasks.base import FittedTests
 from bn_lightning.testing.tasks.fitted import Fitted, outputs_of
@@ -23,26 +23,24 @@ class CheckpointTests(FittedTests):
             for name, value in settings.items()
             if not steps.is_plain(value)
         ]
-        if objects:
-            fail(
-                "Settings are not plain data, so checkpoints cannot be loaded safely:\n"
-                f"{listed(objects)}",
-                "the arguments of the task, and save_hyperparameters(). Use numbers, texts, lists "
-                "and dicts, and build objects from them.",
-            )
+        fail_if(
+            objects,
+            "Settings are not plain data, so checkpoints cannot be loaded safely",
+            "the arguments of the task, and save_hyperparameters(). Use numbers, texts, lists and "
+            "dicts, and build objects from them.",
+        )
 
     def test_a_checkpoint_restores_the_network(self, fitted: Fitted) -> None:
         task = fitted.restore().task
         outputs = outputs_of(task, fitted.batch)
-        wrong = outcomes.differences(fitted.outputs, outputs, where="the output")
-        if wrong:
-            changed = state.changed_attributes(fitted.task, task)
-            fail(
-                "A network that is restored from a checkpoint has other outputs in eval mode than "
-                f"the trained one:\n{listed(wrong)}",
-                "state that is not in the checkpoint, random numbers in eval mode, and methods "
-                f"that rename or skip weights.{found([*changed, *state.outside(fitted.task)])}",
-            )
+        changed = state.changed_attributes(fitted.task, task)
+        fail_if(
+            outcomes.differences(fitted.outputs, outputs, where="the output"),
+            "A network that is restored from a checkpoint has other outputs in eval mode than the "
+            "trained one",
+            "state that is not in the checkpoint, random numbers in eval mode, and methods that "
+            f"rename or skip weights.{found([*changed, *state.outside(fitted.task)])}",
+        )
 
     def test_a_step_in_bfloat16_is_near_that_in_float32(self, fitted: Fitted) -> None:
         task, batch = fitted.restore().task.requires_grad_(True), fitted.batch
@@ -72,9 +70,5 @@ class CheckpointTests(FittedTests):
             allowed = max(rounding, BFLOAT16_CHANGES * change)
             if off > allowed:
                 wrong.append(f"{name}: the difference is up to {off:.2g} (allowed: {allowed:.2g})")
-        if wrong:
-            fail(
-                "A step with --trainer.precision bf16-mixed is far from that in float32:\n"
-                f"{listed(wrong)}",
-                where,
-            )
+        what = "A step with --trainer.precision bf16-mixed is far from that in float32"
+        fail_if(wrong, what, where)

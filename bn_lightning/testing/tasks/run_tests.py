@@ -6,7 +6,7 @@ import pytest
 
 from bn_lightning.errors import UserError
 from bn_lightning.norms.sync import LayerSync
-from bn_lightning.testing.failures import fail, found, listed
+from bn_lightning.testing.failures import fail, fail_if, found
 from bn_lightning.testing.tasks import outcomes, state, steps
 from bn_lightning.testing.tasks.base import FittedTests
 from bn_lightning.testing.tasks.fitted import Fitted
@@ -31,44 +31,30 @@ class RunTests(FittedTests):
             fail(f"A finished run has not left {', '.join(missing)}.", f"{run.folder}.")
         result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
         metrics = [name for stage in STAGES for name in fitted.task.names(stage)]
-        wrong = [
-            f"{name} is {result.get(name)!r}"
-            for name in metrics
-            if not isinstance(result.get(name), float)
-        ]
-        if wrong:
-            fail(
-                f"result.json lacks metrics of the task:\n{listed(wrong)}",
-                "methods of Task that are overridden and do not call super(), such as "
-                "on_validation_epoch_end(), and metrics that are not one number.",
-            )
+        fail_if(
+            [f"{m} is {result.get(m)!r}" for m in metrics if not isinstance(result.get(m), float)],
+            "result.json lacks metrics of the task",
+            "methods of Task that are overridden and do not call super(), such as "
+            "on_validation_epoch_end(), and metrics that are not one number.",
+        )
 
     def test_a_killed_run_is_resumed_bit_identically(self, runs: Runs, fitted: Fitted) -> None:
         first, killed = _finished(runs), runs.killed
-        if not runs.was_killed and not killed.has_failed:
-            pytest.skip(
-                "An epoch has too few batches: use a smaller --data.batch_size in settings."
-            )
         if not runs.was_killed:
-            fail(
-                f"A run failed before it could be killed:\n{killed.error}",
-                "the code that raises this error.",
-            )
-        resumed = runs.resumed
-        if resumed.has_failed:
-            fail(
-                f"A run that was killed cannot be resumed:\n{resumed.error}",
-                "methods that save and load checkpoints, such as on_load_checkpoint().",
-            )
-        wrong = outcomes.differences(first.outcome, resumed.outcome)
-        if wrong:
-            fail(
-                "A run that was killed and resumed has another outcome than the uninterrupted one:"
-                f"\n{listed(wrong)}",
-                "state that is not in the checkpoint, such as attributes that change from step to "
-                "step, and generators of your own. Random numbers must come from the global "
-                f"generators of torch, NumPy and Python.{_candidates(fitted)}",
-            )
+            _refuse_failed(killed, "A run fails before it can be killed")
+            pytest.skip("An epoch has too few batches: use a smaller --data.batch_size.")
+        _refuse_failed(
+            runs.resumed,
+            "A run that was killed cannot be resumed",
+            "methods that save and load checkpoints, such as on_load_checkpoint().",
+        )
+        fail_if(
+            outcomes.differences(first.outcome, runs.resumed.outcome),
+            "A run that was killed and resumed has another outcome than the uninterrupted one",
+            "state that is not in the checkpoint, such as attributes that change from step to "
+            "step, and generators of your own. Random numbers must come from the global "
+            f"generators of torch, NumPy and Python.{_candidates(fitted)}",
+        )
 
     def test_the_settings_of_a_run_reproduce_it(self, runs: Runs, fitted: Fitted) -> None:
         first = _finished(runs)
@@ -78,45 +64,30 @@ class RunTests(FittedTests):
             wrong = outcomes.differences(first.outcome, resumed.outcome)
             if not wrong:
                 return
-        again = runs.repeated
-        if again.has_failed:
-            fail(
-                f"`fit --config config.yaml` fails with a run's file:\n{again.error}",
-                "the code that raises this error.",
-            )
-        wrong = outcomes.differences(first.outcome, again.outcome)
-        if wrong:
-            fail(
-                "`fit --config config.yaml` with the file of a run has another outcome than the "
-                f"run:\n{listed(wrong)}",
-                "random numbers without a seed, such as those of numpy.random.default_rng(), the "
-                f"time, hash(), and the order of a set.{_candidates(fitted)}",
-            )
+        _refuse_failed(runs.repeated, "`fit --config config.yaml` fails with the file of a run")
+        fail_if(
+            outcomes.differences(first.outcome, runs.repeated.outcome),
+            "`fit --config config.yaml` with the file of a run has another outcome than the run",
+            "random numbers without a seed, such as those of numpy.random.default_rng(), the time, "
+            f"hash(), and the order of a set.{_candidates(fitted)}",
+        )
 
     def test_two_processes_train_as_one(self, runs: Runs, fitted: Fitted) -> None:
         _skip_unless_shared(fitted)
-        one = runs.one_process
-        if one.has_failed:
-            fail(
-                f"A run with --trainer.precision 64-true fails:\n{one.error}",
-                "tensors with a fixed dtype or device in the network and in step(). Create them "
-                "like the input: torch.zeros(..., dtype=x.dtype, device=x.device).",
-            )
-        two = runs.two_processes
-        if two.has_failed:
-            fail(
-                f"A run with --trainer.devices 2 fails:\n{two.error}",
-                "the code that raises this error.",
-            )
-        wrong = outcomes.differences(one.outcome, two.outcome, *PROCESSES)
-        if wrong:
-            fail(
-                "Two processes that share each batch have another outcome than one:\n"
-                f"{listed(wrong)}",
-                "a loss in step() that is not the mean over the samples, values that are not "
-                "reduced (self.log() needs sync_dist=True), layers that use statistics of the "
-                f"batch, and random numbers of the data.{_candidates(fitted)}",
-            )
+        _refuse_failed(
+            runs.one_process,
+            "A run with --trainer.precision 64-true fails",
+            "tensors with a fixed dtype or device in the network and in step(). Create them like "
+            "the input: torch.zeros(..., dtype=x.dtype, device=x.device).",
+        )
+        _refuse_failed(runs.two_processes, "A run with --trainer.devices 2 fails")
+        fail_if(
+            outcomes.differences(runs.one_process.outcome, runs.two_processes.outcome, *PROCESSES),
+            "Two processes that share each batch have another outcome than one",
+            "a loss in step() that is not the mean over the samples, values that are not reduced "
+            "(self.log() needs sync_dist=True), layers that use statistics of the batch, and random "
+            f"numbers of the data.{_candidates(fitted)}",
+        )
 
 
 def _candidates(fitted: Fitted) -> str:
@@ -125,14 +96,19 @@ def _candidates(fitted: Fitted) -> str:
 
 
 def _finished(runs: Runs) -> Run:
-    run = runs.finished
+    """Return the finished run; let the test fail if it has failed."""
+    _refuse_failed(
+        runs.finished,
+        "A short run of `fit` fails",
+        "the last lines. A KeyError with the name of a metric: a method of Task, such as "
+        "on_test_epoch_end(), is overridden and does not call super().",
+    )
+    return runs.finished
+
+
+def _refuse_failed(run: Run, what: str, where: str = "the code that raises this error.") -> None:
     if run.has_failed:
-        fail(
-            f"A short run of `fit` fails:\n{run.error}",
-            "the last lines. A KeyError with the name of a metric: a method of Task, such as "
-            "on_test_epoch_end(), is overridden and does not call super().",
-        )
-    return run
+        fail(f"{what}:\n{run.error}", where)
 
 
 def _skip_unless_shared(fitted: Fitted) -> None:

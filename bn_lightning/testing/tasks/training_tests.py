@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bn_lightning.testing import batches
-from bn_lightning.testing.failures import fail, listed
+from bn_lightning.testing.failures import fail, fail_if
 from bn_lightning.testing.tasks.base import FittedTests
 from bn_lightning.testing.tasks.fitted import Fitted
 from bn_lightning.testing.tasks.runs import Runs
@@ -37,21 +37,19 @@ class TrainingTests(FittedTests):
             )
 
     def test_every_parameter_gets_a_gradient(self, fitted: Fitted) -> None:
-        without = sorted(fitted.watch.without_gradient)
-        if without:
-            fail(
-                f"No gradient reaches {len(without)} parameter(s) in "
-                f"{len(fitted.watch.losses)} steps:\n{listed(without)}",
-                "detach(), torch.no_grad(), .data and NumPy between these parameters and the "
-                "loss, and layers that forward() does not use. Freeze parameters on purpose with "
-                "requires_grad_(False).",
-            )
+        without, steps = sorted(fitted.watch.without_gradient), len(fitted.watch.losses)
+        fail_if(
+            without,
+            f"No gradient reaches {len(without)} parameter(s) in {steps} steps",
+            "detach(), torch.no_grad(), .data and NumPy between these parameters and the loss, and "
+            "layers that forward() does not use. Freeze parameters on purpose with "
+            "requires_grad_(False).",
+        )
 
     def test_the_optimizer_has_every_parameter(self, fitted: Fitted) -> None:
         left_out = fitted.watch.left_out
-        if left_out:
-            fail(
-                f"No optimizer has {len(left_out)} parameter(s), so they are never trained:\n"
-                f"{listed(left_out)}",
-                "configure_optimizers(). Freeze parameters on purpose with requires_grad_(False).",
-            )
+        fail_if(
+            left_out,
+            f"No optimizer has {len(left_out)} parameter(s), so they are never trained",
+            "configure_optimizers(). Freeze parameters on purpose with requires_grad_(False).",
+        )
