@@ -85,8 +85,8 @@ class RunTests(FittedTests):
             outcomes.differences(runs.one_process.outcome, runs.two_processes.outcome, *PROCESSES),
             "Two processes that share each batch have another outcome than one",
             "a loss in step() that is not the mean over the samples, values that are not reduced "
-            "(self.log() needs sync_dist=True), layers that use statistics of the batch, and random "
-            f"numbers of the data.{_candidates(fitted)}",
+            "(self.log() needs sync_dist=True), layers that use statistics of the batch, and "
+            f"random numbers of the data.{_candidates(fitted)}",
         )
 
 
