@@ -200,7 +200,7 @@ def test_a_killed_run_counts_as_failed_and_is_repeated_by_the_next_command(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_comparison_is_resumed(tmp_path, number):
     arguments = [sys.executable, "-m", "bn_lightning", "compare", "--norm", "none"]
     arguments += ["--seeds", "2", *QUICK]

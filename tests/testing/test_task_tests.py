@@ -33,8 +33,3 @@ class TestResNet(TaskTests):
         *("--model.network", "resnet", "--model.network_args.depth", "8"),
         *("--model.network_args.width", "8", "--model.lr", "0.05"),
     )
-
-
-@pytest.mark.slow
-class TestRegression(TaskTests):
-    experiment = "friedman.experiment:EXPERIMENT"
