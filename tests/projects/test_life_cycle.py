@@ -97,7 +97,7 @@ def test_a_project_is_changed_and_upgraded(tmp_path, library, python):
 
 def number_of_tests(python):
     """Run the tests of the project, without those that compile, export or start runs."""
-    slow = ("compiled", "onnx", "exported", "killed", "reproduce", "processes", "leaves")
+    slow = ("compiled", "onnx", "exported", "killed", "reproduce", "processes", "its_results")
     chosen = " and ".join(f"not {word}" for word in slow)
     printed = python("pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
     assert "failed" not in printed
