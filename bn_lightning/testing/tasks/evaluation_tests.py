@@ -33,7 +33,7 @@ class EvaluationTests(FittedTests):
         fail_if(
             outcomes.differences(at_once, logged, *METRICS),
             f"Metrics of {batches.count(batch)} samples depend on the batches, here of {sizes} "
-            "(the value of all samples at once, and the logged one)",
+            "(first the value of all samples at once, then the logged one)",
             "a mean of the means of batches (a metric keeps a sum and a count; self.log() needs "
             "batch_size), a loss that is a sum instead of a mean, a metric without reset(), and "
             "outputs that depend on the other samples of the batch.",
@@ -47,8 +47,8 @@ class EvaluationTests(FittedTests):
         expected = steps.metrics_at_once(fitted, "val", half)
         fail_if(
             outcomes.differences(expected, {name: logged[name] for name in expected}, *METRICS),
-            "After an evaluation of other samples, metrics have other values (the value of a new "
-            "metric, and the logged one)",
+            "After an evaluation of other samples, metrics have other values (first the value of a "
+            "new metric, then the logged one)",
             "reset() of these metrics, which must set sums and counts to 0. States of "
             "torchmetrics' add_state() are reset without code.",
         )
