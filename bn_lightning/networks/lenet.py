@@ -33,8 +33,9 @@ class LeNet(nn.Module):
 
     Args:
         norm: name in `registry.NORMS` (such as `custom`, `builtin`, `none`), an import
-            path, or a function that builds a layer, `norm(num_features, num_dims)`.
-        norm_args: other arguments of a norm that is given by its name.
+            path, a class, or a function that builds a layer, `norm(num_features,
+            num_dims)`.
+        norm_args: other arguments of a norm that is given by its name or as a class.
         activation: the activation function phi.
         pooling: `avg` or `max`.
         in_channels: channels of the images.

@@ -87,15 +87,19 @@ def factory(norm: str | NormFactory, norm_args: dict[str, Any] | None = None) ->
     """Return a function `norm(num_features, num_dims)` that builds a layer, for a network.
 
     Args:
-        norm: a name or an import path, as in `make`. A function is returned unchanged.
+        norm: a name or an import path, as in `make`, or a class. A function is returned
+            unchanged.
     """
-    if not isinstance(norm, str):
+    if not isinstance(norm, str | type):
         return norm
+    # A class is called by keyword: `BatchNorm(6, 4)` would use the 4 as eps.
+    found, name = (find(norm), norm) if isinstance(norm, str) else (norm, norm.__name__)
+    refuse_other_calls(found, name)
 
     def build_norm(num_features: int, num_dims: int) -> nn.Module:
         # The norm may draw random numbers. The other weights must not depend on them.
         with torch.random.fork_rng(devices=()):
-            return make(norm, num_features, num_dims, norm_args)
+            return build(found, name, num_features, num_dims, norm_args)
 
     return build_norm
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_lightning import LeNet
+from bn_lightning import BatchNorm, LeNet, UserError
 
 IMAGES = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
@@ -30,6 +30,14 @@ def test_lenet_computes_the_logits_of_the_articles_network():
 def test_the_number_of_parameters(norm):
     expected = 44_426 if norm == "none" else 44_878
     assert sum(p.numel() for p in LeNet(norm).parameters()) == expected
+
+
+def test_a_norm_may_be_a_class_which_is_called_by_keyword():
+    lenet = LeNet(BatchNorm, {"momentum": 0.3})
+    # The second argument of the class is eps.
+    assert (lenet.norm3.eps, lenet.norm3.num_dims, lenet.norm3.momentum) == (1e-5, 2, 0.3)
+    with pytest.raises(UserError, match="BatchNorm2d"):
+        LeNet(nn.BatchNorm2d)
 
 
 def test_weights_are_xavier_uniform():
