@@ -1,5 +1,6 @@
 """The tour: limits of its cells, numbers and links of its text, stored outputs, and a run."""
 
+import os
 import re
 
 import nbclient
@@ -127,7 +128,7 @@ def test_the_links_resolve():
 @pytest.mark.slow
 def test_the_tour_runs_on_the_sample(tmp_path, monkeypatch):
     # The kernel runs in another folder.
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
     stored, notebook = read(), read()
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert all(setting in code for setting in SHORT)
