@@ -72,7 +72,7 @@ FIT = [
 ]
 OTHER_PROGRAMS = (
     *("cd", "export", "pip", ".venv/bin/pip", "python3", "tensorboard", "lint-imports"),
-    *("torchrun", "srun", "git", "pytest"),
+    *("torchrun", "srun", "git", "pytest", "jupyter"),
     # tests/runs/test_schema.py and test_completion.py run these.
     *("alias", "bn_lightning", "check-jsonschema", "source"),
     *(".", "bash", "mypy", "ruff", "uv"),
