@@ -1,4 +1,4 @@
-"""The tour: limits of its cells, numbers and links of its text, stored outputs, and a run."""
+"""The two tours: limits of cells, numbers and links of the text, stored outputs, and a run."""
 
 import os
 import re
@@ -8,16 +8,20 @@ import nbformat
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.support.tour import CHINESE, ENGLISH, with_code_of
 
-TOUR = REPOSITORY / ".github" / "tour.ipynb"
-
-# A decimal number or a percentage, such as 0.372, -1.5 or 96%.
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+%?|%)(?![\w.]*\d)")
+# A decimal number or a percentage, such as 0.372, -1.5 or 96%. Chinese characters are no
+# letters here: they may stand beside a number without a space.
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+%?|%)(?![\w.]*\d)", flags=re.ASCII)
+COUNT = re.compile(r"(?<![\w.])\d{3,}(?!\w|\.\d)", flags=re.ASCII)
+# The last three are the Chinese full stop, question mark and exclamation mark.
+SENTENCE_END = re.compile(r"(?<!et al)[.?!](?=[\s)*]|$)|[\u3002\uff1f\uff01]")
 LINK = re.compile(r"\[[^]]*\]\(([^)]*)\)")
 # Formulas, code, links and headings contain no results.
 NOT_PROSE = re.compile(
     r"\$\$.*?\$\$|\$[^$]*\$|```.*?```|`[^`]*`|^#.*?$|" + LINK.pattern, flags=re.S | re.M
 )
+FORMULA = re.compile(r"\$\$.*?\$\$", flags=re.S)
 # Paths with two folders, times and speeds, dates, addresses of objects.
 CHANGES = re.compile(r"(?:/[\w.-]+){2,}|\d\s?m?s\b|seconds|/s\b|\d{4}-\d\d|0x[0-9a-f]{6}")
 
@@ -29,8 +33,13 @@ SHORT = {
 }
 
 
-def read():
-    notebook = nbformat.read(TOUR, as_version=4)
+@pytest.fixture(params=[ENGLISH, CHINESE], ids=["english", "chinese"])
+def tour(request):
+    return read(request.param)
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
@@ -60,25 +69,25 @@ def sections(notebook):
     return found
 
 
-def test_the_cells_are_short():
-    cells = read().cells
+def test_the_cells_are_short(tour):
+    cells = tour.cells
     assert len(cells) <= 40
     for cell in cells:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 30, cell.id
         else:
-            ends = re.findall(r"(?<!et al)[.?!](?=[\s)*]|$)", prose(cell))
+            ends = SENTENCE_END.findall(prose(cell))
             assert len(ends) <= 10, cell.id
 
 
-def test_each_code_cell_was_run_in_order():
-    cells = [cell for cell in read().cells if cell.cell_type == "code"]
+def test_each_code_cell_was_run_in_order(tour):
+    cells = [cell for cell in tour.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
 
 
-def test_each_number_of_the_text_is_in_an_output_of_its_section():
+def test_each_number_of_the_text_is_in_an_output_of_its_section(tour):
     checked = 0
-    for name, cells in sections(read()).items():
+    for name, cells in sections(tour).items():
         outputs = "\n".join(printed(cell) for cell in cells if cell.cell_type == "code")
         results = set(NUMBER.findall(outputs))
         for cell in cells:
@@ -89,8 +98,8 @@ def test_each_number_of_the_text_is_in_an_output_of_its_section():
     assert checked > 30
 
 
-def test_each_count_of_the_text_is_in_the_code_or_an_output():
-    cells = read().cells
+def test_each_count_of_the_text_is_in_the_code_or_an_output(tour):
+    cells = tour.cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     known = "\n".join(cell.source + printed(cell) for cell in code)
     # 1,500 and 1_500 are the same count.
@@ -98,15 +107,14 @@ def test_each_count_of_the_text_is_in_the_code_or_an_output():
     for cell in cells:
         if cell.cell_type == "markdown":
             text = re.sub(r"(?<=\d),(?=\d)", "", prose(cell))
-            claimed = set(re.findall(r"(?<![\w.])\d{3,}(?!\w|\.\d)", text))
+            claimed = set(COUNT.findall(text))
             assert claimed <= known, (cell.id, claimed - known)
 
 
-def test_the_outputs_contain_nothing_that_changes_from_run_to_run():
-    notebook = read()
-    assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
-    assert notebook.metadata.get("language_info", {}).keys() <= {"name"}
-    for cell in notebook.cells:
+def test_the_outputs_contain_nothing_that_changes_from_run_to_run(tour):
+    assert tour.metadata.keys() <= {"kernelspec", "language_info"}
+    assert tour.metadata.get("language_info", {}).keys() <= {"name"}
+    for cell in tour.cells:
         assert not cell.metadata, cell.id
         assert re.fullmatch(r"[a-z][a-z-]*", cell.id)
         for output in cell.get("outputs", ()):
@@ -119,17 +127,30 @@ def test_the_outputs_contain_nothing_that_changes_from_run_to_run():
             assert not found, (cell.id, found)
 
 
-def test_the_links_resolve():
-    for cell in read().cells:
+def test_the_links_resolve(tour):
+    for cell in tour.cells:
         for link in LINK.findall(cell.source):
-            assert link.startswith("https://") or (TOUR.parent / link).exists(), link
+            assert link.startswith("https://") or (ENGLISH.parent / link).exists(), link
+
+
+def test_only_the_text_differs_between_the_languages():
+    english, chinese = read(ENGLISH), read(CHINESE)
+    assert [cell.id for cell in chinese.cells] == [cell.id for cell in english.cells]
+    # If this fails, run: python -m tests.support.tour
+    assert with_code_of(english, chinese) == chinese
+    for cell, translated in zip(english.cells, chinese.cells, strict=True):
+        if cell.cell_type == "markdown":
+            assert FORMULA.findall(cell.source) == FORMULA.findall(translated.source), cell.id
+            assert re.search("[\u4e00-\u9fff]", translated.source), cell.id
+            numbers = set(NUMBER.findall(prose(cell)))
+            assert numbers == set(NUMBER.findall(prose(translated))), cell.id
 
 
 @pytest.mark.slow
 def test_the_tour_runs_on_the_sample(tmp_path, monkeypatch):
     # The kernel runs in another folder.
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
-    stored, notebook = read(), read()
+    stored, notebook = read(ENGLISH), read(ENGLISH)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert all(setting in code for setting in SHORT)
     for cell in notebook.cells:
