@@ -41,7 +41,7 @@ SMALL_MAXVIT = {
 }
 TIMM = ("timm.resnet18", "timm.efficientnet_b0", "timm.regnety_002")
 # The others take too long for the quick suite.
-QUICK = ("mobilenet_v3_small", "MaxVit", "timm.efficientnet_b0")
+QUICK = ("mobilenet_v3_small", "MaxVit")
 ALL = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in (*TORCHVISION, "MaxVit", *TIMM)

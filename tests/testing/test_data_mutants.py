@@ -81,11 +81,8 @@ MUTANTS = [
     Mutant("SplitByRank", SPLIT, ("with 2 processes", "depends on the process"), (ONCE,), (1, 2)),
     Mutant("UnseededSplit", SPLIT, ("change places", "generator"), (AGAIN,)),
 ]
-# One for most of the tests. They need no worker processes.
-QUICK = (
-    *("LabelsFromOne", "PreprocessedTwice", "DropsLastOfTest", "DrawsInTurn"),
-    *("ShuffledValidation", "LeakedIndices", "LeakedTestAfterResize", "SplitByTime"),
-)
+# They need no worker processes.
+QUICK = ("LabelsFromOne", "PreprocessedTwice", "DropsLastOfTest", "DrawsInTurn", "LeakedIndices")
 
 
 def results(name, processes=(1,)):

@@ -38,6 +38,7 @@ class TestAllOfFashionMNIST(DataTests):
     settings = ("--data.source", "system", "--data.shift", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 class TestFolder(DataTests):
     experiment = "bn_lightning.experiment:EXPERIMENT"
@@ -47,6 +48,7 @@ class TestFolder(DataTests):
     )
 
 
+@pytest.mark.slow
 class TestTable(DataTests):
     experiment = "friedman.experiment:EXPERIMENT"
     settings = ("--data.rows", "200")

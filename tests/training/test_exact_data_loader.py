@@ -270,6 +270,7 @@ next(iter(ExactDataLoader(Slow(), 4, num_workers=2)))
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_parent_that_is_killed():
     parent = subprocess.Popen(
         [sys.executable, "-c", SLEEPING],

@@ -202,6 +202,7 @@ def synchronized_shards(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_synchronized_batch_norm(tmp_path):
     processes.start(synchronized_shards, (processes.free_port(), str(tmp_path)), 2)
     _, reference = pair("batch_norm", 4, torch.float64)

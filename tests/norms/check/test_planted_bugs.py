@@ -45,7 +45,13 @@ def forked_processes(monkeypatch):
     monkeypatch.setattr(processes, "SECONDS", 5)
 
 
-@pytest.mark.parametrize("bug", BUGS)
+# Each of them takes several seconds in two processes.
+SLOW = ("empty_shard_waits", "mean_of_means")
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if bug in SLOW else ()) for bug in BUGS]
+)
 def test_a_bug_is_found_by_its_property_and_its_cause_is_named(bug):
     norm, name = BUGS[bug]
     num_dims = None if name == "accepts_input" else [2, 4]
