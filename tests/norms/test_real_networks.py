@@ -27,7 +27,6 @@ TORCHVISION = {
     "resnext50_32x4d": {},
     "shufflenet_v2_x0_5": {},
     "vgg11_bn": {},
-    "wide_resnet50_2": {},
 }
 # The smallest published one needs images of 224x224 pixels.
 SMALL_MAXVIT = {

@@ -69,7 +69,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(main, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # several runs
 def test_killed_runs_resume_bit_identically(tmp_path):
-    command = [sys.executable, "-m", "tests.support.kills", "--kills", "2", "--writing", "1"]
+    command = [sys.executable, "-m", "tests.support.kills", "--kills", "1", "--writing", "1"]
     done = subprocess.run(
         [*command, "--folder", tmp_path, "--precise_statistics", "3"],
         capture_output=True,

@@ -147,7 +147,7 @@ def test_a_trial_that_another_process_has_taken_over_is_not_repeated_here(open_s
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_after_kills_each_set_of_parameters_is_finished_once(tmp_path):
-    found = sweep_kills.kill_and_resume(tmp_path, 3, random.Random(0))
+    found = sweep_kills.kill_and_resume(tmp_path, 2, random.Random(0))
     assert any(state == "FAIL" for _, state in found)
 
 

@@ -52,7 +52,6 @@ QUICK = {
 }
 IN_PROCESSES = {
     "RenamesMetrics": (LEAVES, "on_test_epoch_end(), is overridden and does not call super()"),
-    "AnnealedNoise": (RESUMED, "attributes that change from step to step"),
     "MovingTarget": (RESUMED, "attributes that change from step to step"),
     "OwnGenerator": (RESUMED, "network.generator is a generator of its own (torch"),
     "UnseededNumpy": (REPRODUCED, "numpy.random.default_rng()"),

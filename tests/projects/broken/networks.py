@@ -61,19 +61,6 @@ class CountsCalls(Network):
         return super().forward(x) * (1 + 0.01 * self.calls)
 
 
-class AnnealedNoise(Network):
-    """Noise in training that decreases with a step counter."""
-
-    steps = 0
-
-    def features(self, x):
-        if not self.training:
-            return super().features(x)
-        self.steps += 1
-        features = super().features(x)
-        return features + torch.randn_like(features) / self.steps
-
-
 class OwnGenerator(Network):
     def __init__(self, width):
         super().__init__(width)
