@@ -243,6 +243,7 @@ def test_the_result_is_saved_from_time_to_time(folder, tmp_path, monkeypatch):
     assert names == [*range(1, 40), 40, 40]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_check(folder, tmp_path, monkeypatch, read):
     read_as = pictures.read_as
 

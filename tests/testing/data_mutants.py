@@ -105,6 +105,12 @@ class LeakedCopies(InMemory):
         return torch.cat([images, images[:60]]), torch.cat([labels, labels[:60]]), *test
 
 
+class BlackImages(InMemory):
+    def read(self):
+        images, labels, test_images, test_labels = super().read()
+        return torch.zeros_like(images), labels, torch.zeros_like(test_images), test_labels
+
+
 class LeakedTestAfterResize(InMemory):
     """Some images of the test are in the training folder, in the larger original size."""
 

@@ -77,6 +77,7 @@ MUTANTS = [
     Mutant("LeakedIndices", HELD_OUT, ("36 validation samples are training samples",)),
     Mutant("LeakedCopies", LEAK, ("same input as a training sample", "(training)", "oversampling")),
     Mutant("LeakedTestAfterResize", LEAK, ("4 test samples of 60 (6.7%)", "sample 11 (test) =")),
+    Mutant("BlackImages", LEAK, ("All 192 training samples have the same input",)),
     Mutant("SplitByTime", SPLIT, ("change places", "the time"), (AGAIN,)),
     Mutant("SplitByRank", SPLIT, ("with 2 processes", "depends on the process"), (ONCE,), (1, 2)),
     Mutant("UnseededSplit", SPLIT, ("change places", "generator"), (AGAIN,)),

@@ -28,6 +28,7 @@ class TestFashionMNIST(DataTests):
         *("--data.source", "sample", "--data.shift", "2", "--data.flip", "true"),
         *("--data.augment", '[{"name": "RandomErasing", "args": {"p": 0.5}}]'),
     )
+    processes = (1, 3)
 
 
 @pytest.mark.slow
