@@ -1,7 +1,8 @@
 """LeNet on Fashion-MNIST with pluggable batch normalization, in PyTorch Lightning."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from bn_lightning import lazy
 
 if TYPE_CHECKING:
     from bn_lightning.data.fashion_mnist import FashionMNIST as FashionMNIST
@@ -65,9 +66,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return lazy.load(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:

@@ -93,8 +93,11 @@ def factory(norm: str | NormFactory, norm_args: dict[str, Any] | None = None) ->
     if not isinstance(norm, str | type):
         return norm
     # A class is called by keyword: `BatchNorm(6, 4)` would use the 4 as eps.
-    found, name = (find(norm), norm) if isinstance(norm, str) else (norm, norm.__name__)
-    refuse_other_calls(found, name)
+    if isinstance(norm, str):
+        found, name = find(norm), norm
+    else:
+        found, name = norm, norm.__name__
+        refuse_other_calls(found, name)
 
     def build_norm(num_features: int, num_dims: int) -> nn.Module:
         # The norm may draw random numbers. The other weights must not depend on them.

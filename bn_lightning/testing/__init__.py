@@ -1,7 +1,8 @@
 """Tests that projects inherit: of normalization layers, of data, and of tasks."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from bn_lightning import lazy
 
 if TYPE_CHECKING:
     from bn_lightning.testing.data.data_tests import DataTests as DataTests
@@ -19,6 +20,4 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return lazy.load(__name__, _MODULES, name)

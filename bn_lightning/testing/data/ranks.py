@@ -8,6 +8,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def read(plans: tuple[Plan, ...]) -> list[list[Reading]]:
     """
     # A server forks processes that have imported this module already, and no data.
     known = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if "forkserver" in known:
         package = plans[0].source.experiment.partition(":")[0]
         context.set_forkserver_preload([__name__, package])
@@ -45,7 +46,7 @@ def read(plans: tuple[Plan, ...]) -> list[list[Reading]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            context.Process(target=_run, args=(plans, rank, port, folder))  # type: ignore[attr-defined]
+            context.Process(target=_run, args=(plans, rank, port, folder))
             for rank in range(plans[0].processes)
         ]
         for rank in ranks:
